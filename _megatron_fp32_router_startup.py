@@ -1,0 +1,135 @@
+"""What the .pth and .start lines call at every interpreter start: MEGATRON_FP32_ROUTER=1, no code touched.
+
+This module lies outside the package because importing the package arms it, and it imports nothing at module
+level because it runs before the program that it serves. Nothing heavier may happen at that point either: site
+is still reading .pth files, a later one of which may be what makes wrapt importable, and an error here would
+print a traceback and let the program train unprotected. So `init()` only leaves a gate in the import system.
+The first import of Megatron passes it: there the package is imported, and there an error stops the program.
+"""
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+
+
+def init() -> None:
+    """Leave a gate before Megatron if MEGATRON_FP32_ROUTER asks for the plugin. Never raises.
+
+    May be called any number of times: site runs a .pth line twice in a virtual environment, and from Python
+    3.15 on there may be both a .pth and a .start file that call it.
+    """
+    import sys
+
+    if _asked_for() is None or any(type(finder).__name__ == Gate.__name__ for finder in sys.meta_path):
+        return
+    gate = Gate()
+    sys.meta_path.insert(0, gate)
+
+    # Something that ran even earlier imported Megatron. Its later parts still pass the gate, but do not wait.
+    if "megatron" in sys.modules:
+        try:
+            gate.open()
+        except RuntimeError as error:
+            print(error, file=sys.stderr)
+
+
+class Gate:
+    """A finder, first on sys.meta_path, that finds nothing: it arms the plugin before Megatron is looked for.
+
+    While arming fails, every attempt to import Megatron fails. Once it has succeeded the gate stands open. It
+    stays on sys.meta_path, since taking it out would make every search that is under way, in this thread or
+    another, skip the finder behind it.
+    """
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self._opening: set[int] = set()
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> "ModuleSpec | None":
+        """Arm the plugin if *name* is Megatron or a part of it. Raises RuntimeError if that fails."""
+        if self.is_open or (name != "megatron" and not name.startswith("megatron.")):
+            return None
+
+        import _thread
+
+        # The package may ask where Megatron is while it is being imported below; that is not to start it
+        # again. And the program may have changed its mind: the variable counts as it is now.
+        thread = _thread.get_ident()
+        if thread in self._opening or _asked_for() is None:
+            return None
+
+        self._opening.add(thread)
+        try:
+            with _ImportLockReleased():
+                self.open()
+        finally:
+            self._opening.discard(thread)
+
+        # Arming has put a finder of wrapt's before this one, where the search that is under way has already
+        # been. Search afresh, so that no hook is missed.
+        from importlib.util import find_spec
+
+        return find_spec(name)
+
+    def open(self) -> None:
+        """Import the package, which arms it. Raises RuntimeError, which says how to go on, if that fails."""
+        from importlib import import_module
+
+        # RuntimeError and not ImportError: programs catch the latter to find out whether Megatron is there,
+        # and would go on without it, or without the plugin.
+        try:
+            import_module("megatron_fp32_router")
+        except Exception as error:
+            raise RuntimeError(_explain(error)) from error
+        self.is_open = True
+
+
+class _ImportLockReleased:
+    """Lets other threads import while a finder does.
+
+    The import system holds its global lock while it asks a finder. A thread that is importing something which
+    the package needs too could not finish without that lock, and both would wait for ever.
+    """
+
+    def __enter__(self) -> None:
+        import _imp
+
+        self._depth = 0
+        try:
+            while True:
+                _imp.release_lock()
+                self._depth += 1
+        except RuntimeError:
+            pass  # All of them are released: the lock is re-entrant, and this is how it says so.
+
+    def __exit__(self, *_: object) -> None:
+        import _imp
+
+        for _level in range(self._depth):
+            _imp.acquire_lock()
+
+
+def _asked_for() -> "str | None":
+    """The value of MEGATRON_FP32_ROUTER, or None where it says off. The package judges what else it says."""
+    import os
+
+    value = os.environ.get("MEGATRON_FP32_ROUTER", "").strip()
+    return None if value in ("", "0") else value
+
+
+def _explain(error: Exception) -> str:
+    import sys
+
+    if not isinstance(error, ImportError):
+        remedy = "correct what the error names"
+    elif getattr(error, "name", None) == "megatron_fp32_router":
+        remedy = f"install it again: {sys.executable} -m pip install --force-reinstall megatron-fp32-router"
+    else:
+        remedy = f"give this Python what is missing: {sys.executable} -m pip install 'wrapt>=2.4,<3' packaging"
+    return (
+        f"MEGATRON_FP32_ROUTER={_asked_for()} asks for megatron_fp32_router, which could not start:\n"
+        f"    {type(error).__name__}: {error}\n"
+        "Megatron is not imported, because it would train unprotected. Either\n"
+        f"  - {remedy}; or\n"
+        "  - unset MEGATRON_FP32_ROUTER to train without the plugin."
+    )

@@ -1,0 +1,107 @@
+"""Keeps everything that Megatron-LM's mixture-of-experts router decides with in fp32.
+
+Importing this package arms it: hooks patch Megatron's own functions in place when Megatron is imported, before or
+after this line, as long as it is before the model is built. Only wrapt, packaging and the standard library are
+imported here; torch and Megatron are left to the program.
+
+    import megatron_fp32_router
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from megatron_fp32_router import hooks as _hooks
+from megatron_fp32_router import registry as _registry
+from megatron_fp32_router import settings as _settings
+from megatron_fp32_router.errors import (
+    DisplacedPatchError,
+    Fp32RouterError,
+    ModelInUseError,
+    SettingsError,
+    TargetMissingError,
+    UnprotectedRouterError,
+)
+from megatron_fp32_router.registry import PatchStatus
+from megatron_fp32_router.say import say as _say
+from megatron_fp32_router.settings import Settings
+from megatron_fp32_router.version import __version__
+
+if TYPE_CHECKING:
+    from megatron_fp32_router.protect.effect import Survey
+
+__all__ = [
+    "DisplacedPatchError",
+    "Fp32RouterError",
+    "ModelInUseError",
+    "PatchStatus",
+    "Settings",
+    "SettingsError",
+    "TargetMissingError",
+    "UnprotectedRouterError",
+    "__version__",
+    "disable",
+    "enable",
+    "protect_model",
+    "status",
+]
+
+
+def enable(protect: str | None = None, on_mismatch: str | None = None) -> None:
+    """Turn the plugin on. Importing the package has done so already; this is for tests and notebooks.
+
+    Args:
+        protect: "all" (parameters and buffers) or "buffers"; None takes MEGATRON_FP32_ROUTER_PROTECT.
+        on_mismatch: "raise" or "warn"; None takes MEGATRON_FP32_ROUTER_ON_MISMATCH.
+
+    Raises:
+        SettingsError: an argument or a variable has a value that is not accepted.
+        TargetMissingError: the Megatron that is imported does not fit (under on_mismatch="raise").
+    """
+    if _settings.switch() is False:
+        _say(logging.INFO, f"{_settings.PREFIX}=0: the plugin is off and changes nothing", once=True)
+        return
+    wanted = _settings.from_environment().updated(protect, on_mismatch)
+    for sentence in _settings.unknown_names():
+        _say(logging.WARNING, sentence, threshold=wanted.log, once=True)
+    _hooks.arm(wanted)
+
+
+def disable() -> None:
+    """Turn the plugin off and put Megatron's identical original functions back.
+
+    Models that are protected keep their fp32 tensors; their next forward is upstream's.
+
+    Raises:
+        DisplacedPatchError: somebody else's patch sits on one of ours; nothing has been changed then.
+    """
+    _registry.undo_all()
+    _hooks.disarm()
+
+
+def status() -> tuple[PatchStatus, ...]:
+    """The state of every patch, asked of Megatron's modules as they are now."""
+    return _registry.status()
+
+
+def protect_model(model: Any) -> Survey:
+    """Bring the routers of a model that was built before the plugin was active to fp32, in place.
+
+    Bits that the model lost before stay lost: this stops further loss.
+
+    Args:
+        model: a torch.nn.Module, or a list of model chunks, before DDP and before an optimizer exists.
+
+    Returns:
+        What is there now: dtypes of every router tensor, counted by kind.
+
+    Raises:
+        ModelInUseError: DDP has taken hold of the parameters.
+    """
+    from megatron_fp32_router.protect.effect import protect_model
+
+    return protect_model(model)
+
+
+enable()

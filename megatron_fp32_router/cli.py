@@ -1,0 +1,67 @@
+"""The command line: `run` a program under the plugin, or see the defect in a `demo`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+
+from megatron_fp32_router.version import __version__
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Run a script or module as __main__; importing this package has armed the plugin already."""
+    if not arguments.program:
+        print("megatron-fp32-router run: expected a script, or -m and a module, to run", file=sys.stderr)
+        return 2
+    name, *rest = arguments.program
+    if arguments.module:
+        sys.argv = [name, *rest]
+        sys.path.insert(0, os.getcwd())
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+        return 0
+    if not os.path.exists(name):
+        print(f"megatron-fp32-router run: no such file: {name}", file=sys.stderr)
+        return 2
+    sys.argv = [name, *rest]
+    # What python itself does for a script.
+    sys.path.insert(0, os.path.dirname(os.path.abspath(name)))
+    runpy.run_path(name, run_name="__main__")
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from megatron_fp32_router.lab import demo
+
+    return demo.main(arguments)
+
+
+def _parser(with_demo: bool) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-fp32-router",
+        description="Keeps everything that Megatron-LM's mixture-of-experts router decides with in fp32.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="run a training script under the plugin")
+    run.add_argument("-m", dest="module", action="store_true", help="run a module instead of a script")
+    run.add_argument("program", nargs=argparse.REMAINDER, help="the script or module, and its own arguments")
+    run.set_defaults(action=_run)
+    demo = commands.add_parser("demo", help="train a tiny MoE with the plugin off and on, and compare")
+    demo.set_defaults(action=_demo)
+    if with_demo:
+        # Its options live in the laboratory, which a training job never loads.
+        from megatron_fp32_router.lab import demo as laboratory_demo
+
+        laboratory_demo.add_arguments(demo)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script. Returns the exit code."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    arguments = _parser(with_demo=given[:1] == ["demo"]).parse_args(given)
+    code: int = arguments.action(arguments)
+    return code

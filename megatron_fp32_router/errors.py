@@ -1,0 +1,31 @@
+"""Exceptions, named for the condition. All of them derive from Fp32RouterError.
+
+None derives from ImportError: callers swallow that one to mean "not installed", and a training that was asked
+to run protected must not go on unprotected because somebody guarded an import.
+"""
+
+from __future__ import annotations
+
+
+class Fp32RouterError(RuntimeError):
+    """Base of everything this plugin raises."""
+
+
+class SettingsError(Fp32RouterError, ValueError):
+    """A variable or an argument of enable() has a value that is not accepted."""
+
+
+class TargetMissingError(Fp32RouterError):
+    """This Megatron lacks, or has changed the signature of, a function that a patch was written for."""
+
+
+class UnprotectedRouterError(Fp32RouterError):
+    """A router tensor is below fp32 although the plugin was asked to keep it there."""
+
+
+class DisplacedPatchError(Fp32RouterError):
+    """disable() was called while somebody else's patch sits on top of ours, so ours cannot be lifted out."""
+
+
+class ModelInUseError(Fp32RouterError):
+    """protect_model() was called after DDP or an optimizer took hold of the parameters."""

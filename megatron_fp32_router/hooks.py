@@ -1,0 +1,164 @@
+"""Arming: which Megatron module wakes which patches, whenever and however often it is imported.
+
+The functions `on_…` are entry points of the group `megatron_fp32_router.hooks`. Neither torch nor Megatron is
+imported here; a hook runs when the user's own program has imported the module.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Final
+
+import wrapt
+
+from megatron_fp32_router.registry import apply_all, initializing, registry, settle
+from megatron_fp32_router.say import say
+from megatron_fp32_router.settings import Settings
+
+GROUP: Final = "megatron_fp32_router.hooks"
+
+#: Hooks that wrapt holds and has not fired yet.
+_waiting: set[str] = set()
+#: True while hooks are being registered: one that fires now was handed a module as it is, maybe half imported.
+_arming = False
+_discovered = False
+
+
+def _wake(name: str, module: ModuleType) -> None:
+    _waiting.discard(name)
+    if not registry.active:
+        return
+    if _arming and initializing(module):
+        registry.pending.add(name)
+        return
+    apply_all(module, name)
+
+
+def on_router(module: ModuleType) -> None:
+    """megatron.core.transformer.moe.router: casts, gating, counting."""
+    _wake("megatron.core.transformer.moe.router", module)
+
+
+def on_moe_utils(module: ModuleType) -> None:
+    """megatron.core.transformer.moe.moe_utils: the balance rule."""
+    _wake("megatron.core.transformer.moe.moe_utils", module)
+
+
+def on_finalize_model_grads(module: ModuleType) -> None:
+    """megatron.core.distributed.finalize_model_grads: the balance update."""
+    _wake("megatron.core.distributed.finalize_model_grads", module)
+
+
+def on_module(module: ModuleType) -> None:
+    """megatron.core.transformer.module: the look after wrapping."""
+    _wake("megatron.core.transformer.module", module)
+
+
+def on_legacy_module(module: ModuleType) -> None:
+    """megatron.legacy.model.module, which 0.11's own training wraps with; no wheel contains it."""
+    _wake("megatron.legacy.model.module", module)
+
+
+#: The same table as the entry points in pyproject.toml.
+HOOKS: Final[dict[str, Callable[[ModuleType], None]]] = {
+    "megatron.core.distributed.finalize_model_grads": on_finalize_model_grads,
+    "megatron.core.transformer.module": on_module,
+    "megatron.core.transformer.moe.moe_utils": on_moe_utils,
+    "megatron.core.transformer.moe.router": on_router,
+    "megatron.legacy.model.module": on_legacy_module,
+}
+
+
+class _Watcher:
+    """Sits first on sys.meta_path and finds nothing; it only sees what is about to be imported.
+
+    wrapt fires a hook once. A module that is deleted and imported again, reloaded, or was half imported when the
+    plugin was armed would otherwise stay unpatched without anybody noticing.
+    """
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if registry.active:
+            settle()
+            if fullname in HOOKS:
+                if fullname in sys.modules:
+                    registry.reloaded.add(fullname)
+                elif fullname not in _waiting:
+                    _register(fullname)
+        return None
+
+
+_watcher: Final = _Watcher()
+
+
+def _register(name: str) -> None:
+    _waiting.add(name)
+    wrapt.register_post_import_hook(HOOKS[name], name)
+
+
+def _discover() -> None:
+    """Register the hooks that the installed metadata names.
+
+    Metadata is absent in a checkout on PYTHONPATH and stale after an edit in an editable install, so what it names
+    is compared with the table above, and what is missing or stale is registered from there.
+    """
+    global _discovered
+    if _discovered:
+        return
+    _discovered = True
+    try:
+        wrapt.discover_post_import_hooks(GROUP)
+    except (ImportError, AttributeError) as error:
+        say(
+            logging.WARNING,
+            f"the installed metadata of megatron-fp32-router is stale ({error}); its own table is used instead. "
+            "Reinstall the package to be rid of this line.",
+        )
+        return
+    for entry in importlib.metadata.entry_points(group=GROUP):
+        hook = HOOKS.get(entry.name)
+        if hook is not None and entry.value == f"{hook.__module__}:{hook.__name__}":
+            _waiting.add(entry.name)
+
+
+def arm(settings: Settings) -> None:
+    """Turn the plugin on: patch what is imported, and everything else when it is. Idempotent.
+
+    Raises:
+        TargetMissingError: a Megatron that is imported already does not fit (under on_mismatch="raise").
+    """
+    global _arming
+    registry.settings = settings
+    registry.active = True
+    _arming = True
+    try:
+        _discover()
+        for name in HOOKS:
+            module = sys.modules.get(name)
+            if module is None:
+                if name not in _waiting:
+                    _register(name)
+            elif initializing(module):
+                registry.pending.add(name)
+            else:
+                _waiting.discard(name)
+                apply_all(module, name)
+    finally:
+        _arming = False
+    # After wrapt's own finder exists, so that ours is asked before it and can register in time.
+    if _watcher not in sys.meta_path:
+        sys.meta_path.insert(0, _watcher)
+
+
+def disarm() -> None:
+    """Take everything back: patches, and the watcher on sys.meta_path. wrapt's waiting hooks stay and do nothing."""
+    registry.active = False
+    registry.reloaded.clear()
+    if _watcher in sys.meta_path:
+        sys.meta_path.remove(_watcher)

@@ -1,0 +1,72 @@
+"""The laboratory: a real, unmodified Megatron, tiny, trained on a CPU (gloo) or on a GPU when there is one.
+
+The door. Names are fetched on first use, so that importing the package does not import torch. Nothing imports
+this room but the command line and the tests: it pretends things about CUDA that must never reach a user's
+training.
+
+    from megatron_fp32_router import lab
+
+    lab.prepare("path/to/a/tree/holding/megatron")   # before Megatron is imported
+    recipe = lab.Recipe(layers=2, experts=8, bias_start=0.75)
+    with lab.parallel(recipe):
+        room = lab.build(recipe)
+        batches = lab.text_batches(recipe, seed=1)
+        losses = [room.step(batches) for _ in range(20)]
+
+Several ranks are processes: `lab.run_ranks("module:function", recipe, {...})`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_fp32_router.lab.compat import megatron_version
+    from megatron_fp32_router.lab.launch import run_ranks
+    from megatron_fp32_router.lab.model import make_config, make_router, parallel, prepare
+    from megatron_fp32_router.lab.recipe import LabError, Recipe
+    from megatron_fp32_router.lab.text import text_batches
+    from megatron_fp32_router.lab.train import Lab, Routing, build
+    from megatron_fp32_router.lab.worker import report
+
+_HOMES = {
+    "Lab": "train",
+    "LabError": "recipe",
+    "Recipe": "recipe",
+    "Routing": "train",
+    "build": "train",
+    "make_config": "model",
+    "make_router": "model",
+    "megatron_version": "compat",
+    "parallel": "model",
+    "prepare": "model",
+    "report": "worker",
+    "run_ranks": "launch",
+    "text_batches": "text",
+}
+
+__all__ = [
+    "Lab",
+    "LabError",
+    "Recipe",
+    "Routing",
+    "build",
+    "make_config",
+    "make_router",
+    "megatron_version",
+    "parallel",
+    "prepare",
+    "report",
+    "run_ranks",
+    "text_batches",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Fetch a public name from the file it lives in, on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,212 @@
+"""What old Megatron releases need against a new torch and NumPy. None of it is about CUDA, none about routers.
+
+Each entry says which releases want it, and is applied only where it is missing. Megatron's own objects get a
+name back that it lost; no behaviour is changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import importlib.machinery
+import inspect
+import sys
+import types
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megatron_fp32_router.lab.recipe import LabError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+
+def megatron_version() -> str:
+    """Version of the Megatron in use, as its package_info states it, for example "0.16.1"."""
+    return str(import_module("megatron.core.package_info").__version__)
+
+
+def before_import(tree: Path | None) -> None:
+    """Apply what must be there when Megatron is imported. Imports NumPy and torch, nothing of Megatron."""
+    import numpy as np
+
+    # 0.11 to 0.15: NumPy 2 took the name away.
+    if not hasattr(np, "product"):
+        np.product = np.prod  # type: ignore[attr-defined]
+    _triton_stub(tree)
+
+
+def after_import() -> None:
+    """Apply what needs Megatron's modules; imports those it needs. Idempotent."""
+    moe_utils = import_module("megatron.core.transformer.moe.moe_utils")
+    # 0.13.1 to 0.16.1 without TransformerEngine: the name is used, but never defined.
+    if "te_general_gemm" in _names(moe_utils) and not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
+    _empty_fp8_list()
+    if _minor() in (11, 12):
+        _write_item_of_its_time()
+
+
+def signature_kwargs(function: Callable[..., Any], **candidates: Any) -> dict[str, Any]:
+    """Those of `candidates` that `function` names among its parameters."""
+    known = inspect.signature(function).parameters
+    return {name: value for name, value in candidates.items() if name in known}
+
+
+def _minor() -> int:
+    return int(megatron_version().split(".")[1])
+
+
+def _names(module: types.ModuleType) -> set[str]:
+    """Every global name that the functions of `module` refer to."""
+    found: set[str] = set()
+    for value in list(vars(module).values()):
+        members = vars(value).values() if isinstance(value, type) and value.__module__ == module.__name__ else (value,)
+        for member in members:
+            code = getattr(inspect.unwrap(getattr(member, "__func__", member)), "__code__", None)
+            if code is not None:
+                found.update(code.co_names)
+    return found
+
+
+def _empty_fp8_list() -> None:
+    """0.12 without TransformerEngine refuses to quantize even an empty list, which every bf16 step hands it."""
+    try:
+        fp8_utils = import_module("megatron.core.fp8_utils")
+    except ModuleNotFoundError:
+        return  # 0.11
+    real = getattr(fp8_utils, "_quantize_param_shard_impl", None)
+    if real is None or getattr(real, "_lab_allows_empty", False):
+        return
+
+    @functools.wraps(real)
+    def quantize(model_params: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        return real(model_params, *args, **kwargs) if len(model_params) else None
+
+    quantize._lab_allows_empty = True  # type: ignore[attr-defined]
+    fp8_utils._quantize_param_shard_impl = quantize  # type: ignore[attr-defined]
+
+
+def _write_item_of_its_time() -> None:
+    """0.11 and 0.12 call torch's private _write_item as torch had it then: without transforms and format."""
+    filesystem = import_module("torch.distributed.checkpoint.filesystem")
+    writer = import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
+    real = getattr(filesystem, "_write_item", None)
+    if real is None or "serialization_format" not in inspect.signature(real).parameters:
+        return
+    first = next(iter(inspect.signature(real).parameters))
+
+    def write_item(*args: Any) -> Any:
+        transforms = () if first != "transforms" or len(args) > 4 else (filesystem._StorageWriterTransforms(),)
+        return real(*transforms, *args, filesystem.SerializationFormat.TORCH_SAVE)
+
+    # In Megatron's module only: torch's own checkpoints keep theirs. The writers fork, and inherit it.
+    if getattr(writer, "_write_item", None) is real:
+        writer._write_item = write_item  # type: ignore[attr-defined]
+
+
+class FusedAdamLike(torch.optim.Optimizer):
+    """Adam that keeps `step` in the parameter group, as apex's and TransformerEngine's FusedAdam do.
+
+    Same arithmetic as torch.optim.AdamW, in fp32. A stand-in for testing checkpoint formats on a CPU.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        **ignored: Any,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            group["step"] = count = int(group.get("step", 0)) + 1
+            beta1, beta2 = group["betas"]
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = self.state[param]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(param)
+                    state["exp_avg_sq"] = torch.zeros_like(param)
+                grad = param.grad.to(param.dtype)
+                param.mul_(1 - group["lr"] * group["weight_decay"])
+                state["exp_avg"].lerp_(grad, 1 - beta1)
+                state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+                root = (state["exp_avg_sq"] / (1 - beta2**count)).sqrt_().add_(group["eps"])
+                param.addcdiv_(state["exp_avg"], root, value=-group["lr"] / (1 - beta1**count))
+
+
+# triton: 0.18 and later import it without a guard from schedules.py; no kernel of it runs here -------------------
+
+
+class _Anything(types.ModuleType):
+    """A module whose every attribute is a decorator that returns what it is given."""
+
+    __path__: list[str] = []  # noqa: RUF012 (import machinery looks for a plain list)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name[:1].isupper():
+            return type(name, (), {})
+        return _decorator
+
+
+def _decorator(*args: Any, **kwargs: Any) -> Any:
+    if len(args) == 1 and callable(args[0]) and not kwargs:
+        return args[0]
+    return _decorator
+
+
+class _TritonStub(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds `triton` and everything below it, in the last place: a real one wins."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if name.partition(".")[0] != "triton":
+            return None
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        module = _Anything(spec.name)
+        module.__version__ = "0.0.0"  # type: ignore[attr-defined]
+        return module
+
+    def exec_module(self, module: types.ModuleType) -> None: ...
+
+
+def _triton_stub(tree: Path | None) -> None:
+    roots = [tree] if tree is not None else [types_path for types_path in map(_as_path, sys.path)]
+    if not any((root / "megatron/core/transformer/moe/paged_stash.py").is_file() for root in roots):
+        return
+    if any(isinstance(finder, _TritonStub) for finder in sys.meta_path):
+        return
+    # torch remembers the answer to this question; ask while it is still the truth.
+    import torch.utils._triton as torch_triton
+
+    if not torch_triton.has_triton_package():
+        sys.meta_path.append(_TritonStub())
+
+
+def _as_path(entry: str) -> Path:
+    from pathlib import Path
+
+    return Path(entry or ".")
+
+
+def check_release(recipe_router_dtype: str | None) -> None:
+    """Raise LabError for what this release cannot do. 0.11 has no moe_router_dtype."""
+    if recipe_router_dtype is not None and _minor() == 11:
+        raise LabError(
+            f"router_dtype={recipe_router_dtype!r}: Megatron {megatron_version()} has no moe_router_dtype; "
+            "leave it unset, or take 0.12 or later"
+        )

@@ -1,0 +1,297 @@
+"""ALL pretending that a CPU is a CUDA device lives in this file, and nowhere else.
+
+Megatron asks for CUDA devices, streams, generators and tensor types by name. On a machine without any, the
+laboratory answers those questions from the CPU, so that unmodified Megatron code runs. Doing so in somebody's
+training would be a disaster, therefore: nothing happens at import, `pretend()` refuses where CUDA exists, only
+the laboratory calls it, and `undo()` puts the identical original objects back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed
+
+from megatron_fp32_router.lab.recipe import LabError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_MISSING = object()
+_replaced: list[tuple[Any, str, Any]] = []
+_compile_alive = False
+
+#: torch functions that take `device=`. Megatron hands them "cuda" or torch.cuda.current_device().
+_FACTORIES = (
+    "arange as_tensor asarray empty empty_like eye full full_like linspace ones ones_like rand rand_like randint "
+    "randn randn_like randperm tensor tril_indices triu_indices zeros zeros_like"
+).split()
+
+
+def is_pretending() -> bool:
+    """Whether `pretend()` is in force."""
+    return bool(_replaced)
+
+
+def pretend(compile: bool = False) -> None:
+    """Answer Megatron's questions about CUDA from the CPU, until `undo()`. Idempotent.
+
+    Args:
+        compile: Megatron's jit_fuser is torch.compile, whose default backend needs a C++ toolchain. False makes
+            torch.compile without a backend return the function as it is; True gives it the backend "aot_eager",
+            which traces for real. An explicit backend is always torch's own business.
+
+    Raises:
+        LabError: there is a CUDA device, or it pretends already with the other `compile`.
+    """
+    global _compile_alive
+    if is_pretending():
+        if compile != _compile_alive:
+            raise LabError(
+                f"the CPU pretence is in force with compile={_compile_alive}, and Megatron may already hold its "
+                f"torch.compile: compile={compile} needs lab.cpu.undo() and a fresh process"
+            )
+        return
+    if torch.cuda.is_available():
+        raise LabError("refusing to pretend that the CPU is a CUDA device: this machine has a real one")
+    _compile_alive = compile
+    _devices()
+    _streams()
+    _random_numbers()
+    _tensors()
+    _replace(torch.distributed, "all_to_all_single", _all_to_all_with_lists(torch.distributed.all_to_all_single))
+    _replace(torch, "compile", _compile_without_toolchain(torch.compile, compile))
+
+
+def undo() -> None:
+    """Put every original back, newest first. Names that Megatron bound at its import keep what they hold."""
+    while _replaced:
+        owner, name, original = _replaced.pop()
+        if original is _MISSING:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, original)
+
+
+def _replace(owner: Any, name: str, value: Any) -> None:
+    # vars() and not getattr(): an inherited method must be uncovered again, not copied down.
+    _replaced.append((owner, name, vars(owner).get(name, _MISSING)))
+    setattr(owner, name, value)
+
+
+def _nothing() -> Callable[..., None]:
+    """A new function that does nothing. New each time: torch.compile's rule tables want one object per name."""
+
+    def nothing(*args: Any, **kwargs: Any) -> None: ...
+
+    return nothing
+
+
+# Devices ------------------------------------------------------------------------------------------------------
+
+
+def _devices() -> None:
+    cuda = torch.cuda
+    # "cpu" and not 0: Megatron uses the answer as a device= argument, and newer code builds a torch.device of it.
+    _replace(cuda, "current_device", lambda: "cpu")
+    _replace(cuda, "device_count", lambda: 1)
+    for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "_lazy_init"):
+        _replace(cuda, name, _nothing())
+    _replace(cuda, "get_device_capability", lambda device=None: (0, 0))
+    _replace(cuda, "is_current_stream_capturing", lambda: False)
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
+        _replace(cuda, name, lambda device=None: 0)  # a new function in each turn of the loop
+    _replace(cuda, "memory_stats", lambda device=None: {})
+
+
+# Streams and events: a CPU runs in order, so all of them are no-ops ----------------------------------------------
+
+
+class _Stream:
+    """Stand in for torch.cuda.Stream. A class, because annotations and isinstance need one."""
+
+    cuda_stream = 0
+    device = torch.device("cpu")
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *args: object) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def record_event(self, event: Any = None) -> Any:
+        return _Event() if event is None else event
+
+
+class _Event:
+    """Stand in for torch.cuda.Event."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def record(self, stream: Any = None) -> None: ...
+
+    def wait(self, stream: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: Any) -> float:
+        return 0.0
+
+
+def _streams() -> None:
+    only = _Stream()
+
+    @contextlib.contextmanager
+    def stream(stream: Any) -> Iterator[None]:
+        yield
+
+    _replace(torch.cuda, "Stream", _Stream)
+    _replace(torch.cuda, "Event", _Event)
+    _replace(torch.cuda, "stream", stream)
+    _replace(torch.cuda, "current_stream", lambda device=None: only)
+    _replace(torch.cuda, "default_stream", lambda device=None: only)
+    _replace(torch.cuda, "set_stream", _nothing())
+
+
+# Random numbers: the CUDA generator is the CPU's ----------------------------------------------------------------
+
+
+class _Generators:
+    """Stand in for torch.cuda.default_generators: whatever the index, the CPU's."""
+
+    def __getitem__(self, index: Any) -> torch.Generator:
+        return torch.default_generator
+
+    def __len__(self) -> int:
+        return 1
+
+
+def _random_numbers() -> None:
+    def get_rng_state(device: Any = "cuda") -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(new_state: torch.Tensor, device: Any = "cuda") -> None:
+        torch.set_rng_state(new_state)
+
+    def manual_seed(seed: int) -> None:
+        # Not torch.manual_seed: that one calls this one.
+        torch.default_generator.manual_seed(int(seed))
+
+    def call_now(callback: Callable[[], None], **kwargs: Any) -> None:
+        # torch queues the call until CUDA starts, which is never: the random state would not be applied.
+        callback()
+
+    for owner in (torch.cuda, torch.cuda.random):
+        _replace(owner, "get_rng_state", get_rng_state)
+        _replace(owner, "set_rng_state", set_rng_state)
+        _replace(owner, "manual_seed", manual_seed)
+        _replace(owner, "initial_seed", torch.default_generator.initial_seed)
+    _replace(torch.cuda, "default_generators", _Generators())
+    _replace(torch.cuda, "_lazy_call", call_now)
+
+
+# Tensors ----------------------------------------------------------------------------------------------------------
+
+
+def _on_cpu(device: Any) -> Any:
+    """Map a CUDA device, by whatever name, to the CPU; anything else passes."""
+    if isinstance(device, torch.device):
+        return torch.device("cpu") if device.type == "cuda" else device
+    if isinstance(device, str):
+        return "cpu" if device.startswith("cuda") else device
+    # A bare number is a CUDA ordinal to torch.
+    return "cpu" if isinstance(device, int) and not isinstance(device, bool) else device
+
+
+def _with_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("device") is not None:
+            kwargs["device"] = _on_cpu(kwargs["device"])
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _tensors() -> None:
+    for name in _FACTORIES:
+        _replace(torch, name, _with_device(getattr(torch, name)))
+    real_to, real_type = torch.Tensor.to, torch.Tensor.type
+
+    @functools.wraps(real_to)
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # Only devices and device names: a leading number or tensor means something else here.
+        if args and isinstance(args[0], str | torch.device):
+            args = (_on_cpu(args[0]), *args[1:])
+        if kwargs.get("device") is not None:
+            kwargs["device"] = _on_cpu(kwargs["device"])
+        return real_to(self, *args, **kwargs)
+
+    @functools.wraps(real_type)
+    def type_(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        # Megatron's optimizers sort parameters by this string.
+        if dtype is None:
+            return str(real_type(self)).replace("torch.", "torch.cuda.", 1)
+        if isinstance(dtype, str):
+            dtype = dtype.replace("torch.cuda.", "torch.", 1)
+        return real_type(self, dtype, *args, **kwargs)
+
+    def itself(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self
+
+    _replace(torch.Tensor, "to", to)
+    _replace(torch.Tensor, "type", type_)
+    _replace(torch.Tensor, "cuda", itself)
+    _replace(torch.Tensor, "record_stream", _nothing())
+    _replace(torch.nn.Module, "cuda", itself)
+
+
+def _all_to_all_with_lists(real: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(real)
+    def all_to_all_single(
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        # Megatron turns split sizes into lists only when they lie on a GPU.
+        def as_list(sizes: Any) -> Any:
+            return sizes.tolist() if hasattr(sizes, "tolist") else sizes
+
+        return real(output, input, as_list(output_split_sizes), as_list(input_split_sizes), **kwargs)
+
+    return all_to_all_single
+
+
+def _compile_without_toolchain(real: Callable[..., Any], alive: bool) -> Callable[..., Any]:
+    @functools.wraps(real)
+    def compile(model: Any = None, *, backend: Any = None, **kwargs: Any) -> Any:
+        if backend is not None:
+            return real(model, backend=backend, **kwargs)
+        if model is None:
+            return functools.partial(compile, **kwargs)
+        if not alive:
+            return model
+        # `mode` and `options` are inductor's.
+        kwargs.pop("mode", None)
+        kwargs.pop("options", None)
+        return real(model, backend="aot_eager", **kwargs)
+
+    return compile

@@ -1,0 +1,383 @@
+"""What the demo found, as table rows, plain sentences, one self-contained HTML page and a picture.
+
+Everything here is a function of the data that `demo` collects and saves:
+
+    {"megatron", "torch", "python", "plugin": str, "steps": int, "recipe": {field: value},
+     "choices": [[what, why], …], "off": RUN, "on": RUN}
+
+    RUN = {"dtypes": {tensor: [dtype after wrapping, dtype after training]},
+           "updates": {"expected", "moved", "stuck", "reversed", "unasked", "wrong_size", "wrong": int},
+           "count_error": float, "max_vio": float, "disagree": float (share), "tokens_compared": int,
+           "reference_weight": str, "loss": float, "seconds": float,
+           "series": {"layers": [name, …], "bias" and "exact": [layer][expert][step 0…], "max_vio" and
+                      "count_error": [step], "wrong": [layer][expert]}}
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+#: Placeholder colours for matplotlib -> (CSS variable, value on a light page). Unusual values, because they
+#: are found by text and become CSS variables, so that one drawing serves light and dark pages.
+_COLOURS: Final = {
+    "off": ("#c8401d", "--off"),
+    "on": ("#1f5fc9", "--on"),
+    "exact": ("#7d8590", "--exact"),
+    "ink": ("#23272e", "--ink"),
+    "soft": ("#646c78", "--soft"),
+    "line": ("#d9dde3", "--line"),
+}
+
+RUNS: Final = ("off", "on")
+
+
+def below_fp32(dtype: str) -> bool:
+    """Whether a dtype's name stands for a floating-point type with fewer bits than fp32."""
+    return dtype in ("bfloat16", "float16") or dtype.startswith("float8")
+
+
+def low_tensors(run: dict[str, Any]) -> list[str]:
+    """Router tensors that were below fp32 after wrapping or at the end of training."""
+    return [name for name, dtypes in run["dtypes"].items() if any(map(below_fp32, dtypes))]
+
+
+def protected(data: dict[str, Any]) -> bool:
+    """Whether the run with the plugin kept every tensor at fp32 or above and made every update right."""
+    return not low_tensors(data["on"]) and data["on"]["updates"]["wrong"] == 0
+
+
+def _dtype(dtypes: list[str]) -> str:
+    # Upstream lifts expert_bias back to fp32 in its first forward: both states are the truth.
+    return dtypes[0] if dtypes[0] == dtypes[1] else f"{dtypes[0]}, then {dtypes[1]}"
+
+
+def _of(part: int, whole: int) -> str:
+    return f"{part:,} ({part / whole:.1%})" if whole else f"{part:,}"
+
+
+def rows(data: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The table: (what, plugin off, plugin on). HTML, terminal and README show the same one."""
+    off, on = data["off"], data["on"]
+    names = list(dict.fromkeys([*off["dtypes"], *on["dtypes"]]))
+    absent = ["absent", "absent"]
+    table = [
+        (f"dtype of {name}", _dtype(off["dtypes"].get(name, absent)), _dtype(on["dtypes"].get(name, absent)))
+        for name in names
+    ]
+
+    def add(label: str, show: Any) -> None:
+        table.append((label, show(off), show(on)))
+
+    add("bias updates that were due", lambda run: f"{run['updates']['expected']:,}")
+    add("… and moved the bias", lambda run: f"{run['updates']['moved']:,}")
+    for label, key in (
+        ("… swallowed: the bias stayed", "stuck"),
+        ("… moved the wrong way", "reversed"),
+        ("… moved by another amount than the rate", "wrong_size"),
+    ):
+        add(label, lambda run, key=key: _of(run["updates"][key], run["updates"]["expected"]))
+    add("bias moved where it was balanced", lambda run: f"{run['updates']['unasked']:,}")
+    add("largest error of the token counter", lambda run: f"{run['count_error']:,.0f} tokens")
+    add("final load violation, MaxVio", lambda run: f"{run['max_vio']:.3f}")
+    add("tokens sent elsewhere than fp64 sends them", lambda run: f"{run['disagree']:.2%}")
+    add("final loss (nats per byte)", lambda run: f"{run['loss']:.4f}")
+    return table
+
+
+def findings(data: dict[str, Any]) -> list[str]:
+    """What the figures say, in plain sentences, good or bad."""
+    off, on = data["off"], data["on"]
+    updates = off["updates"]
+    low = low_tensors(off)
+    said = []
+    if low:
+        said.append(
+            f"Without the plugin, Megatron-Core {data['megatron']} holds {_listed(low)} below fp32"
+            f"{'; every other router tensor is fp32 or wider' if len(low) < len(off['dtypes']) else ''}."
+        )
+    else:
+        said.append(f"Megatron-Core {data['megatron']} keeps every router tensor in fp32 by itself.")
+    if updates["stuck"] > updates["expected"] // 2:
+        said.append(
+            f"The balancer has stopped: {updates['stuck']:,} of {updates['expected']:,} updates left the "
+            "bias where it was. Around 0.75 neighbouring bf16 numbers are 0.0039 apart, so an update of "
+            f"{data['recipe']['bias_rate']:g} is rounded away whole. Nothing in a training log shows it."
+        )
+    elif updates["wrong"]:
+        said.append(
+            f"{updates['wrong']:,} updates went wrong ({updates['reversed']:,} moved the bias away from "
+            f"balance, {updates['stuck']:,} did not move it, {updates['unasked']:,} moved an expert that was "
+            f"balanced). The token counter is off by up to {off['count_error']:,.0f} tokens: enough to turn "
+            "the sign of an update around when an expert is near its fair share."
+        )
+    else:
+        said.append("Every update went the right way without the plugin in this run.")
+    said.append(
+        f"The router sends {off['disagree']:.2%} of {off['tokens_compared']:,} tokens to another set of "
+        f"experts than an fp64 computation from {off['reference_weight']} does; "
+        f"with the plugin {on['disagree']:.2%}."
+    )
+    if protected(data):
+        said.append(
+            f"With the plugin, all {on['updates']['expected']:,} updates agree with exact integer "
+            f"arithmetic, the counter is off by {on['count_error']:,.0f} tokens, "
+            f"and no router tensor is below fp32."
+        )
+    else:
+        said.append(
+            f"THE PLUGIN DID NOT KEEP ITS PROMISE: {on['updates']['wrong']:,} wrong updates; below fp32: "
+            f"{_listed(low_tensors(on)) or 'nothing'}."
+        )
+    said.append(
+        f"Load violation at the end: {off['max_vio']:.3f} off, {on['max_vio']:.3f} on; loss "
+        f"{off['loss']:.4f} off, {on['loss']:.4f} on. "
+        "The run is short: its loss is no evidence for or against anything."
+    )
+    return said
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + f" and {names[-1]}" if names else ""
+
+
+def worst(data: dict[str, Any]) -> tuple[int, int]:
+    """(layer, expert) with the most wrong updates in the run without the plugin: the one worth drawing."""
+    wrong = data["off"]["series"]["wrong"]
+    return max(
+        ((layer, expert) for layer, row in enumerate(wrong) for expert in range(len(row))),
+        key=lambda place: wrong[place[0]][place[1]],
+    )
+
+
+# Drawings ---------------------------------------------------------------------------------------------------
+
+
+def _style() -> Any:
+    ink, soft, line = (_COLOURS[name][0] for name in ("ink", "soft", "line"))
+    return {
+        "svg.fonttype": "none",
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "text.color": ink,
+        "axes.labelcolor": soft,
+        "axes.edgecolor": line,
+        "axes.titlecolor": ink,
+        "axes.titlesize": 10,
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": line,
+        "grid.linewidth": 0.6,
+        "xtick.color": soft,
+        "ytick.color": soft,
+        "legend.frameon": False,
+        "lines.linewidth": 1.7,
+    }
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **kwargs: Any) -> tuple[Any, Any]:
+    """A figure without pyplot: no display, no global state."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
+    for axis in axes.flat:
+        axis.set_facecolor("none")
+    return figure, axes
+
+
+def _svg(figure: Any, name: str) -> str:
+    """`figure` as an <svg> element that needs nothing else and takes its colours and font from the page."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
+    # Several drawings share one page, so their ids must differ.
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", text)
+    text = re.sub(r"font:\s*([\d.]+px)[^;\"]*", r"font-size: \1", text)
+    for colour, variable in _COLOURS.values():
+        text = text.replace(colour, f"var({variable})")
+    return re.sub(r'<svg width="[^"]*" height="[^"]*"|<svg height="[^"]*" width="[^"]*"', "<svg", text, count=1)
+
+
+def _bias_lines(axis: Any, data: dict[str, Any], layer: int, expert: int) -> None:
+    """One expert's bias: what exact counts ask for and what happened, without the plugin and with it."""
+    off, on = data["off"]["series"], data["on"]["series"]
+    steps = range(len(off["bias"][layer][expert]))
+    axis.plot(steps, off["exact"][layer][expert], color=_COLOURS["exact"][0], ls=(0, (4, 2)), label="off: due")
+    axis.plot(steps, off["bias"][layer][expert], color=_COLOURS["off"][0], label="off: got")
+    axis.plot(steps, on["bias"][layer][expert], color=_COLOURS["on"][0], label="on")
+    axis.plot(steps, on["exact"][layer][expert], color=_COLOURS["ink"][0], ls=(0, (1, 3)), lw=1.2, label="on: due")
+    axis.set_xlim(0, len(steps) - 1)
+
+
+def _biases(data: dict[str, Any]) -> str:
+    layer, _ = worst(data)
+    experts = len(data["off"]["series"]["bias"][layer])
+    columns = 4 if experts >= 4 else experts
+    lines = -(-experts // columns)
+    figure, axes = _figure(10, 2.1 * lines + 0.5, lines, columns, sharex=True, sharey=True)
+    for expert, axis in enumerate(axes.flat):
+        if expert >= experts:
+            axis.set_visible(False)
+            continue
+        _bias_lines(axis, data, layer, expert)
+        wrong = data["off"]["series"]["wrong"][layer][expert]
+        axis.set_title(f"expert {expert}: {wrong} wrong")
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
+    for line in axes:
+        line[0].set_ylabel("expert_bias")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper left", ncols=4)
+    return _svg(figure, "bias")
+
+
+def _curves(data: dict[str, Any], key: str, label: str) -> str:
+    figure, axes = _figure(10, 2.9)
+    axis = axes[0, 0]
+    for run in RUNS:
+        values = data[run]["series"][key]
+        axis.plot(range(1, len(values) + 1), values, color=_COLOURS[run][0], label=f"plugin {run}")
+    axis.set_xlabel("step")
+    axis.set_ylabel(label)
+    axis.set_ylim(bottom=0)
+    axis.set_xlim(1, max(2, len(values)))
+    figure.legend(loc="outside upper left", ncols=2)
+    return _svg(figure, key.replace("_", "-"))
+
+
+def picture(several: list[dict[str, Any]], path: Path) -> None:
+    """Write the picture for README's first screen: one expert's bias, one panel for each run in `several`.
+
+    Raises:
+        OSError: `path` cannot be written.
+    """
+    import matplotlib
+
+    with matplotlib.rc_context(_style() | {"font.size": 11, "axes.titlesize": 12, "lines.linewidth": 2.2}):
+        figure, axes = _figure(5.6 * len(several) + (1.6 if len(several) == 1 else 0), 4.3, 1, len(several))
+        figure.patch.set_alpha(1)
+        figure.patch.set_facecolor("white")
+        for axis, data in zip(axes.flat, several, strict=True):
+            layer, expert = worst(data)
+            _bias_lines(axis, data, layer, expert)
+            axis.set_title(f"Megatron-Core {data['megatron']}: {_headline(data)}", fontweight="bold", pad=10)
+            axis.set_xlabel("training step")
+            axis.margins(y=0.12)
+        axes[0, 0].set_ylabel(f"expert_bias of one expert (starts at {several[0]['recipe']['bias_start']:g})")
+        handles, _ = axes[0, 0].get_legend_handles_labels()
+        names = ["due by exact counting, off", "plugin off", "plugin on", "due by exact counting, on"]
+        figure.legend(handles, names, loc="outside lower center", ncols=2 if len(several) == 1 else 4)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150, format="png")
+
+
+def _headline(data: dict[str, Any]) -> str:
+    updates = data["off"]["updates"]
+    if updates["stuck"] > updates["expected"] // 2:
+        return f"{updates['stuck'] / updates['expected']:.0%} of updates swallowed"
+    return f"{updates['wrong'] / max(1, updates['expected']):.0%} of updates wrong"
+
+
+# The page ---------------------------------------------------------------------------------------------------
+
+_CSS: Final = """
+:root { color-scheme: light dark; --page: #ffffff; --card: #f6f7f9; --off: #c8401d; --on: #1f5fc9;
+  --exact: #7d8590; --ink: #23272e; --soft: #646c78; --line: #d9dde3; }
+@media (prefers-color-scheme: dark) { :root { --page: #15181c; --card: #1d2126; --off: #ff8a65; --on: #7db1ff;
+  --exact: #9aa3ae; --ink: #e8eaed; --soft: #a3abb6; --line: #343a42; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 3rem 1.5rem 5rem; max-width: 62rem; background: var(--page);
+  color: var(--ink);
+  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .5rem; letter-spacing: -.02em; }
+h2 { font-size: 1.2rem; margin: 3rem 0 .5rem; }
+p, li { max-width: 46rem; } .soft, figcaption { color: var(--soft); }
+ul { padding-left: 1.2rem; } li { margin: .4rem 0; }
+.verdict { border-left: 4px solid var(--on); padding: .7rem 1rem; background: var(--card); font-weight: 600; }
+.verdict.bad { border-color: var(--off); }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .45rem .8rem; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { font-weight: 600; } thead th:nth-child(2), td.off { color: var(--off); }
+thead th:nth-child(3), td.on { color: var(--on); } tbody th { font-weight: 400; }
+figure { margin: 1.5rem 0 0; } svg { width: 100%; height: auto; display: block; font-family: inherit; }
+svg text { font-family: inherit; }
+dt { font-weight: 600; margin-top: .7rem; } dd { margin: 0; color: var(--soft); max-width: 46rem; }
+"""
+
+
+def render(data: dict[str, Any]) -> str:
+    """The page: findings, table and drawings in one HTML document that loads nothing.
+
+    Args:
+        data: as described at the top of this file.
+    """
+    import matplotlib
+
+    e = html.escape
+    layer, _ = worst(data)
+    layer_name = data["off"]["series"]["layers"][layer]
+    with matplotlib.rc_context(_style()):
+        drawings = [
+            (
+                "The bias of every expert",
+                _biases(data),
+                f"Router {layer_name}, where most went wrong. “Due” is NumPy int64 arithmetic on the tokens "
+                "that this very run routed: solid on top of dashed means right. The runs part because they "
+                "route differently.",
+            ),
+            (
+                "Load violation",
+                _curves(data, "max_vio", "MaxVio, mean of layers"),
+                "Tokens of the busiest expert over its fair share, minus one. 0 is perfect balance.",
+            ),
+            (
+                "Error of the token counter",
+                _curves(data, "count_error", "tokens, worst expert"),
+                "What the counter holds when the balancer reads it, against the true count.",
+            ),
+        ]
+    body = "".join(
+        f"<h2>{e(title)}</h2><figure>{svg}<figcaption>{e(caption)}</figcaption></figure>"
+        for title, svg, caption in drawings
+    )
+    table = "".join(
+        f"<tr><th scope=row>{e(what)}</th><td class=off>{e(off)}</td><td class=on>{e(on)}</td></tr>"
+        for what, off, on in rows(data)
+    )
+    good = protected(data)
+    verdict = (
+        "With the plugin on, every update was right and every router tensor fp32 or wider."
+        if good
+        else "With the plugin on, something was still wrong. See below."
+    )
+    points = "".join(f"<li>{e(sentence)}</li>" for sentence in findings(data))
+    choices = "".join(f"<dt>{e(what)}</dt><dd>{e(why)}</dd>" for what, why in data["choices"])
+    return (
+        "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
+        '<meta name=viewport content="width=device-width, initial-scale=1">'
+        f"<title>Router precision, Megatron-Core {e(data['megatron'])}</title><style>{_CSS}</style></head>"
+        f"<body><h1>What bf16 does to a router</h1><p class=soft>Megatron-Core {e(data['megatron'])}, the "
+        f"same {data['steps']} steps from one seed, without and with megatron-fp32-router "
+        f"{e(data['plugin'])}. PyTorch {e(data['torch'])}, Python {e(data['python'])}.</p>"
+        f'<p class="verdict{"" if good else " bad"}">{e(verdict)}</p><ul>{points}</ul>'
+        "<h2>Off beside on</h2><div class=wide><table><thead><tr><th></th><th>plugin off</th>"
+        f"<th>plugin on</th></tr></thead><tbody>{table}</tbody></table></div>{body}<h2>What was run, "
+        f"and why</h2><dl>{choices}</dl></body></html>\n"
+    )

@@ -1,0 +1,211 @@
+"""What the demo's worker process does: train, watch every balance update, and judge it.
+
+Whether an update was right is decided by NumPy int64 arithmetic on the routing maps that were recorded, not
+by anything that Megatron or the plugin counted.
+Shapes: S steps, L layers, E experts, T tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from megatron_fp32_router.lab.recipe import Recipe
+    from megatron_fp32_router.lab.train import Lab, Routing
+
+#: Load violation is averaged over this many last steps: one step's is mostly the text's own noise.
+_LAST: Final = 10
+
+
+def _dtypes(lab: Lab) -> dict[str, str]:
+    """Router tensor -> dtype name; several, joined by "/", if routers differ."""
+    import torch
+
+    found: dict[str, set[str]] = {}
+    for _, router in lab.routers():
+        tensors = [*router.named_parameters(), *router.named_buffers()]
+        for name, tensor in tensors:
+            if isinstance(tensor, torch.Tensor):
+                found.setdefault(name, set()).add(str(tensor.dtype).removeprefix("torch."))
+    return {name: "/".join(sorted(dtypes)) for name, dtypes in found.items()}
+
+
+def _best_weight(lab: Lab, weight: torch.Tensor) -> tuple[torch.Tensor, str]:
+    """The most precise copy of a router's weight that exists, [E, H] fp64, and what it is."""
+    import torch
+
+    if weight.dtype not in (torch.bfloat16, torch.float16):
+        return weight.detach().double().clone(), "the fp32 weight"
+    for optimizer in getattr(lab.optimizer, "chained_optimizers", [lab.optimizer]):
+        groups = zip(
+            getattr(optimizer, "float16_groups", []),
+            getattr(optimizer, "fp32_from_float16_groups", []),
+            strict=True,
+        )
+        for low, main in groups:
+            for parameter, copy in zip(low, main, strict=True):
+                if parameter is weight:
+                    return copy.detach().double().clone(), "the optimizer's fp32 copy of the weight"
+    return weight.detach().double().clone(), "the model's bf16 weight (no fp32 copy is reachable)"
+
+
+def _expert_sets(hidden_TH: torch.Tensor, router: Any, weight_EH: torch.Tensor, bias_E: torch.Tensor) -> torch.Tensor:
+    """Whom fp64 would choose: bool [T, E]. As Megatron with a sigmoid: the bias only chooses."""
+    import torch
+
+    logits_TE = hidden_TH.double() @ weight_EH.t()
+    linear_bias = getattr(router, "bias", None)
+    if linear_bias is not None:
+        logits_TE = logits_TE + linear_bias.detach().double()
+    chosen = (torch.sigmoid(logits_TE) + bias_E).topk(router.topk, dim=-1).indices
+    return torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(1, chosen, True)
+
+
+class _Observer:
+    """Watches a Lab step by step and keeps what the comparison needs."""
+
+    def __init__(self, lab: Lab, last_step: int) -> None:
+        self.lab, self.last_step = lab, last_step
+        self.step = 0
+        self.names = [name for name, _ in lab.routers()]
+        self.routings: list[Routing] = []
+        #: One entry a step, [L, E]: true counts int64; what the counter held and the biases, before the
+        #: update, fp64.
+        self.counts: list[np.ndarray[Any, Any]] = []
+        self.counters: list[np.ndarray[Any, Any]] = []
+        self.biases: list[np.ndarray[Any, Any]] = []
+        self.differing = self.compared = 0
+        self.reference = ""
+
+    def _stacked(self, name: str) -> np.ndarray[Any, Any]:
+        import numpy as np
+
+        return np.stack([getattr(r, name).detach().double().cpu().numpy() for _, r in self.lab.routers()])
+
+    def look(self, _: Lab) -> None:
+        """Called after the backward passes, when the balancer is about to read the counter."""
+        import numpy as np
+
+        counts = {name: np.zeros(self.lab.recipe.experts, np.int64) for name in self.names}
+        for routing in self.routings:
+            counts[routing.name] += routing.routing_map.cpu().numpy().astype(np.int64).sum(axis=0)
+        self.counts.append(np.stack([counts[name] for name in self.names]))
+        self.counters.append(self._stacked("local_tokens_per_expert"))
+        self.biases.append(self._stacked("expert_bias"))
+        if self.step == self.last_step:
+            self._compare()  # before the optimizer changes the weights that made these decisions
+        self.routings.clear()
+
+    def _compare(self) -> None:
+        for routing in self.routings:
+            weight_EH, self.reference = _best_weight(self.lab, routing.router.weight)
+            hidden_TH = routing.hidden.reshape(-1, routing.hidden.shape[-1])
+            bias_E = routing.router.expert_bias.detach().double()
+            sets_TE = _expert_sets(hidden_TH, routing.router, weight_EH, bias_E)
+            self.differing += int((sets_TE != routing.routing_map).any(dim=-1).sum())
+            self.compared += sets_TE.shape[0]
+
+    def after_step(self) -> None:
+        """Called after every step."""
+        self.step += 1
+
+    def result(self) -> dict[str, Any]:
+        """The part of a RUN (see demo_report.py) that was watched."""
+        import numpy as np
+
+        recipe = self.lab.recipe
+        bias_SLE = np.stack([*self.biases, self._stacked("expert_bias")])
+        counts_SLE, counters_SLE = np.stack(self.counts), np.stack(self.counters)
+        result = judge(bias_SLE, counts_SLE, recipe.bias_rate)
+        errors_SLE = np.abs(counters_SLE - counts_SLE)
+        violation_SL = counts_SLE.max(axis=-1) / counts_SLE.mean(axis=-1) - 1
+        result["series"] |= {
+            "layers": self.names,
+            "max_vio": violation_SL.mean(axis=-1).tolist(),
+            "count_error": errors_SLE.max(axis=(1, 2)).tolist(),
+        }
+        return {
+            **result,
+            "count_error": float(errors_SLE.max()),
+            "max_vio": float(violation_SL[-_LAST:].mean()),
+            "disagree": self.differing / max(1, self.compared),
+            "tokens_compared": self.compared,
+            "reference_weight": self.reference,
+        }
+
+
+def judge(bias_SLE: np.ndarray[Any, Any], counts_SLE: np.ndarray[Any, Any], rate: float) -> dict[str, Any]:
+    """Compare what the biases did with what exact counting asks for.
+
+    Args:
+        bias_SLE: fp64 [steps + 1, L, E], before the first and after every update.
+        counts_SLE: int64 [steps, L, E], true tokens per expert.
+        rate: by how much an update moves a bias.
+
+    Returns:
+        `updates` (counts of entries) and a part of `series`, as demo_report.py describes them.
+    """
+    import numpy as np
+
+    due = np.sign(counts_SLE.sum(axis=-1, keepdims=True) - counts_SLE.shape[-1] * counts_SLE)
+    moved = np.diff(bias_SLE, axis=0)
+    went = np.sign(moved).astype(np.int64)
+    asked, right = due != 0, went == due
+    # 1 % of the rate: far above the spacing of fp32 (6e-8 around 0.75), far below bf16's (0.0039).
+    off_size = asked & right & (np.abs(np.abs(moved) - rate) > 0.01 * rate)
+    wrong = ~right | off_size
+    exact = np.concatenate([bias_SLE[:1], bias_SLE[:1] + rate * np.cumsum(due, axis=0)])
+    return {
+        "updates": {
+            "expected": int(asked.sum()),
+            "moved": int((asked & (went != 0)).sum()),
+            "stuck": int((asked & (went == 0)).sum()),
+            "reversed": int((asked & (went == -due)).sum()),
+            "unasked": int((~asked & (went != 0)).sum()),
+            "wrong_size": int(off_size.sum()),
+            "wrong": int(wrong.sum()),
+        },
+        "series": {
+            "bias": bias_SLE.transpose(1, 2, 0).tolist(),
+            "exact": exact.transpose(1, 2, 0).tolist(),
+            "wrong": wrong.sum(axis=0).tolist(),
+        },
+    }
+
+
+def train(recipe: Recipe, steps: int, progress: str) -> dict[str, Any]:
+    """One run, in its own process: train, watch, and return a RUN (see demo_report.py).
+
+    Args:
+        recipe: one rank.
+        steps: training steps, at least 1.
+        progress: a file that gets one line a step.
+    """
+    import torch
+
+    from megatron_fp32_router import lab as laboratory
+
+    with laboratory.parallel(recipe):
+        lab = laboratory.build(recipe)
+        wrapped = _dtypes(lab)
+        observer = _Observer(lab, last_step=steps - 1)
+        lab.on_counts.append(observer.look)
+        batches = laboratory.text_batches(recipe, recipe.seed)
+        started = time.monotonic()
+        with lab.record_routing(observer.routings.append), open(progress, "a", encoding="utf-8") as lines:
+            for step in range(steps):
+                loss = lab.step(batches)
+                observer.after_step()
+                print(f"{step + 1} {loss:.4f}", file=lines, flush=True)
+        trained = _dtypes(lab)
+        return {
+            "dtypes": {name: [wrapped.get(name, "absent"), trained[name]] for name in trained},
+            **observer.result(),
+            "loss": loss,
+            "seconds": time.monotonic() - started,
+            "torch": torch.__version__,
+        }

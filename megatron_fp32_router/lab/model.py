@@ -1,0 +1,266 @@
+"""A Megatron, its process groups, its configuration and a GPT of it, whichever release it is."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import random
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_fp32_router.lab import compat, cpu
+from megatron_fp32_router.lab.recipe import LabError, Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def prepare(megatron: str | Path | None = None, *, compile: bool = False) -> None:
+    """Make a Megatron importable on this machine. Call it before anything of Megatron is imported. Idempotent.
+
+    Args:
+        megatron: the directory that holds `megatron/`, put first on sys.path; None: whatever is importable.
+        compile: leave torch.compile alive on a CPU, with a backend that needs no toolchain (see `cpu.pretend`).
+
+    Raises:
+        LabError: there is no Megatron there, or another one has been imported already.
+    """
+    tree = None if megatron is None else Path(megatron).resolve()
+    if tree is not None and not (tree / "megatron" / "core").is_dir():
+        raise LabError(f"no megatron/core below {tree}")
+    loaded = sys.modules.get("megatron.core")
+    if loaded is not None and tree is not None:
+        home = Path(str(loaded.__file__)).resolve().parents[2]
+        if home != tree:
+            raise LabError(
+                f"Megatron was imported from {home} before lab.prepare({str(tree)!r}): one process, one Megatron"
+            )
+    if tree is not None and str(tree) not in sys.path[:1]:
+        sys.path.insert(0, str(tree))
+        parent = sys.modules.get("megatron")
+        if loaded is None and parent is not None and str(tree / "megatron") not in list(parent.__path__):
+            raise LabError(f"a package `megatron` was imported from {list(parent.__path__)} before lab.prepare")
+    compat.before_import(tree)
+    if not torch.cuda.is_available() or cpu.is_pretending():
+        cpu.pretend(compile=compile)
+
+
+def device() -> torch.device:
+    """Where the laboratory's tensors live."""
+    if cpu.is_pretending() or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+# Process groups --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def parallel(
+    recipe: Recipe, *, rank: int = 0, store: dist.Store | None = None, timeout: float = 120.0
+) -> Iterator[None]:
+    """Hold the process groups of `recipe` open, seeded, and leave nothing of them behind.
+
+    Args:
+        rank: of this process.
+        store: where several ranks meet; one rank needs none (and no port and no environment variable).
+        timeout: seconds a collective may take.
+
+    Raises:
+        LabError: several ranks without a store, or a process group is open already.
+    """
+    from datetime import timedelta
+
+    if store is None:
+        if recipe.world_size > 1:
+            raise LabError(f"{recipe.world_size} ranks need a store to meet at: use lab.run_ranks")
+        store = dist.HashStore()
+    if dist.is_initialized():
+        raise LabError("a process group is open already")
+    backend = "gloo"
+    if not cpu.is_pretending() and torch.cuda.device_count() >= recipe.world_size:
+        backend = "cpu:gloo,cuda:nccl"  # NCCL refuses two ranks on one GPU
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=recipe.world_size, timeout=timedelta(seconds=timeout)
+    )
+    state = None
+    try:
+        state = import_module("megatron.core.parallel_state")
+        compat.after_import()
+        state.initialize_model_parallel(
+            tensor_model_parallel_size=recipe.tensor_parallel,
+            pipeline_model_parallel_size=recipe.pipeline_parallel,
+            virtual_pipeline_model_parallel_size=recipe.virtual_pipeline,
+            expert_model_parallel_size=recipe.expert_parallel,
+        )
+        _seed(recipe.seed)
+        yield
+    finally:
+        if state is not None:
+            state.destroy_model_parallel()
+            _forget_groups(state)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        gc.collect()
+
+
+def _seed(seed: int) -> None:
+    import numpy as np
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    import_module("megatron.core.tensor_parallel.random").model_parallel_cuda_manual_seed(seed)
+
+
+def _forget_groups(state: Any) -> None:
+    """Let go of the groups that destroy_model_parallel keeps: each gloo group owns threads."""
+    for name, value in list(vars(state).items()):
+        if isinstance(value, dist.ProcessGroup) or (
+            isinstance(value, list | tuple) and any(isinstance(v, dist.ProcessGroup) for v in value)
+        ):
+            setattr(state, name, None)
+        elif isinstance(value, dict) and any(isinstance(v, dist.ProcessGroup) for v in value.values()):
+            value.clear()
+
+
+# Configuration ---------------------------------------------------------------------------------------------------
+
+
+def make_config(recipe: Recipe) -> Any:
+    """The TransformerConfig of this release for `recipe`.
+
+    Raises:
+        LabError: the release lacks something the recipe asks for.
+    """
+    compat.check_release(recipe.router_dtype)
+    config_class = import_module("megatron.core.transformer.transformer_config").TransformerConfig
+    known = {f.name for f in dataclasses.fields(config_class)}
+    dtype = _DTYPES[recipe.precision]
+    wanted: dict[str, Any] = {
+        "num_layers": recipe.layers,
+        "hidden_size": recipe.hidden,
+        "num_attention_heads": recipe.heads,
+        # 0.11's SequentialMLP takes its size from here.
+        "ffn_hidden_size": recipe.moe_ffn,
+        "moe_ffn_hidden_size": recipe.moe_ffn,
+        "num_moe_experts": recipe.experts,
+        "moe_router_topk": recipe.topk,
+        "moe_router_score_function": recipe.score_function,
+        "moe_router_enable_expert_bias": recipe.expert_bias,
+        "moe_router_bias_update_rate": recipe.bias_rate,
+        "moe_router_load_balancing_type": recipe.load_balancing,
+        "moe_aux_loss_coeff": 0.0 if recipe.load_balancing == "none" else recipe.aux_coeff,
+        "moe_token_dispatcher_type": recipe.dispatcher,
+        "moe_grouped_gemm": False,
+        "add_bias_linear": recipe.linear_bias,
+        "tensor_model_parallel_size": recipe.tensor_parallel,
+        "pipeline_model_parallel_size": recipe.pipeline_parallel,
+        "virtual_pipeline_model_parallel_size": recipe.virtual_pipeline,
+        "expert_model_parallel_size": recipe.expert_parallel,
+        "sequence_parallel": recipe.uses_sequence_parallel,
+        "bf16": recipe.precision == "bf16",
+        "fp16": recipe.precision == "fp16",
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        # Fused kernels are CUDA's or apex's.
+        "gradient_accumulation_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        "persist_layer_norm": False,
+        "deterministic_mode": False,
+    }
+    if recipe.router_dtype is not None:
+        wanted["moe_router_dtype"] = recipe.router_dtype
+    if recipe.recompute:
+        wanted |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    unknown = (set(wanted) | set(recipe.extra)) - known
+    if unknown:
+        raise LabError(f"Megatron {compat.megatron_version()}: TransformerConfig has no {', '.join(sorted(unknown))}")
+    return config_class(**{**wanted, **recipe.extra})
+
+
+def make_router(config: Any) -> Any:
+    """One TopKRouter on the laboratory's device, outside any model. Needs `parallel`."""
+    compat.after_import()
+    router_class = import_module("megatron.core.transformer.moe.router").TopKRouter
+    groups = compat.signature_kwargs(router_class.__init__, pg_collection=0, model_comm_pgs=0)
+    kwargs = {}
+    if groups:
+        # moe_utils' helper is what MoELayer itself uses; older releases look the groups up on their own.
+        kwargs = {name: default_groups() for name in groups}
+    router = router_class(config, **kwargs)
+    if hasattr(router, "set_layer_number"):
+        router.set_layer_number(1)
+    return router.to(device())
+
+
+def default_groups() -> Any:
+    """The collection of process groups that this release's MoE layers take, from parallel_state; or None."""
+    moe_utils = import_module("megatron.core.transformer.moe.moe_utils")
+    get = getattr(moe_utils, "get_default_pg_collection", None) or getattr(
+        moe_utils, "get_default_model_comm_pgs", None
+    )
+    return None if get is None else get()
+
+
+# The model -------------------------------------------------------------------------------------------------------
+
+
+class LabLayerNorm(torch.nn.LayerNorm):
+    """LayerNorm with Megatron's constructor, allowed under sequence parallelism.
+
+    Megatron's own stand-in without apex and TransformerEngine asserts that sequence parallelism is off. What it
+    takes is the mark by which finalize_model_grads finds parameters whose gradients are partial sums.
+    """
+
+    returns_residual = False
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **ignored: Any) -> None:
+        super().__init__(hidden_size, eps=eps)
+        for param in self.parameters():
+            param.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def make_gpt(recipe: Recipe, config: Any, stage: int | None) -> Any:
+    """One model chunk, in fp32 and unwrapped, on the laboratory's device. `stage`: virtual pipeline stage."""
+    state = import_module("megatron.core.parallel_state")
+    specs = import_module("megatron.core.models.gpt.gpt_layer_specs")
+    block = import_module("megatron.core.transformer.transformer_block")
+    gpt = import_module("megatron.core.models.gpt.gpt_model").GPTModel
+
+    if stage is not None:
+        state.set_virtual_pipeline_model_parallel_rank(stage)
+    virtual = compat.signature_kwargs(state.is_pipeline_first_stage, ignore_virtual=False, vp_stage=stage)
+    layer = specs.get_gpt_layer_local_spec(num_experts=recipe.experts, moe_grouped_gemm=False)
+    layer.submodules.input_layernorm = LabLayerNorm
+    layer.submodules.pre_mlp_layernorm = LabLayerNorm
+    count = block.get_num_layers_to_build(
+        config, **compat.signature_kwargs(block.get_num_layers_to_build, vp_stage=stage)
+    )
+    spec = block.TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=LabLayerNorm)
+    model = gpt(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=recipe.vocab,
+        max_sequence_length=recipe.seq_length,
+        pre_process=state.is_pipeline_first_stage(**virtual),
+        post_process=state.is_pipeline_last_stage(**virtual),
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+        **compat.signature_kwargs(gpt.__init__, vp_stage=stage),
+    )
+    return model.to(device())

@@ -1,0 +1,219 @@
+"""Training steps through Megatron's own schedule, gradient finalisation and optimizer, with places to look."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_fp32_router.lab import compat
+from megatron_fp32_router.lab.model import device, make_config, make_gpt
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from megatron_fp32_router.lab.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What one router decided in one forward that counts (recomputation's first pass does not).
+
+    `hidden`: the router's input as it came, detached, [..., hidden]. `routing_map`: bool [tokens, experts].
+    """
+
+    name: str
+    router: Any
+    hidden: torch.Tensor
+    routing_map: torch.Tensor
+
+
+@dataclass
+class Lab:
+    """A model in training. Made by `build`; lives inside `parallel`."""
+
+    recipe: Recipe
+    config: Any
+    #: DDP-wrapped model chunks: one, or as many as there are virtual pipeline stages.
+    chunks: list[Any]
+    optimizer: Any
+    #: Called with this Lab after the backward passes, before finalize_model_grads zeroes the counters.
+    on_counts: list[Callable[[Lab], None]] = field(default_factory=list)
+    #: Whether the last optimizer step was taken; fp16 skips one on overflow.
+    stepped: bool = True
+    grad_norm: float | None = None
+
+    def routers(self) -> list[tuple[str, Any]]:
+        """(qualified name, TopKRouter) of every router on this rank; "chunkN." leads when there are several."""
+        router_class = import_module("megatron.core.transformer.moe.router").TopKRouter
+        several = len(self.chunks) > 1
+        return [
+            (f"chunk{index}.{name}" if several else name, module)
+            for index, chunk in enumerate(self.chunks)
+            for name, module in chunk.named_modules()
+            if isinstance(module, router_class)
+        ]
+
+    def step(self, batches: Iterable[dict[str, Any]]) -> float:
+        """Train on one global batch: `recipe.micro_batches` items are taken from `batches`.
+
+        Returns:
+            Mean loss over micro-batches and data-parallel ranks, in nats per byte, the same on every rank.
+        """
+        loss = self.step_without_optimizer(batches)
+        self.stepped, norm, _ = self.optimizer.step()
+        self.grad_norm = None if norm is None else float(norm)
+        return loss
+
+    def step_without_optimizer(self, batches: Iterable[dict[str, Any]]) -> float:
+        """Forward, backward and finalize_model_grads (which moves expert_bias); parameters stay."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        # Every chunk of a virtual pipeline must see the same micro-batches.
+        taken = list(itertools.islice(iter(batches), self.recipe.micro_batches))
+        run = import_module("megatron.core.pipeline_parallel").get_forward_backward_func()
+        several = len(self.chunks) > 1
+        losses = run(
+            forward_step_func=_forward_step,
+            data_iterator=[iter(taken) for _ in self.chunks] if several else iter(taken),
+            model=self.chunks,
+            num_microbatches=self.recipe.micro_batches,
+            seq_length=self.recipe.seq_length,
+            micro_batch_size=self.recipe.micro_batch,
+            decoder_seq_length=self.recipe.seq_length,
+            forward_only=False,
+        )
+        return _mean_over_ranks([float(item["loss"]) for item in losses])
+
+    @contextlib.contextmanager
+    def record_routing(self, into: Callable[[Routing], None]) -> Iterator[None]:
+        """Hand every routing decision to `into` while the context is open."""
+
+        def hook_for(name: str) -> Callable[..., None]:
+            def hook(router: Any, inputs: tuple[Any, ...], output: Any) -> None:
+                # Under full recomputation a forward without gradients comes first; Megatron does not count it.
+                if torch.is_grad_enabled():
+                    into(Routing(name, router, inputs[0].detach(), output[1].detach().bool()))
+
+            return hook
+
+        handles = [router.register_forward_hook(hook_for(name)) for name, router in self.routers()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def main_weight(self, param: torch.Tensor) -> torch.Tensor:
+        """The optimizer's fp32 copy of `param`, or `param` itself where it has none. Plain optimizer only."""
+        main = getattr(param, "main_param", None)
+        return param.detach() if main is None else main.detach()
+
+
+def build(recipe: Recipe) -> Lab:
+    """Build, wrap and equip the model of `recipe`. Call it inside `parallel`.
+
+    Raises:
+        LabError: the release lacks something the recipe asks for.
+    """
+    compat.after_import()
+    config = make_config(recipe)
+    stages = [None] if recipe.virtual_pipeline is None else list(range(recipe.virtual_pipeline))
+    chunks = [_wrap(recipe, config, make_gpt(recipe, config, stage), index) for index, stage in enumerate(stages)]
+    optimizer = _optimizer(recipe, config, chunks)
+    lab = Lab(recipe, config, chunks, optimizer)
+    _connect(lab)
+    for _, router in lab.routers():
+        if getattr(router, "expert_bias", None) is not None:
+            router.expert_bias.fill_(recipe.bias_start)
+    return lab
+
+
+def _wrap(recipe: Recipe, config: Any, model: Any, index: int) -> Any:
+    distributed = import_module("megatron.core.distributed")
+    if recipe.precision != "fp32":
+        model = import_module("megatron.core.transformer.module").Float16Module(config, model)
+    ddp = distributed.DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=recipe.overlap,
+        use_distributed_optimizer=recipe.optimizer == "distributed",
+        overlap_param_gather=recipe.overlap and recipe.optimizer == "distributed",
+    )
+    # As Megatron's training does: only the first chunk of a virtual pipeline is cut into buckets.
+    return distributed.DistributedDataParallel(config, ddp, model, disable_bucketing=index > 0)
+
+
+def _optimizer(recipe: Recipe, config: Any, chunks: list[Any]) -> Any:
+    optimizer = import_module("megatron.core.optimizer")
+    settings = optimizer.OptimizerConfig(
+        optimizer="adam",
+        lr=recipe.lr,
+        weight_decay=0.0,
+        clip_grad=recipe.clip_grad,
+        bf16=config.bf16,
+        fp16=config.fp16,
+        params_dtype=config.params_dtype,
+        initial_loss_scale=recipe.loss_scale,
+        use_distributed_optimizer=recipe.optimizer == "distributed",
+        **compat.signature_kwargs(
+            optimizer.OptimizerConfig,
+            overlap_param_gather=recipe.overlap and recipe.optimizer == "distributed",
+        ),
+    )
+    if not recipe.fused_adam:
+        return optimizer.get_megatron_optimizer(settings, chunks)
+    # Restored at once: Adam is looked up while the optimizer is made, and other builds want torch's own.
+    homes = [module for module in (optimizer, getattr(optimizer, "optimizer", None)) if hasattr(module, "Adam")]
+    originals = [module.Adam for module in homes]
+    try:
+        for module in homes:
+            module.Adam = compat.FusedAdamLike
+        return optimizer.get_megatron_optimizer(settings, chunks)
+    finally:
+        for module, original in zip(homes, originals, strict=True):
+            module.Adam = original
+
+
+def _connect(lab: Lab) -> None:
+    """Give the schedule its callbacks, as Megatron's training loop does."""
+    real = import_module("megatron.core.distributed").finalize_model_grads
+
+    def finalize_model_grads(*args: Any, **kwargs: Any) -> Any:
+        for look in lab.on_counts:
+            look(lab)
+        return real(*args, **kwargs)
+
+    def one_or_all(values: list[Any]) -> Any:
+        return values[0] if len(values) == 1 else values
+
+    config, recipe = lab.config, lab.recipe
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = lab.optimizer.scale_loss
+    if recipe.overlap:
+        config.no_sync_func = one_or_all([chunk.no_sync for chunk in lab.chunks])
+        if recipe.pipeline_parallel > 1:
+            config.grad_sync_func = one_or_all([chunk.start_grad_sync for chunk in lab.chunks])
+
+
+def _forward_step(batches: Iterator[dict[str, Any]], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+    batch = next(batches)
+    output = model(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"])
+
+    def loss_of(output_bs: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss = (output_bs.float() * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
+        return loss, {"loss": loss.detach().clone()}
+
+    return output, loss_of
+
+
+def _mean_over_ranks(losses: list[float]) -> float:
+    """Only the last pipeline stage has losses; every rank gets their mean."""
+    total = torch.tensor([sum(losses), float(len(losses))], dtype=torch.float64, device=device())
+    dist.all_reduce(total)
+    return float(total[0] / total[1])

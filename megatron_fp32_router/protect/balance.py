@@ -1,0 +1,201 @@
+"""The balance update of auxiliary-loss-free load balancing (arXiv:2408.15664), exact.
+
+Counts are integers through the all-reduce and the comparison, so every reduction order and every way of splitting
+the same tokens over ranks gives the same bits. On the device, without a host synchronisation, with no shape that
+depends on data. Shapes: L layers, E experts.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_fp32_router.errors import UnprotectedRouterError
+from megatron_fp32_router.protect.casts import COUNTER, below_fp32
+from megatron_fp32_router.registry import mismatch, replaces
+
+
+def direction(counts_LE: torch.Tensor) -> torch.Tensor:
+    """Which way each expert's bias moves: sign(total − E·count).
+
+    Upstream compares with the mean, total / E, in floating point: inexact, and the sign is lost where 1/E is below
+    the spacing at the mean (E = 256: a mean above 131,072 in fp32).
+
+    Args:
+        counts_LE: int64 [L, E] (or [E]), tokens per expert summed over all ranks; E·count must stay below 2^63.
+
+    Returns:
+        int64 of the same shape: 1 for an expert with fewer tokens than the mean, −1 with more, 0 on it.
+    """
+    total = counts_LE.sum(dim=-1, keepdim=True)
+    return torch.sign(total - counts_LE * counts_LE.shape[-1])
+
+
+def _group(given: Any) -> Any:
+    """The group that shares a balance update: tensor × data × context parallel, as upstream takes it."""
+    if given is not None:
+        return given
+    from megatron.core import parallel_state
+
+    return parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+
+
+def _check(name: str, tensor: torch.Tensor) -> None:
+    if below_fp32(tensor.dtype):
+        mismatch(
+            UnprotectedRouterError,
+            f"{name} is {tensor.dtype} at the balance update, which cannot be exact: the model was built or cast "
+            "before megatron_fp32_router was active. Import the plugin before the model is built, or call "
+            "megatron_fp32_router.protect_model(model) before DDP and the optimizer.",
+        )
+
+
+def exact_rule(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """get_updated_expert_bias: for whoever calls it, third parties' own update functions included.
+
+    As upstream's, it leaves the reduced counts in `tokens_per_expert`.
+    """
+
+    @replaces(original)
+    def get_updated_expert_bias(
+        tokens_per_expert: torch.Tensor,
+        expert_bias: torch.Tensor,
+        expert_bias_update_rate: float,
+        tp_dp_cp_group: Any = None,
+    ) -> torch.Tensor:
+        _check("tokens_per_expert", tokens_per_expert)
+        _check("expert_bias", expert_bias)
+        with torch.no_grad():
+            counts = tokens_per_expert.to(torch.int64)
+            torch.distributed.all_reduce(counts, group=_group(tp_dp_cp_group))
+            if counts is not tokens_per_expert:
+                tokens_per_expert.copy_(counts)
+            step = direction(counts).to(expert_bias.dtype)
+            return torch.add(expert_bias, step, alpha=expert_bias_update_rate)
+
+    return get_updated_expert_bias
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """What upstream's own update function does in this release, read off its code.
+
+    Attributes:
+        training_only: routers in eval mode (a distillation teacher) are left alone (0.17 and later).
+        respects_frozen: so are routers with frozen_expert_bias (0.19 and later).
+        zeroes: counters are zeroed here (to 0.14; later by reset_model_temporary_tensors).
+    """
+
+    training_only: bool
+    respects_frozen: bool
+    zeroes: bool
+
+
+def _rules(original: Callable[..., Any]) -> _Rules:
+    code = inspect.unwrap(original).__code__
+    return _Rules(
+        training_only="training" in code.co_names,
+        respects_frozen="frozen_expert_bias" in code.co_consts,
+        zeroes="zero_" in code.co_names,
+    )
+
+
+def _modules(model: Iterable[Any]) -> Iterator[Any]:
+    for chunk in model:
+        yield from chunk.modules()
+
+
+def _counted(module: Any) -> bool:
+    """Whether `module` has a bias to update. A router without one (dense layers' stand-ins) has None there."""
+    return getattr(module, "expert_bias", None) is not None and getattr(module, COUNTER, None) is not None
+
+
+def exact_update(original: Callable[..., None]) -> Callable[..., None]:
+    """_update_router_expert_bias: all layers at once, one collective for each number of experts.
+
+    Which routers take part, and where counters are zeroed, is upstream's rule of the release at hand.
+    """
+    rules = _rules(original)
+
+    @replaces(original)
+    def _update_router_expert_bias(model: Any, config: Any, tp_dp_cp_group: Any = None) -> None:
+        batches: dict[tuple[int, torch.dtype, torch.dtype, torch.device], list[Any]] = {}
+        for module in _modules(model):
+            if not _counted(module):
+                continue
+            if rules.training_only and not module.training:
+                continue
+            if rules.respects_frozen and getattr(module, "frozen_expert_bias", False):
+                continue
+            bias, counter = module.expert_bias, getattr(module, COUNTER)
+            _check("expert_bias", bias)
+            _check(COUNTER, counter)
+            batches.setdefault((bias.shape[-1], bias.dtype, counter.dtype, bias.device), []).append(module)
+        with torch.no_grad():
+            for modules in batches.values():
+                _update(modules, config.moe_router_bias_update_rate, _group(tp_dp_cp_group), rules.zeroes)
+
+    return _update_router_expert_bias
+
+
+def _update(modules: list[Any], rate: float, group: Any, zero: bool) -> None:
+    counters = [getattr(module, COUNTER) for module in modules]
+    biases = [module.expert_bias for module in modules]
+    counts_LE = torch.stack(counters).to(torch.int64)
+    torch.distributed.all_reduce(counts_LE, group=group)
+    step_LE = direction(counts_LE).to(biases[0].dtype)
+    torch._foreach_add_(biases, step_LE.unbind(0), alpha=rate)
+    if zero:
+        torch._foreach_zero_(counters)
+
+
+def reset_in_one_go(original: Callable[..., None]) -> Callable[..., None]:
+    """reset_model_temporary_tensors (0.15 and later): the same tensors, zeroed together."""
+
+    @replaces(original)
+    def reset_model_temporary_tensors(config: Any, model: Any) -> None:
+        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+
+        def zero(tensor: torch.Tensor) -> None:
+            by_dtype.setdefault(tensor.dtype, []).append(tensor)
+
+        balancing = config.moe_router_load_balancing_type
+        for module in _modules(model):
+            if config.moe_router_enable_expert_bias and _counted(module):
+                zero(getattr(module, COUNTER))
+            if "global_aux_loss" in balancing and hasattr(module, "reset_global_aux_loss_tracker"):
+                module.reset_global_aux_loss_tracker()
+            if getattr(module, "qb_beta_accum", None) is not None:
+                zero(module.qb_beta_accum)
+                zero(module.qb_beta_count)
+        with torch.no_grad():
+            for tensors in by_dtype.values():
+                torch._foreach_zero_(tensors)
+
+    return reset_model_temporary_tensors
+
+
+def mask_padding_per_token(original: Callable[..., None]) -> Callable[..., None]:
+    """TopKRouter._apply_expert_bias (0.16 and later): padding tokens are taken out before upstream counts.
+
+    Upstream to 0.19 broadcasts the [T] mask along experts of the [T, E] map (#6111).
+    """
+
+    @replaces(original)
+    def _apply_expert_bias(
+        self: Any,
+        routing_map: torch.Tensor,
+        padding_mask: torch.Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        if padding_mask is not None and routing_map.dtype == torch.bool and padding_mask.dim() < routing_map.dim():
+            routing_map = routing_map & ~padding_mask.unsqueeze(-1)
+            padding_mask = None
+        original(self, routing_map, padding_mask, *args, **kwargs)
+
+    return _apply_expert_bias

@@ -1,0 +1,174 @@
+"""The effect: what the router tensors of a built model really are, and one line in the log that says so."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_fp32_router.errors import ModelInUseError, UnprotectedRouterError
+from megatron_fp32_router.protect.casts import below_fp32, protects_parameters, widen_counter
+from megatron_fp32_router.registry import mismatch, registry, replaces, settle
+from megatron_fp32_router.say import say
+from megatron_fp32_router.settings import PREFIX
+from megatron_fp32_router.upstream import of_module
+from megatron_fp32_router.version import __version__
+
+_ROUTER_MODULE = "megatron.core.transformer.moe.router"
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a look at a model's routers found.
+
+    Attributes:
+        routers: how many TopKRouters there are.
+        dtypes: (tensor name, dtype) -> how many such tensors, over all routers.
+        below: full names of floating-point tensors that ought to be fp32 and are below it.
+        foreign: names of routers that are no TopKRouter, which the plugin does not reach.
+    """
+
+    routers: int
+    dtypes: dict[tuple[str, torch.dtype], int]
+    below: tuple[str, ...]
+    foreign: tuple[str, ...]
+
+    def __str__(self) -> str:
+        tensors = ", ".join(
+            f"{name} {str(dtype).removeprefix('torch.')} x{count}" for (name, dtype), count in self.dtypes.items()
+        )
+        return f"{self.routers} router{'s' if self.routers != 1 else ''}: {tensors}"
+
+
+def _tensors(router: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    """(name, tensor, whether it is a parameter) of every floating-point tensor of `router`."""
+    for name, parameter in router.named_parameters():
+        if parameter.is_floating_point():
+            yield name, parameter, True
+    for name, buffer in router.named_buffers():
+        if buffer.is_floating_point():
+            yield name, buffer, False
+
+
+def _routers(module: torch.nn.Module) -> tuple[list[tuple[str, Any]], tuple[str, ...]]:
+    """The TopKRouters in `module`, and the names of routers of other kinds."""
+    upstream = sys.modules.get(_ROUTER_MODULE)
+    if upstream is None:
+        return [], ()
+    found, foreign = [], []
+    for name, child in module.named_modules():
+        if isinstance(child, upstream.TopKRouter):
+            found.append((name, child))
+        elif isinstance(child, upstream.Router) or getattr(child, "expert_bias", None) is not None:
+            foreign.append(f"{name} ({type(child).__module__}.{type(child).__qualname__})")
+    return found, tuple(foreign)
+
+
+def survey(module: torch.nn.Module) -> Survey:
+    """Look at every router tensor of `module` as it is now."""
+    routers, foreign = _routers(module)
+    dtypes: Counter[tuple[str, torch.dtype]] = Counter()
+    below = []
+    for router_name, router in routers:
+        for name, tensor, is_parameter in _tensors(router):
+            dtypes[name, tensor.dtype] += 1
+            if below_fp32(tensor.dtype) and (protects_parameters() or not is_parameter):
+                below.append(f"{router_name}.{name} ({tensor.dtype})")
+    return Survey(len(routers), dict(dtypes), tuple(below), foreign)
+
+
+def _report(module: torch.nn.Module, config: Any) -> None:
+    """Say what is there; raise or warn when it is not what was promised."""
+    found = survey(module)
+    stage = getattr(config, "virtual_pipeline_model_parallel_size", None) and getattr(module, "vp_stage", None)
+    chunk = f" (model chunk {stage})" if stage is not None else ""
+    release = of_module(sys.modules["megatron.core"])
+    if found.foreign:
+        mismatch(
+            UnprotectedRouterError,
+            f"these routers are not built on Megatron's TopKRouter and are not protected{chunk}: "
+            f"{', '.join(found.foreign[:3])}. Derive them from TopKRouter, or set {PREFIX}_ON_MISMATCH=warn.",
+        )
+    if found.below:
+        listed = ", ".join(found.below[:3]) + (" …" if len(found.below) > 3 else "")
+        mismatch(
+            UnprotectedRouterError,
+            f"{len(found.below)} router tensors are below fp32 after wrapping{chunk}: {listed}. The model was built "
+            "before the plugin was active, Megatron's router module was reloaded, or another patch casts them. "
+            "Import megatron_fp32_router before the model is built, or call "
+            "megatron_fp32_router.protect_model(model) before wrapping it; "
+            f"{PREFIX}_ON_MISMATCH=warn trains on as it is.",
+        )
+    elif found.routers:
+        say(
+            logging.INFO,
+            f"megatron-fp32-router {__version__} on {release}{chunk}: {found} (protect={registry.settings.protect})",
+            threshold=registry.settings.log,
+        )
+
+
+def look_after_wrapping(original: Callable[..., None]) -> Callable[..., None]:
+    """Float16Module.__init__: right after the cast, look at the tensors and say in one line what they are."""
+
+    @replaces(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        settle()
+        original(self, *args, **kwargs)
+        _report(self.module, getattr(self.module, "config", None))
+
+    return __init__
+
+
+def _chunks(model: Any) -> Iterable[torch.nn.Module]:
+    chunks: Iterable[torch.nn.Module] = model if isinstance(model, (list, tuple)) else [model]
+    return chunks
+
+
+def protect_model(model: Any) -> Survey:
+    """See megatron_fp32_router.protect_model."""
+    total = Survey(0, {}, (), ())
+    for chunk in _chunks(model):
+        for _, router in _routers(chunk)[0]:
+            if any(hasattr(parameter, "main_grad") for parameter in router.parameters()):
+                raise ModelInUseError(
+                    "protect_model() came after DDP: the parameters are views of its buffers now. "
+                    "Call it on the bare or Float16Module-wrapped model, before DDP and the optimizer."
+                )
+        for _, router in _routers(chunk)[0]:
+            _widen(router)
+        found = survey(chunk)
+        dtypes = Counter(total.dtypes)
+        dtypes.update(found.dtypes)
+        total = Survey(
+            total.routers + found.routers,
+            dict(dtypes),
+            total.below + found.below,
+            total.foreign + found.foreign,
+        )
+    say(
+        logging.WARNING,
+        f"protect_model: {total}. Bits that were lost before this call stay lost.",
+        threshold=registry.settings.log,
+    )
+    return total
+
+
+def _widen(router: torch.nn.Module) -> None:
+    """Bring every protected tensor of `router` to fp32, in place; Parameter objects stay the same."""
+    with torch.no_grad():
+        for module in router.modules():
+            if protects_parameters():
+                for parameter in module._parameters.values():
+                    if parameter is not None and below_fp32(parameter.dtype):
+                        parameter.data = parameter.data.to(torch.float32)
+                        if parameter.grad is not None:
+                            parameter.grad = parameter.grad.to(torch.float32)
+            for name, buffer in module._buffers.items():
+                if buffer is not None and below_fp32(buffer.dtype):
+                    module._buffers[name] = buffer.to(torch.float32)
+    widen_counter(router)

@@ -1,0 +1,83 @@
+# No `from __future__ import annotations` here: torch reads the operator's schema from the annotations themselves.
+"""A matrix product in true fp32, whatever the program set: TF32, bf16x1 and autocast do not reach it.
+
+Eager code calls the Python function. A traced program gets an operator that tracers do not look into, since the
+switches of torch.backends cannot be turned inside a graph.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def _reduced_precision_allowed() -> bool:
+    """Whether fp32 products may be computed in less. Reading can fail where old and new switches contradict."""
+    matmul = torch.backends.cuda.matmul
+    mkldnn = getattr(torch.backends.mkldnn, "matmul", None)
+    exact = ("none", "ieee")
+    if getattr(matmul, "fp32_precision", "ieee") not in exact:
+        return True
+    if getattr(mkldnn, "fp32_precision", "ieee") not in exact:
+        return True
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:
+        return True
+
+
+@contextmanager
+def true_fp32() -> Iterator[None]:
+    """Compute fp32 matrix products in fp32 inside, and leave every switch as it was found."""
+    if not _reduced_precision_allowed():
+        yield
+        return
+    places = [
+        place
+        for place in (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+        if hasattr(place, "fp32_precision")
+    ]
+    saved = [place.fp32_precision for place in places]
+    try:
+        legacy = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        legacy = "highest"  # contradictory switches; the new ones are restored below as they were
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(legacy)
+        for place, value in zip(places, saved):
+            place.fp32_precision = value
+
+
+def _mm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    with true_fp32(), torch.autocast(a.device.type, enabled=False):
+        return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+
+
+@torch.library.custom_op("megatron_fp32_router::mm", mutates_args=())
+def _mm_operator(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return _mm(a, b, bias)
+
+
+@_mm_operator.register_fake
+def _(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return a.new_empty(a.shape[0], b.shape[1])
+
+
+def mm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`a @ b (+ bias)`.
+
+    Args:
+        a: [M, K], fp32 or fp64.
+        b: [K, N], the same dtype.
+        bias: [N], the same dtype, or None.
+
+    Returns:
+        [M, N] in the same dtype, computed in it.
+    """
+    if torch.compiler.is_compiling():
+        result: torch.Tensor = _mm_operator(a, b, bias)
+        return result
+    return _mm(a, b, bias)

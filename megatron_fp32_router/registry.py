@@ -1,0 +1,242 @@
+"""Applying patches, taking them back, and saying truthfully what state each is in.
+
+What is patched is asked of the modules as they are now, never remembered: somebody else may have replaced our
+function, or reloaded its module, since.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, Final, Literal
+
+import wrapt
+
+from megatron_fp32_router.errors import DisplacedPatchError, Fp32RouterError, TargetMissingError
+from megatron_fp32_router.records import PATCHES, Patch
+from megatron_fp32_router.say import say
+from megatron_fp32_router.settings import PREFIX, Settings
+from megatron_fp32_router.upstream import Megatron, of_module
+
+State = Literal["armed", "applied", "native", "displaced", "drifted", "off"]
+
+#: Marks our replacements, so that an import of the plugin that lost its memory still knows its own work.
+_MARK: Final = "__megatron_fp32_router__"
+
+
+@dataclass(frozen=True)
+class PatchStatus:
+    """What status() says about one patch.
+
+    Attributes:
+        id: the patch's name.
+        target: the dotted name of what it patches.
+        state: "armed" (waits for the import), "applied", "native" (this release needs no such patch), "displaced"
+            (somebody else's patch sits on ours), "drifted" (the target is not what the patch was written for),
+            "off".
+        detail: one sentence more, or an empty string.
+    """
+
+    id: str
+    target: str
+    state: State
+    detail: str
+
+
+@dataclass
+class _Registry:
+    """The one piece of mutable state. Patched functions read `settings` at call time."""
+
+    active: bool = False
+    settings: Settings = field(default_factory=Settings)
+    #: patch id -> our replacement, as installed.
+    replacements: dict[str, Any] = field(default_factory=dict)
+    #: patch id -> why it does not fit.
+    problems: dict[str, str] = field(default_factory=dict)
+    #: modules that were half imported when the plugin was armed.
+    pending: set[str] = field(default_factory=set)
+    #: modules that were reloaded: their classes are new objects, so they are looked at whenever a model is built.
+    reloaded: set[str] = field(default_factory=set)
+
+
+registry: Final = _Registry()
+
+
+def replaces(original: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """functools.wraps for replacements: name, docstring and signature, but not the original's attributes.
+
+    A function compiled by torch carries dynamo's own attributes; copied, they would make dynamo run the original
+    and skip the replacement.
+    """
+    return functools.wraps(original, updated=())
+
+
+def mismatch(error: type[Fp32RouterError], message: str) -> None:
+    """Raise `error`, or warn once on rank 0 where the user chose `warn`."""
+    if registry.settings.on_mismatch == "raise":
+        raise error(message)
+    say(logging.WARNING, message, threshold=registry.settings.log, once=True)
+
+
+def initializing(module: ModuleType) -> bool:
+    """Whether the import system is still executing this module."""
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
+
+
+def apply_all(module: ModuleType, name: str) -> None:
+    """Apply every patch whose target lives in `module`. Patches that are in place are left alone.
+
+    Raises:
+        TargetMissingError: a target is missing or has another signature (under on_mismatch="raise").
+    """
+    megatron = of_module(module)
+    for patch in PATCHES:
+        if patch.module == name:
+            _apply(patch, module, megatron)
+
+
+def settle() -> None:
+    """Patch what could not be patched at once: modules that were half imported, modules that were reloaded."""
+    for name in list(registry.pending):
+        module = sys.modules.get(name)
+        if module is None or not initializing(module):
+            registry.pending.discard(name)
+            if module is not None and registry.active:
+                apply_all(module, name)
+    for name in list(registry.reloaded):
+        module = sys.modules.get(name)
+        if module is not None and registry.active:
+            apply_all(module, name)
+
+
+def _not_in_this_release(patch: Patch, megatron: Megatron) -> str | None:
+    """Why this release needs no such patch, or None when it does."""
+    if not megatron.at_least(patch.since):
+        return f"{megatron} has no such function; it came with {patch.since}"
+    if patch.until is not None and megatron.at_least(patch.until):
+        return f"{megatron} needs no such patch; its function went with {patch.until}"
+    return None
+
+
+def _problem(patch: Patch, module: ModuleType, megatron: Megatron) -> str | None:
+    """What about the target is not as the patch expects, or None."""
+    parts = patch.path.split(".")
+    owner: Any = module
+    for part in parts[:-1]:
+        owner = getattr(owner, part, None)
+    own = vars(owner) if owner is not None else {}
+    if not (patch.inherited and owner is not None) and parts[-1] not in own:
+        return "does not exist"
+    target = wrapt.resolve_path(module, patch.path)[2]
+    try:
+        found = list(inspect.signature(target).parameters)
+    except (TypeError, ValueError):
+        return "has no readable signature"
+    if tuple(found[: len(patch.parameters)]) != patch.parameters:
+        return f"takes ({', '.join(found)}) where ({', '.join(patch.parameters)}, …) was expected"
+    return None
+
+
+def _apply(patch: Patch, module: ModuleType, megatron: Megatron) -> None:
+    registry.problems.pop(patch.id, None)
+    if _not_in_this_release(patch, megatron):
+        return
+    problem = _problem(patch, module, megatron)
+    if problem == "does not exist" and megatron.is_prerelease_of(patch.since):
+        return
+    if problem is not None:
+        registry.problems[patch.id] = problem
+        mismatch(
+            TargetMissingError,
+            f"{patch.target} {problem} in {megatron} ({megatron.path}); the patch {patch.id!r} was written for it. "
+            f"Without that patch {patch.why}. Use a release that the plugin knows, or set "
+            f"{PREFIX}_ON_MISMATCH=warn to train with this unprotected, or {PREFIX}=0 to train without the plugin.",
+        )
+        return
+    current = wrapt.resolve_path(module, patch.path)[2]
+    if getattr(current, _MARK, None):
+        # Ours already: the hook fired twice, or the name was imported from a module that is patched.
+        registry.replacements[patch.id] = current
+        return
+    file, _, name = patch.factory.partition(":")
+    factory = getattr(importlib.import_module(f"megatron_fp32_router.protect.{file}"), name)
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        replacement: Callable[..., Any] = factory(original)
+        setattr(replacement, _MARK, patch.id)
+        return replacement
+
+    # A plain closure, not a FunctionWrapper: torch.compile silently skips the latter.
+    registry.replacements[patch.id] = wrapt.wrap_object(module, patch.path, make)
+
+
+def _position(patch: Patch, module: ModuleType) -> tuple[Literal["outermost", "below", "gone"], str]:
+    """Where our replacement sits now, and who sits in its place."""
+    try:
+        current = wrapt.resolve_path(module, patch.path)[2]
+    except wrapt.PathResolutionError:
+        return "gone", "nothing"
+    replacement = registry.replacements[patch.id]
+    above = f"{getattr(current, '__module__', '?')}.{getattr(current, '__qualname__', type(current).__name__)}"
+    if current is replacement:
+        return "outermost", ""
+    if any(entry is replacement for entry in wrapt.wrapper_chain(current)):
+        return "below", above
+    return "gone", above
+
+
+def undo_all() -> None:
+    """Put the identical original objects back.
+
+    Raises:
+        DisplacedPatchError: somebody else's patch sits on one of ours; nothing has been changed then.
+    """
+    placed = []
+    for patch in PATCHES:
+        module = sys.modules.get(patch.module)
+        if patch.id in registry.replacements and module is not None:
+            position, above = _position(patch, module)
+            if position == "below":
+                raise DisplacedPatchError(
+                    f"{patch.target} has been wrapped by {above} since; take that off first, then disable()"
+                )
+            if position == "outermost":
+                placed.append((patch, module))
+    for patch, module in placed:
+        wrapt.unwrap_object(module, patch.path, registry.replacements[patch.id])
+    registry.replacements.clear()
+    registry.problems.clear()
+    registry.pending.clear()
+
+
+def _status(patch: Patch) -> tuple[State, str]:
+    module = sys.modules.get(patch.module)
+    if not registry.active:
+        return "off", ""
+    if module is None:
+        return "armed", "waits for the import"
+    if patch.id in registry.problems:
+        return "drifted", f"the target {registry.problems[patch.id]}"
+    if patch.module in registry.pending:
+        return "armed", "the module is half imported"
+    reason = _not_in_this_release(patch, of_module(module))
+    if reason is not None:
+        return "native", reason
+    if patch.id not in registry.replacements:
+        return "drifted", "was not applied"
+    position, above = _position(patch, module)
+    if position == "outermost":
+        return "applied", ""
+    verb = "wrapped" if position == "below" else "replaced"
+    return "displaced", f"{verb} by {above}"
+
+
+def status() -> tuple[PatchStatus, ...]:
+    """The state of every patch, asked of the modules as they are now."""
+    return tuple(PatchStatus(patch.id, patch.target, *_status(patch)) for patch in PATCHES)

@@ -1,0 +1,138 @@
+"""Every environment variable, in one table, parsed strictly and read only when asked for.
+
+Standard library only: this is imported at interpreter start-up in every process that turns the plugin on.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Final, Literal, cast
+
+from megatron_fp32_router.errors import SettingsError
+
+PREFIX: Final = "MEGATRON_FP32_ROUTER"
+
+Protect = Literal["all", "buffers"]
+OnMismatch = Literal["raise", "warn"]
+LogLevel = Literal["info", "debug", "warning"]
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable: its name, the accepted values (default first) and what it decides."""
+
+    name: str
+    values: tuple[str, ...]
+    meaning: str
+
+
+#: The one table. README's table is generated from it (scripts/docs), and check_names() compares against it.
+VARIABLES: Final = (
+    Variable(
+        PREFIX,
+        ("", "1", "0"),
+        "`1` turns the plugin on in every interpreter that has it installed. `0` wins over everything: "
+        "the import, `run` and `enable()` then do nothing but say so. Unset: only an explicit import turns it on.",
+    ),
+    Variable(
+        f"{PREFIX}_PROTECT",
+        ("all", "buffers"),
+        "`all`: parameters and buffers of the router stay fp32. `buffers`: `weight` and `bias` are left to "
+        "Megatron, so checkpoints and optimizers keep their layout.",
+    ),
+    Variable(
+        f"{PREFIX}_ON_MISMATCH",
+        ("raise", "warn"),
+        "What happens when a patch does not fit this Megatron or a router tensor is below fp32: an error, or one "
+        "warning on rank 0 that says what is unprotected.",
+    ),
+    Variable(
+        f"{PREFIX}_LOG",
+        ("info", "debug", "warning"),
+        "The least severe message that is shown.",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the plugin was asked to do.
+
+    Attributes:
+        protect: "all" keeps parameters and buffers in fp32, "buffers" only the buffers.
+        on_mismatch: "raise" stops the program when something is unprotected, "warn" says so and goes on.
+        log: the least severe message that is shown.
+    """
+
+    protect: Protect = "all"
+    on_mismatch: OnMismatch = "raise"
+    log: LogLevel = "info"
+
+    def updated(self, protect: str | None = None, on_mismatch: str | None = None) -> Settings:
+        """These settings with the given fields replaced (None leaves a field as it is).
+
+        Raises:
+            SettingsError: a value is not one of the accepted ones.
+        """
+        new = self
+        if protect is not None:
+            checked = _accepted("enable(protect=…)", protect, _table("_PROTECT").values)
+            new = replace(new, protect=cast("Protect", checked))
+        if on_mismatch is not None:
+            checked = _accepted("enable(on_mismatch=…)", on_mismatch, _table("_ON_MISMATCH").values)
+            new = replace(new, on_mismatch=cast("OnMismatch", checked))
+        return new
+
+
+def _table(suffix: str) -> Variable:
+    return next(variable for variable in VARIABLES if variable.name == PREFIX + suffix)
+
+
+def _accepted(name: str, value: object, accepted: tuple[str, ...]) -> str:
+    if isinstance(value, str) and value in accepted:
+        return value
+    listed = ", ".join(repr(item) for item in accepted if item)
+    raise SettingsError(f"{name} has the value {value!r}; accepted are {listed}")
+
+
+def _read(suffix: str, environ: Mapping[str, str]) -> str:
+    variable = _table(suffix)
+    value = environ.get(variable.name, "").strip()
+    # An empty variable is how launch scripts spell "not set".
+    return _accepted(variable.name, value, variable.values) if value else variable.values[0]
+
+
+def switch(environ: Mapping[str, str] = os.environ) -> bool | None:
+    """What MEGATRON_FP32_ROUTER says: True for `1`, False for `0`, None when unset.
+
+    Raises:
+        SettingsError: any other value.
+    """
+    return {"": None, "1": True, "0": False}[_read("", environ)]
+
+
+def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
+    """The settings that the environment asks for.
+
+    Raises:
+        SettingsError: a variable has a value that is not accepted; the message lists the accepted ones.
+    """
+    return Settings(
+        protect=cast("Protect", _read("_PROTECT", environ)),
+        on_mismatch=cast("OnMismatch", _read("_ON_MISMATCH", environ)),
+        log=cast("LogLevel", _read("_LOG", environ)),
+    )
+
+
+def unknown_names(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """One sentence for every variable that has our prefix and is not in the table, with the nearest known name."""
+    known = [variable.name for variable in VARIABLES]
+    sentences = []
+    for name in sorted(environ):
+        if name.startswith(PREFIX) and name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            sentences.append(f"{name} is not a variable of this plugin and has no effect; did you mean {near}?")
+    return sentences

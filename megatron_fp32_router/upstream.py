@@ -1,0 +1,82 @@
+"""Which Megatron is this: where it lies and what version it is.
+
+The version is read from `package_info.py` beside the module that the import system found, by AST: importing that
+file runs git in a subprocess (0.19 and later), and package metadata can belong to another copy on the path.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from packaging.version import InvalidVersion, Version
+
+
+@dataclass(frozen=True)
+class Megatron:
+    """A megatron-core tree.
+
+    Attributes:
+        path: the folder `megatron/core`, or None when it cannot be found.
+        version: its version, or None when `package_info.py` does not say.
+    """
+
+    path: Path | None
+    version: Version | None
+
+    def __str__(self) -> str:
+        return f"Megatron-Core {self.version or 'of unknown version'}"
+
+    def at_least(self, release: str) -> bool:
+        """Whether this tree has what `release` introduced. An unknown version counts as the newest.
+
+        A pre-release counts as the release it leads to: 0.16.0rc0 has most of what 0.16.0 has.
+        """
+        return self.version is None or Version(self.version.base_version) >= Version(release)
+
+    def is_prerelease_of(self, release: str) -> bool:
+        """Whether this is a pre-release of exactly `release`, where a new function may not be there yet."""
+        return (
+            self.version is not None
+            and self.version.is_prerelease
+            and Version(self.version.base_version) == Version(release)
+        )
+
+
+def _constant(tree: ast.Module, name: str) -> object:
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+            for target in node.targets:
+                if isinstance(target, ast.Name) and target.id == name:
+                    return node.value.value
+    return None
+
+
+def read_version(package_info: Path) -> Version | None:
+    """The version that a `package_info.py` spells as MAJOR, MINOR, PATCH, PRE_RELEASE; None if it does not."""
+    try:
+        tree = ast.parse(package_info.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, UnicodeDecodeError):
+        return None  # told to the user as "of unknown version" in every message
+    numbers = [_constant(tree, name) for name in ("MAJOR", "MINOR", "PATCH")]
+    if not all(isinstance(number, int) for number in numbers):
+        return None
+    pre = _constant(tree, "PRE_RELEASE") or ""
+    try:
+        return Version(".".join(map(str, numbers)) + str(pre))
+    except InvalidVersion:
+        return None
+
+
+def of_module(module: ModuleType) -> Megatron:
+    """The Megatron that `module` (some `megatron.core.…` or `megatron.legacy.…`) belongs to."""
+    file = getattr(module, "__file__", None)
+    if file is None:
+        return Megatron(None, None)
+    for parent in Path(file).resolve().parents:
+        if parent.name == "megatron":
+            core = parent / "core"
+            return Megatron(core, read_version(core / "package_info.py"))
+    return Megatron(None, None)

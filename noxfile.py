@@ -1,0 +1,72 @@
+"""The steps of scripts/test, to be run singly too: `nox -s lint`, `nox -s "release(0.16.1)" -- -k gating`.
+
+All of them use the environment that nox itself runs in (.venv, made by scripts/test): Megatron releases
+differ in what is on the path, not in what is installed.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from bootstrap import RELEASES, ensure_release  # noqa: E402 - scripts/ is no package
+
+nox.options.default_venv_backend = "none"
+nox.options.sessions = ["lint", "types", "independent"]
+
+#: Scripts without a suffix: ruff and mypy have to be told that they are Python.
+SCRIPTS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "scripts").iterdir()) if not path.suffix]
+
+#: Files that are measured in seconds do not wait for each other: whoever is free takes the next test.
+PYTEST = ("-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", "--durations", "5")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style of everything that is Python."""
+    session.run(sys.executable, "-m", "ruff", "check", ".", *SCRIPTS)
+    session.run(sys.executable, "-m", "ruff", "format", "--check", ".", *SCRIPTS)
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Types of what is installed, and of each script."""
+    session.run(sys.executable, "-m", "mypy", "--strict", "megatron_fp32_router", "_megatron_fp32_router_startup.py")
+    for script in SCRIPTS:
+        # One by one: every one of them is a module named __main__.
+        session.run(sys.executable, "-m", "mypy", "--strict", script, env={"MYPYPATH": "scripts"})
+
+
+@nox.session
+def independent(session: nox.Session) -> None:
+    """Tests that do not depend on the release."""
+    ledger = ROOT / "results" / "independent.json"
+    where = [
+        "tests",
+        "--ignore",
+        "tests/megatron",
+        "--ignore",
+        "tests/test_matrix.py",
+        "--ledger",
+        str(ledger),
+    ]
+    session.run(sys.executable, *PYTEST, *where, *session.posargs, success_codes=_good_codes(session))
+
+
+@nox.session
+@nox.parametrize("megatron", [nox.param(version, id=version) for version in RELEASES])
+def release(session: nox.Session, megatron: str) -> None:
+    """Tests on one release."""
+    tree, ledger = ensure_release(megatron), ROOT / "results" / f"{megatron}.json"
+    where = ["tests/megatron", "--megatron", str(tree), "--ledger", str(ledger)]
+    session.run(sys.executable, *PYTEST, *where, *session.posargs, success_codes=_good_codes(session))
+
+
+def _good_codes(session: nox.Session) -> list[int]:
+    """A selection may leave nothing to test here (5); test_matrix.py asks that something was left."""
+    return [0, 5] if session.posargs else [0]

@@ -1,0 +1,177 @@
+"""What scripts/test and scripts/demo need before anything else: an environment and the Megatron releases.
+
+Only the standard library may be imported here: this runs on a machine with nothing but Python and pip, before
+the environment that it makes exists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).resolve().parent.parent
+
+#: Every megatron-core on PyPI whose router has an expert bias, oldest first: the one list of them.
+RELEASES = tuple((ROOT / "scripts" / "releases.txt").read_text(encoding="utf-8").split())
+
+#: What development and the demo use when no release is named.
+NEWEST = RELEASES[-1]
+
+#: The torch on which the matrix is known to pass; other Pythons take what the package itself asks for.
+TORCH = "torch==2.13.0" if sys.version_info[:2] == (3, 11) else "torch>=2.4"
+
+#: A release has wheels for some Pythons only (0.11 to 0.13: up to 3.11). The parts that are used here are not
+#: compiled, so the first wheel found serves every Python.
+WHEEL_PYTHONS = ("3.12", "3.11", "3.10")
+
+
+class SetupError(Exception):
+    """The environment or a release could not be had; the text says why and what to do."""
+
+
+def say(text: str) -> None:
+    """Report progress on standard error: standard output belongs to the results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def ensure_environment(extra: str) -> Path:
+    """Make `.venv` with this Python, install the package with *extra* into it, and return its interpreter.
+
+    A stamp records what was installed, so that a second call costs nothing until pyproject.toml, the extra or
+    the Python changes. The repository itself is installed in place: edits need no new installation.
+    """
+    if sys.version_info < (3, 10):  # noqa: UP036 - whoever runs the script may well have an older one
+        raise SetupError(
+            f"Python 3.10 or newer is needed; this is {platform.python_version()} ({sys.executable}).\n"
+            "Run the script with a newer one, for example: python3.11 scripts/test"
+        )
+    home = ROOT / ".venv"
+    python = home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    stamp = home / f"installed-{extra}"
+    wanted = _fingerprint(extra)
+    if python.exists() and stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
+        return python
+
+    started = time.monotonic()
+    if not _is_ours(home, python):
+        say(f"Making the environment .venv with Python {platform.python_version()} ...")
+        shutil.rmtree(home, ignore_errors=True)
+        _make_environment(home)
+
+    # torch goes first and by itself: it is the one large download, and a machine whose package index offers a
+    # CPU build of that version takes it.
+    say(f"Installing {TORCH} (the largest part; minutes on a slow connection) ...")
+    _pip(python, "install", TORCH)
+    say(f"Installing the package in place, with its extra '{extra}' ...")
+    _pip(python, "install", "--editable", f"{ROOT}[{extra}]")
+    stamp.write_text(wanted, encoding="utf-8")
+    say(f"Environment ready after {time.monotonic() - started:.0f} s.")
+    return python
+
+
+def ensure_release(version: str) -> Path:
+    """Return a folder that holds megatron-core *version* as `megatron/`, fetching it once.
+
+    It is only unpacked, not installed: one environment serves all releases, one folder on the path each.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    tree = cache / "megatron-fp32-router" / "releases" / version
+    if (tree / "megatron").is_dir():
+        return tree
+    if version not in RELEASES:
+        raise SetupError(f"Megatron {version!r} is not among the releases: {', '.join(RELEASES)}")
+
+    say(f"Fetching megatron-core {version} ...")
+    tree.parent.mkdir(parents=True, exist_ok=True)
+    # Beside its final place, so that the rename below is atomic: several processes may fetch one release.
+    with tempfile.TemporaryDirectory(dir=tree.parent, prefix=f".{version}-") as work:
+        unpacked = Path(work) / "tree"
+        with zipfile.ZipFile(_download(version, Path(work))) as wheel:
+            wheel.extractall(unpacked)
+        if not (unpacked / "megatron").is_dir():
+            raise SetupError(f"the wheel of megatron-core {version} holds no 'megatron' folder")
+        try:
+            unpacked.rename(tree)
+        except OSError:
+            # Somebody else was first: their copy is as good.
+            if not (tree / "megatron").is_dir():
+                raise
+    return tree
+
+
+def _fingerprint(extra: str) -> str:
+    """Digest everything that decides what the environment holds."""
+    digest = hashlib.sha256((ROOT / "pyproject.toml").read_bytes())
+    digest.update(f"{extra} {TORCH} {sys.version} {ROOT}".encode())
+    return digest.hexdigest()
+
+
+def _is_ours(home: Path, python: Path) -> bool:
+    """Say whether *home* is a working environment of the running Python version at its present place."""
+    if not python.exists():
+        return False
+    look = "import sys; print(sys.version); print(sys.prefix)"
+    found = subprocess.run([python, "-c", look], capture_output=True, text=True, check=False)
+    return found.returncode == 0 and found.stdout.strip() == f"{sys.version}\n{home}"
+
+
+def _make_environment(home: Path) -> None:
+    try:
+        venv.create(home, with_pip=True)
+    except (subprocess.CalledProcessError, SystemExit, ImportError):
+        # Debian ships Python without ensurepip. The Python that runs this has a pip of its own, which can
+        # install into another environment.
+        shutil.rmtree(home, ignore_errors=True)
+        venv.create(home, with_pip=False)
+
+
+def _pip(python: Path, *arguments: str) -> None:
+    has_pip = subprocess.run([python, "-c", "import pip"], capture_output=True, check=False).returncode == 0
+    command = [str(python), "-m", "pip"] if has_pip else [sys.executable, "-m", "pip", "--python", str(python)]
+    command += [arguments[0], "--disable-pip-version-check", "--no-input", "--quiet", *arguments[1:]]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode:
+        raise SetupError(f"pip could not do '{' '.join(arguments)}':\n{_tail(done.stdout)}")
+
+
+def _download(version: str, folder: Path) -> Path:
+    """Fetch the wheel of megatron-core *version* into *folder*."""
+    complaints = []
+    for python_version in WHEEL_PYTHONS:
+        command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input"]
+        command += ["--quiet", "--no-deps", "--ignore-requires-python", "--only-binary=:all:"]
+        command += ["--python-version", python_version, "--dest", str(folder), f"megatron-core=={version}"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        wheels = list(folder.glob("*.whl"))
+        if done.returncode == 0 and wheels:
+            return wheels[0]
+        complaints.append(f"looking for a wheel for Python {python_version}:\n{_tail(done.stdout)}")
+    raise SetupError(f"megatron-core {version} could not be fetched.\n" + "\n".join(complaints))
+
+
+def _tail(output: str, lines: int = 15) -> str:
+    return "\n".join("    " + line for line in output.strip().splitlines()[-lines:])
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Turn a SetupError into its text and exit code 2: whoever runs a script is not helped by a traceback."""
+    try:
+        yield
+    except SetupError as error:
+        say(f"\n{error}")
+        raise SystemExit(2) from None

@@ -1,0 +1,48 @@
+"""Which of upstream's precision defects a Megatron release has: what must be shown there, and then be gone.
+
+A defect that a release does not have is not tested there, and one that it has must be: see ledger.py and
+test_matrix.py. D15 and D22 need TransformerEngine and a GPU; D18 to D21 are described in docs/ as limits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+#: Release lines, oldest first; the patch releases of a line behave alike.
+LINES = ("0.11", "0.12", "0.13", "0.14", "0.15", "0.16", "0.17", "0.18", "0.19")
+
+
+class Defect(NamedTuple):
+    """A way in which Megatron loses router precision, and the first and last release line that has it."""
+
+    says: str
+    first: str = LINES[0]
+    last: str = LINES[-1]
+
+
+DEFECTS = {
+    "D1": Defect("expert_bias is bf16 in forward and update", last="0.11"),
+    "D2": Defect("expert_bias is rounded when a checkpoint is loaded before the first forward", last="0.13"),
+    "D3": Defect("expert_bias is saved as bf16 before the first forward", last="0.13"),
+    "D4": Defect("expert_bias is bf16 between wrapping and the first forward"),
+    "D5": Defect("values loaded before wrapping are rounded by it"),
+    "D6": Defect("tokens per expert are counted and reduced in bf16 or fp16"),
+    "D7": Defect("the update step is rounded to bf16: 0.00099945 instead of 0.001"),
+    "D8": Defect("fp16 counts overflow, and nothing is balanced"),
+    "D9": Defect("the counters of the global auxiliary loss are bf16 or fp16", first="0.15"),
+    "D10": Defect("qb_beta and qb_beta_accum are bf16 before the first forward", first="0.19"),
+    "D11": Defect("InferenceTopKRouter works with a bf16 expert_bias", first="0.17"),
+    "D12": Defect("the router's weight is stored in bf16"),
+    "D13": Defect("the router's bias parameter is stored in bf16", first="0.15"),
+    "D14": Defect("the gradient of the router's weight is rounded in every micro-batch"),
+    "D16": Defect("scores are rounded to bf16 before expert_bias is added", last="0.17"),
+    "D17": Defect("logits are computed in bf16 while moe_router_dtype is unset"),
+}
+
+
+def defects_of(release: str) -> frozenset[str]:
+    """The ids of the defects that *release* ("0.16.1") has."""
+    line = LINES.index(".".join(release.split(".")[:2]))
+    return frozenset(
+        name for name, defect in DEFECTS.items() if LINES.index(defect.first) <= line <= LINES.index(defect.last)
+    )

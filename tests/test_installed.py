@@ -1,0 +1,131 @@
+"""What an installation brings, as a wheel and in place: the start-up files, the hooks, and a protected training."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+from installing import ROOT, STARTUP_FILES, Environment, build_wheel, clean_environment, other_pythons
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from bootstrap import NEWEST, ensure_release  # noqa: E402 - scripts/ is no package
+
+PROGRAMS = Path(__file__).parent / "programs"
+HOOKS = "megatron_fp32_router.hooks"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module", params=["wheel", "editable"])
+def installed(request: pytest.FixtureRequest, wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """An environment with the plugin installed by pip, either way, and nothing fetched."""
+    made = Environment.make(tmp_path_factory.mktemp(request.param) / "env")
+    what = ["--editable", str(ROOT)] if request.param == "editable" else [str(wheel)]
+    command = [sys.executable, "-m", "pip", "--python", str(made.python), "install", "--quiet"]
+    command += ["--no-deps", "--no-index", "--no-build-isolation", *what]
+    # The build back-end of an installation in place runs in the new environment, where it is not installed.
+    done = subprocess.run(
+        command, env=clean_environment(*made.borrowed_paths()), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    made.borrow()
+    return made
+
+
+def test_the_wheel_holds_all_that_an_installation_needs_and_no_more(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    at_the_root = {name.split("/")[0] for name in names if not name.split("/")[0].endswith(".dist-info")}
+    assert at_the_root == {"megatron_fp32_router", *STARTUP_FILES}
+    assert "megatron_fp32_router/py.typed" in names
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+def test_the_startup_files_lie_at_the_root_of_site_packages(installed: Environment) -> None:
+    for name in STARTUP_FILES:
+        assert (installed.site / name).read_bytes() == (ROOT / name).read_bytes()
+
+
+def test_the_hooks_and_the_command_are_registered(installed: Environment) -> None:
+    (found,) = installed.site.glob("megatron_fp32_router-*.dist-info/entry_points.txt")
+    entry_points = ConfigParser(delimiters="=")
+    entry_points.optionxform = str  # type: ignore[assignment,method-assign]
+    entry_points.read_string(found.read_text(encoding="utf-8"))
+    assert entry_points["console_scripts"]["megatron-fp32-router"] == "megatron_fp32_router.cli:main"
+    program = f"import json; from {HOOKS} import HOOKS; print(json.dumps(sorted(HOOKS)))"
+    done = installed.run(program)
+    assert (sorted(entry_points[HOOKS]), done.stderr) == (json.loads(done.stdout), "")
+
+
+def test_the_variable_works_after_the_installation(installed: Environment, tmp_path: Path) -> None:
+    (tmp_path / "megatron").mkdir()
+    program = """
+import sys
+before = "megatron_fp32_router" in sys.modules
+import megatron
+print(before, "megatron_fp32_router" in sys.modules, "torch" in sys.modules)
+"""
+    done = installed.run(program, tmp_path, MEGATRON_FP32_ROUTER="1")
+    assert (done.stdout, done.stderr) == ("False True False\n", "")
+
+
+@pytest.mark.parametrize("python", other_pythons())
+def test_the_wheel_installs_and_works_on(python: str, wheel: Path, tmp_path: Path) -> None:
+    """On every Python found here (the header of the test run lists them); wrapt is used without its C part."""
+    made = Environment.make(tmp_path / "env", base=python)
+    made.install(wheel)
+    made.borrow_packages("wrapt", "packaging")
+    (tmp_path / "megatron").mkdir()
+    program = """
+import megatron, megatron_fp32_router as plugin
+print({patch.state for patch in plugin.status()}, bool(plugin.__version__))
+"""
+    done = made.run(program, tmp_path, MEGATRON_FP32_ROUTER="1")
+    assert (done.stdout, done.stderr) == ("{'armed'} True\n", "")
+
+
+def test_a_training_that_does_not_mention_the_plugin_is_protected_on_both_ranks(wheel: Path, tmp_path: Path) -> None:
+    made = Environment.make(tmp_path / "env")
+    made.install(wheel)
+    made.borrow()
+    command = [made.python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [PROGRAMS / "train.py", tmp_path / "rank"]
+    done = subprocess.run(
+        command,
+        # pretence/ makes the CPU pass for CUDA; nothing in it or in train.py knows the plugin.
+        env=clean_environment(
+            ensure_release(NEWEST),
+            PROGRAMS / "pretence",
+            LAB_CPU=str(ROOT / "megatron_fp32_router/lab/cpu.py"),
+        )
+        | {"MEGATRON_FP32_ROUTER": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    ours = [line for line in done.stderr.splitlines() if "megatron_fp32_router" in line]
+    assert len(ours) == 1, done.stderr
+    ranks = [json.loads(Path(f"{tmp_path}/rank{rank}.json").read_text()) for rank in range(2)]
+    for rank in ranks:
+        assert set(rank["dtypes"].values()) == {"float32"}
+        assert rank["bias"] == rank["exact"]
+    assert ranks[0]["bias"] == ranks[1]["bias"]
+    assert any(value != 0.75 for value in ranks[0]["bias"])
+
+
+def test_the_training_program_does_not_mention_the_plugin() -> None:
+    for path in PROGRAMS.rglob("*.py"):
+        assert "megatron_fp32_router" not in path.read_text(encoding="utf-8"), os.fspath(path)
