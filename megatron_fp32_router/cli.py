@@ -35,7 +35,8 @@ def _run(arguments: argparse.Namespace) -> int:
 def _demo(arguments: argparse.Namespace) -> int:
     from megatron_fp32_router.lab import demo
 
-    return demo.main(arguments)
+    code: int = demo.main(arguments)
+    return code
 
 
 def _parser(with_demo: bool) -> argparse.ArgumentParser:

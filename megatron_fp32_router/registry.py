@@ -173,7 +173,8 @@ def _apply(patch: Patch, module: ModuleType, megatron: Megatron) -> None:
         return replacement
 
     # A plain closure, not a FunctionWrapper: torch.compile silently skips the latter.
-    registry.replacements[patch.id] = wrapt.wrap_object(module, patch.path, make)
+    wrap: Any = wrapt.wrap_object  # typed for wrapt's own proxies only
+    registry.replacements[patch.id] = wrap(module, patch.path, make)
 
 
 def _position(patch: Patch, module: ModuleType) -> tuple[Literal["outermost", "below", "gone"], str]:

@@ -193,6 +193,9 @@ def _random_numbers() -> None:
         # Not torch.manual_seed: that one calls this one.
         torch.default_generator.manual_seed(int(seed))
 
+    def initial_seed() -> int:
+        return int(torch.default_generator.initial_seed())
+
     def call_now(callback: Callable[[], None], **kwargs: Any) -> None:
         # torch queues the call until CUDA starts, which is never: the random state would not be applied.
         callback()
@@ -201,7 +204,7 @@ def _random_numbers() -> None:
         _replace(owner, "get_rng_state", get_rng_state)
         _replace(owner, "set_rng_state", set_rng_state)
         _replace(owner, "manual_seed", manual_seed)
-        _replace(owner, "initial_seed", torch.default_generator.initial_seed)
+        _replace(owner, "initial_seed", initial_seed)
     _replace(torch.cuda, "default_generators", _Generators())
     _replace(torch.cuda, "_lazy_call", call_now)
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
 import re
+import subprocess
 import sys
 import tempfile
 import threading
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 from megatron_fp32_router.errors import Fp32RouterError
 from megatron_fp32_router.lab import demo_report as report
 from megatron_fp32_router.lab.recipe import LabError, Recipe
+from megatron_fp32_router.settings import PREFIX
 from megatron_fp32_router.upstream import read_version
 from megatron_fp32_router.version import __version__
 
@@ -31,14 +34,18 @@ STEPS: Final = 150
 
 
 def recipe_for_demo() -> Recipe:
-    """4 micro-batches of 1,024 tokens, 8 experts, biases where a long run has them."""
+    """Tiny layers and many tokens: what goes wrong grows with tokens per expert, not with the size of the model."""
     return Recipe(
         layers=2,
+        hidden=32,
+        heads=2,
+        moe_ffn=32,
         experts=8,
         topk=2,
-        seq_length=128,
-        micro_batch=8,
-        micro_batches=4,
+        seq_length=64,
+        micro_batch=32,
+        micro_batches=8,
+        lr=5e-4,
         bias_start=0.75,
         bias_rate=1e-3,
     )
@@ -145,7 +152,7 @@ def _collect(tree: Path, version: str, steps: int) -> dict[str, Any]:
     runs = {name: _run(tree, recipe, steps, plugin=name == "on") for name in report.RUNS}
     return {
         "megatron": version,
-        "torch": runs["off"].pop("torch"),
+        "torch": runs["off"]["torch"],
         "python": platform.python_version(),
         "plugin": __version__,
         "steps": steps,
@@ -156,20 +163,36 @@ def _collect(tree: Path, version: str, steps: int) -> dict[str, Any]:
 
 
 def _run(tree: Path, recipe: Recipe, steps: int, plugin: bool) -> dict[str, Any]:
-    from megatron_fp32_router.lab import run_ranks
-
-    with tempfile.TemporaryDirectory() as folder:
-        progress = Path(folder) / "progress"
-        with _shown(progress, steps, f"plugin {'on' if plugin else 'off'}"):
-            results = run_ranks(
-                "megatron_fp32_router.lab.demo_run:train",
-                recipe,
-                {"steps": steps, "progress": str(progress)},
-                megatron=tree,
-                plugin=plugin,
-                timeout=60.0 + 10.0 * steps,
+    """One run in a process of its own; LabError with the end of its log if it breaks off."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        job = {
+            "megatron": str(tree.resolve()),
+            "recipe": recipe.to_json(),
+            "steps": steps,
+            "progress": str(folder / "progress"),
+            "result": str(folder / "result.json"),
+        }
+        (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        home = str(Path(__file__).resolve().parents[2])
+        environment = os.environ | {
+            PREFIX: "1" if plugin else "0",
+            # A checkout need not be installed for its demo to work.
+            "PYTHONPATH": os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")])),
+        }
+        command = [sys.executable, "-m", "megatron_fp32_router.lab.demo_run", str(folder / "job.json")]
+        with (
+            _shown(folder / "progress", steps, f"plugin {'on' if plugin else 'off'}"),
+            open(folder / "log", "w", encoding="utf-8") as log,
+        ):
+            done = subprocess.run(command, env=environment, stdout=log, stderr=log, check=False)
+        if done.returncode:
+            end = (folder / "log").read_text(encoding="utf-8", errors="replace").splitlines()[-25:]
+            raise LabError(
+                f"the run with the plugin {'on' if plugin else 'off'} broke off (exit code {done.returncode}):\n"
+                + "\n".join(f"    {line}" for line in end)
             )
-    result: dict[str, Any] = results[0]
+        result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     return result
 
 

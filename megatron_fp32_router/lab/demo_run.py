@@ -7,7 +7,10 @@ Shapes: S steps, L layers, E experts, T tokens, H hidden size.
 
 from __future__ import annotations
 
+import json
+import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -209,3 +212,20 @@ def train(recipe: Recipe, steps: int, progress: str) -> dict[str, Any]:
             "seconds": time.monotonic() - started,
             "torch": torch.__version__,
         }
+
+
+def main(job_file: str) -> None:
+    """The worker: read what to do from `job_file`, do it, and leave the RUN as JSON in the file it names."""
+    # Before the laboratory pretends: Dynamo, which new releases import, maps torch.cuda's own functions at import.
+    import torch._dynamo
+
+    from megatron_fp32_router import lab as laboratory
+
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    laboratory.prepare(job["megatron"])
+    run = train(laboratory.Recipe.from_json(job["recipe"]), job["steps"], job["progress"])
+    Path(job["result"]).write_text(json.dumps(run), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

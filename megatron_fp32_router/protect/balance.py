@@ -20,7 +20,7 @@ from megatron_fp32_router.registry import mismatch, replaces
 
 
 def direction(counts_LE: torch.Tensor) -> torch.Tensor:
-    """Which way each expert's bias moves: sign(total − E·count).
+    """Which way each expert's bias moves: sign(total - E·count).
 
     Upstream compares with the mean, total / E, in floating point: inexact, and the sign is lost where 1/E is below
     the spacing at the mean (E = 256: a mean above 131,072 in fp32).
@@ -29,14 +29,14 @@ def direction(counts_LE: torch.Tensor) -> torch.Tensor:
         counts_LE: int64 [L, E] (or [E]), tokens per expert summed over all ranks; E·count must stay below 2^63.
 
     Returns:
-        int64 of the same shape: 1 for an expert with fewer tokens than the mean, −1 with more, 0 on it.
+        int64 of the same shape: 1 for an expert with fewer tokens than the mean, -1 with more, 0 on it.
     """
     total = counts_LE.sum(dim=-1, keepdim=True)
     return torch.sign(total - counts_LE * counts_LE.shape[-1])
 
 
 def _group(given: Any) -> Any:
-    """The group that shares a balance update: tensor × data × context parallel, as upstream takes it."""
+    """The group that shares a balance update: tensor x data x context parallel, as upstream takes it."""
     if given is not None:
         return given
     from megatron.core import parallel_state

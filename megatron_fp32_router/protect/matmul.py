@@ -7,6 +7,7 @@ switches of torch.backends cannot be turned inside a graph.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -32,11 +33,8 @@ def true_fp32() -> Iterator[None]:
     if not _reduced_precision_allowed():
         yield
         return
-    places = [
-        place
-        for place in (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
-        if hasattr(place, "fp32_precision")
-    ]
+    candidates: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    places = [place for place in candidates if hasattr(place, "fp32_precision")]
     saved = [place.fp32_precision for place in places]
     try:
         legacy = torch.get_float32_matmul_precision()
@@ -47,7 +45,7 @@ def true_fp32() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(legacy)
-        for place, value in zip(places, saved):
+        for place, value in zip(places, saved, strict=True):
             place.fp32_precision = value
 
 

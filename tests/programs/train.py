@@ -1,7 +1,7 @@
-"""A training as a user of Megatron writes it: two data-parallel ranks, a small mixture of experts, five steps.
+"""A training as a user of Megatron writes it: data-parallel ranks, a small mixture of experts, five steps.
 
-It knows nothing of any plugin. Every rank prints one line of JSON: the dtypes of its routers' tensors, the first
-layer's expert_bias, and what that bias must be by exact integer arithmetic on the choices that were seen.
+It knows nothing of any plugin. Every rank prints one line of JSON: the dtypes of the first router's tensors, its
+expert_bias, and what that bias must be by exact integer arithmetic on the choices that were seen.
 """
 
 from __future__ import annotations
@@ -88,7 +88,11 @@ def main() -> None:
         router.expert_bias.fill_(START)
 
     counts_E = torch.zeros(EXPERTS, dtype=torch.int64)
-    routers[0].register_forward_hook(lambda _module, _args, out: counts_E.add_(out[1].bool().sum(0)))
+
+    def count(_router: Any, _inputs: Any, outputs: Any) -> None:
+        counts_E.add_(outputs[1].bool().sum(0))
+
+    routers[0].register_forward_hook(count)
     exact_E = torch.full((EXPERTS,), START, dtype=torch.float32)
     torch.manual_seed(dist.get_rank())
     for _ in range(STEPS):

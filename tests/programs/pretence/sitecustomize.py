@@ -1,7 +1,7 @@
 """Makes a CPU pass for CUDA in every interpreter that has this folder on its path, for train.py's sake.
 
-The laboratory's code does it, loaded from its files: importing it by name would import the package, and the test
-is about a program whose environment imports the package by itself. LAB names the folder that holds the code.
+The laboratory's code does it, loaded from its files: importing it by name would import the package, and the
+test is about programs that do not. LAB names the folder that holds the code.
 """
 
 from __future__ import annotations
@@ -37,5 +37,8 @@ try:
 finally:
     for name in stand_ins:
         del sys.modules[name]
+# It keeps a table of torch's functions, and refuses two names for one, which the pretence makes.
+import torch._dynamo  # noqa: E402, F401
+
 compat.before_import(None)
 cpu.pretend()

@@ -1,0 +1,46 @@
+"""One process tests one Megatron: the tree given by --megatron, unmodified, in the laboratory.
+
+Importing the plugin arms it, so it is disarmed here at once: every test starts with upstream's own functions, and
+one that wants the plugin says so with the `plugin` fixture.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+for name in [name for name in os.environ if name.startswith("MEGATRON_FP32_ROUTER")]:
+    del os.environ[name]
+
+import ledger  # noqa: E402
+from ledger import pytest_addoption, pytest_collection_modifyitems  # noqa: E402, F401
+
+import megatron_fp32_router  # noqa: E402
+
+megatron_fp32_router.disable()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    ledger.pytest_configure(config)
+    tree = config.getoption("--megatron")
+    if tree:
+        from megatron_fp32_router import lab
+
+        lab.prepare(tree)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    tree = config.getoption("--megatron")
+    release = f"megatron-core {ledger.release_of(Path(tree))}" if tree else "no Megatron: release-independent tests"
+    return f"{release}; GPU tests did not run: this suite is for machines without one"
+
+
+@pytest.fixture
+def plugin() -> Iterator[Callable[..., None]]:
+    """The plugin, on for this test; calling the fixture's value turns it on again with other settings."""
+    megatron_fp32_router.enable()
+    yield megatron_fp32_router.enable
+    megatron_fp32_router.disable()

@@ -1,0 +1,53 @@
+"""Fixtures that build real Megatron objects of the release under test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ledger import release_of
+from packaging.version import Version
+
+from megatron_fp32_router import lab
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if not session.config.getoption("--megatron"):
+        raise pytest.UsageError("tests/megatron needs --megatron TREE; `scripts/test` fetches the releases")
+
+
+@pytest.fixture(scope="session")
+def release(request: pytest.FixtureRequest) -> Version:
+    """The release under test."""
+    return Version(release_of(Path(request.config.getoption("--megatron"))))
+
+
+@pytest.fixture
+def build() -> Iterator[Callable[..., lab.Lab]]:
+    """`build(**recipe)`: a tiny GPT-MoE, wrapped, with DDP and an optimizer, ready to train."""
+    with ExitStack() as stack:
+
+        def make(**fields: Any) -> lab.Lab:
+            stack.close()
+            recipe = lab.Recipe(**fields)
+            stack.enter_context(lab.parallel(recipe))
+            return lab.build(recipe)
+
+        yield make
+
+
+@pytest.fixture
+def router() -> Iterator[Callable[..., Any]]:
+    """`router(**recipe)`: one TopKRouter outside any model, as its constructor leaves it."""
+    with ExitStack() as stack:
+
+        def make(**fields: Any) -> Any:
+            stack.close()
+            recipe = lab.Recipe(**fields)
+            stack.enter_context(lab.parallel(recipe))
+            return lab.make_router(lab.make_config(recipe))
+
+        yield make
