@@ -78,6 +78,7 @@ class Gate:
         # RuntimeError and not ImportError: programs catch the latter to find out whether Megatron is there,
         # and would go on without it, or without the plugin.
         try:
+            _require_unwrapping()
             import_module("megatron_fp32_router")
         except Exception as error:
             raise RuntimeError(_explain(error)) from error
@@ -115,6 +116,21 @@ def _asked_for() -> "str | None":
 
     value = os.environ.get("MEGATRON_FP32_ROUTER", "").strip()
     return None if value in ("", "0") else value
+
+
+def _require_unwrapping() -> None:
+    """Raise ImportError if wrapt is older than 2.4.
+
+    Such a wrapt arms and patches without complaint; what it lacks would be missed by disable() and status(), in
+    the middle of a training. Whatever ignores requirements, such as `pip install wrapt==1.17`, leads here.
+    """
+    try:
+        import wrapt
+    except ImportError:
+        return  # The package's own import says so, or that the package itself is gone, which comes first.
+    if not hasattr(wrapt, "unwrap_object"):
+        found = f"{getattr(wrapt, '__version__', 'of unknown version')} ({getattr(wrapt, '__file__', 'no file')})"
+        raise ImportError(f"wrapt {found} is too old: 2.4 or newer is needed", name="wrapt")
 
 
 def _explain(error: Exception) -> str:

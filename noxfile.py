@@ -12,9 +12,10 @@ from pathlib import Path
 import nox
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
-from bootstrap import RELEASES, ensure_release  # noqa: E402 - scripts/ is no package
+from bootstrap import RELEASES, ensure_release  # noqa: E402 - neither folder is a package
+from installing import pythons  # noqa: E402
 
 nox.options.default_venv_backend = "none"
 nox.options.sessions = ["lint", "types", "independent"]
@@ -23,7 +24,7 @@ nox.options.sessions = ["lint", "types", "independent"]
 SCRIPTS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "scripts").iterdir()) if not path.suffix]
 
 #: Files that are measured in seconds do not wait for each other: whoever is free takes the next test.
-PYTEST = ("-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", "--durations", "5")
+PYTEST = ("-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", "--durations", "5", "--disable-warnings")
 
 
 @nox.session
@@ -45,6 +46,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def independent(session: nox.Session) -> None:
     """Tests that do not depend on the release."""
+    session.log(f"The wheel is tried on the Pythons found here: {', '.join(sorted(pythons()))}")
     ledger = ROOT / "results" / "independent.json"
     where = [
         "tests",

@@ -92,16 +92,15 @@ def clean_environment(*paths: Path, **variables: str) -> dict[str, str]:
 
 
 @functools.cache
-def other_pythons() -> tuple[str, ...]:
-    """Every Python from 3.10 to 3.13, one of each, that is on this machine and really runs."""
-    found = {}
-    for minor in range(10, 14):
-        candidates = [shutil.which(f"python3.{minor}")]
-        candidates += sorted(map(str, Path.home().glob(f".pyenv/versions/3.{minor}.*/bin/python")))
+def pythons() -> dict[str, str]:
+    """Version -> interpreter: ours, and every other from 3.10 to 3.13 that is on this machine and really runs."""
+    found = {f"{sys.version_info.major}.{sys.version_info.minor}": sys.executable}
+    for version in ("3.10", "3.11", "3.12", "3.13"):
+        candidates = [shutil.which(f"python{version}")]
+        candidates += sorted(map(str, Path.home().glob(f".pyenv/versions/{version}.*/bin/python")))
         for candidate in filter(None, candidates):
-            look = "import sys, venv; print(sys.version_info[:2])"
+            look = "import sys, venv; print(*sys.version_info[:2], sep='.')"
             asked = subprocess.run([candidate, "-c", look], capture_output=True, text=True, check=False)
-            if asked.stdout.strip() == f"(3, {minor})":
-                found[minor] = candidate
-                break
-    return tuple(found.values())
+            if version not in found and asked.stdout.strip() == version:
+                found[version] = candidate
+    return found

@@ -10,7 +10,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
-from installing import ROOT, STARTUP_FILES, Environment, build_wheel, clean_environment, other_pythons
+from installing import ROOT, STARTUP_FILES, Environment, build_wheel, clean_environment, pythons
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -78,10 +78,10 @@ print(before, "megatron_fp32_router" in sys.modules, "torch" in sys.modules)
     assert (done.stdout, done.stderr) == ("False True False\n", "")
 
 
-@pytest.mark.parametrize("python", other_pythons())
-def test_the_wheel_installs_and_works_on(python: str, wheel: Path, tmp_path: Path) -> None:
-    """On every Python found here (the header of the run lists them); wrapt goes without its C part."""
-    made = Environment.make(tmp_path / "env", base=python)
+@pytest.mark.parametrize("version", pythons())
+def test_the_wheel_installs_and_works_on(version: str, wheel: Path, tmp_path: Path) -> None:
+    """On every Python found here (scripts/test says which); wrapt goes without its C part."""
+    made = Environment.make(tmp_path / "env", base=pythons()[version])
     made.install(wheel)
     made.borrow_packages("wrapt", "packaging")
     (tmp_path / "megatron").mkdir()

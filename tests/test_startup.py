@@ -7,14 +7,12 @@ empty package, so that it is seen that arming by itself imports no torch; test_i
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+import sysconfig
+from pathlib import Path
 
-import packaging
+import packaging.version
 import pytest
 from installing import ROOT, Environment, build_wheel
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 #: Prints which of the heavy modules are there.
 LOADED = """
@@ -126,16 +124,26 @@ for name in ("megatron", "megatron.core", "megatron"):
     assert done.stdout.splitlines() == ["ModuleNotFoundError"] * 3
 
 
-def test_a_wrapt_that_is_too_old_is_an_error_at_the_import_of_megatron(
-    bare: Environment, megatron: Path, tmp_path: Path
+def test_a_wrapt_that_is_too_old_is_an_error_at_every_import_of_megatron(
+    environment: Environment, megatron: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "wrapt.py").write_text("__version__ = '1.17.0'\ndef wrap_function_wrapper(): pass\n")
-    (tmp_path / "packaging").mkdir()
-    (tmp_path / "packaging" / "__init__.py").write_text("")
-    done = bare.run("import megatron.core", megatron, tmp_path, MEGATRON_FP32_ROUTER="1")
-    assert done.returncode == 1
-    assert "RuntimeError: MEGATRON_FP32_ROUTER=1 asks for megatron_fp32_router" in done.stderr
-    assert "wrapt" in done.stderr.rsplit("could not start:", 1)[1]
+    # All of today's wrapt but what 2.4 brought: with 2.3 the plugin would arm, patch, and fail in disable().
+    real = sysconfig.get_path("purelib")
+    (tmp_path / "wrapt.py").write_text(
+        f"import sys; sys.path.insert(0, {real!r}); del sys.modules['wrapt']; import wrapt; sys.path.pop(0)\n"
+        "del wrapt.unwrap_object; wrapt.__version__ = '2.3.0'\n"
+    )
+    program = """
+for name in ("megatron", "megatron.core"):
+    try:
+        __import__(name)
+    except RuntimeError as error:
+        print(error)
+"""
+    done = environment.run(program, tmp_path, megatron, MEGATRON_FP32_ROUTER="1")
+    assert done.stdout.count("wrapt 2.3.0") == 2
+    assert done.stdout.count("is too old: 2.4 or newer is needed") == 2
+    assert f"{environment.python} -m pip install 'wrapt>=2.4,<3'" in done.stdout
 
 
 def test_a_later_pth_file_may_bring_wrapt(
@@ -210,14 +218,17 @@ def test_arming_in_one_thread_does_not_deadlock_with_an_import_in_another(
 ) -> None:
     # When Megatron is imported, the other thread is in the middle of importing what the package needs. The
     # import system's global lock is held around finders, and the other thread cannot finish without it.
+    # Here that is packaging.version, which gets a slow beginning.
+    real = Path(packaging.version.__file__)
     (tmp_path / "packaging").mkdir()
-    (tmp_path / "packaging" / "__init__.py").write_text(
-        f"import time; time.sleep(1); import a_part\n__path__ += {packaging.__path__!r}\n"
+    (tmp_path / "packaging" / "__init__.py").write_text(f"__path__.append({str(real.parent)!r})\n")
+    (tmp_path / "packaging" / "version.py").write_text(
+        f"import time; time.sleep(1); import a_part; exec(open({str(real)!r}).read())\n"
     )
     (tmp_path / "a_part.py").write_text("")
     program = """
 import threading, time
-thread = threading.Thread(target=__import__, args=("packaging",), daemon=True)
+thread = threading.Thread(target=__import__, args=("packaging.version",), daemon=True)
 thread.start()
 time.sleep(0.3)
 import megatron.core

@@ -13,7 +13,9 @@ training.
         batches = lab.text_batches(recipe, seed=1)
         losses = [room.step(batches) for _ in range(20)]
 
-Several ranks are processes: `lab.run_ranks("module:function", recipe, {...})`.
+Several ranks are processes; each calls `function(recipe, arguments)` inside `lab.parallel(recipe)`:
+
+    results = lab.run_ranks("module:function", recipe, {"steps": 5}, megatron=tree, plugin=True)
 """
 
 from __future__ import annotations
@@ -23,43 +25,48 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_fp32_router.lab.compat import megatron_version
-    from megatron_fp32_router.lab.launch import run_ranks
+    from megatron_fp32_router.lab.launch import RankFailedError, RanksTimedOutError, run_ranks
     from megatron_fp32_router.lab.model import make_config, make_router, parallel, prepare
     from megatron_fp32_router.lab.recipe import LabError, Recipe
     from megatron_fp32_router.lab.text import text_batches
-    from megatron_fp32_router.lab.train import Lab, Routing, build
-    from megatron_fp32_router.lab.worker import report
+    from megatron_fp32_router.lab.train import Lab, Routing, build, build_model, wrap
 
 _HOMES = {
     "Lab": "train",
     "LabError": "recipe",
+    "RankFailedError": "launch",
+    "RanksTimedOutError": "launch",
     "Recipe": "recipe",
     "Routing": "train",
     "build": "train",
+    "build_model": "train",
     "make_config": "model",
     "make_router": "model",
     "megatron_version": "compat",
     "parallel": "model",
     "prepare": "model",
-    "report": "worker",
     "run_ranks": "launch",
     "text_batches": "text",
+    "wrap": "train",
 }
 
 __all__ = [
     "Lab",
     "LabError",
+    "RankFailedError",
+    "RanksTimedOutError",
     "Recipe",
     "Routing",
     "build",
+    "build_model",
     "make_config",
     "make_router",
     "megatron_version",
     "parallel",
     "prepare",
-    "report",
     "run_ranks",
     "text_batches",
+    "wrap",
 ]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -205,6 +206,8 @@ def _random_numbers() -> None:
         _replace(owner, "set_rng_state", set_rng_state)
         _replace(owner, "manual_seed", manual_seed)
         _replace(owner, "initial_seed", initial_seed)
+    # Megatron warns in every fork that the CPU's generator moved along with the GPU's: here it is the same one.
+    _replace(logging.getLogger("megatron.core.tensor_parallel.random"), "warning", _nothing())
     _replace(torch.cuda, "default_generators", _Generators())
     _replace(torch.cuda, "_lazy_call", call_now)
 

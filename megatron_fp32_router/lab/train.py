@@ -47,6 +47,9 @@ class Lab:
     #: Whether the last optimizer step was taken; fp16 skips one on overflow.
     stepped: bool = True
     grad_norm: float | None = None
+    #: Router name -> bool maps [tokens, experts] of this step's micro-batches, after `record_routing(True)`.
+    routing_maps: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    _recording: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False)
 
     def routers(self) -> list[tuple[str, Any]]:
         """(qualified name, TopKRouter) of every router on this rank; "chunkN." leads when there are several."""
@@ -72,6 +75,7 @@ class Lab:
 
     def step_without_optimizer(self, batches: Iterable[dict[str, Any]]) -> float:
         """Forward, backward and finalize_model_grads (which moves expert_bias); parameters stay."""
+        self.routing_maps.clear()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -91,24 +95,35 @@ class Lab:
         )
         return _mean_over_ranks([float(item["loss"]) for item in losses])
 
-    @contextlib.contextmanager
-    def record_routing(self, into: Callable[[Routing], None]) -> Iterator[None]:
-        """Hand every routing decision to `into` while the context is open."""
+    def record_routing(self, into: Callable[[Routing], None] | bool = True) -> contextlib.ExitStack:
+        """Record every routing decision, from now until the returned context is left or closed.
+
+        Args:
+            into: called with each Routing; True: bool maps are kept in `routing_maps`, emptied at the start of
+                every step; False: stop keeping them.
+        """
+        if isinstance(into, bool):
+            self._recording.close()
+            if not into:
+                return self._recording
+
+        def keep(routing: Routing) -> None:
+            self.routing_maps.setdefault(routing.name, []).append(routing.routing_map)
+
+        receive = keep if isinstance(into, bool) else into
 
         def hook_for(name: str) -> Callable[..., None]:
             def hook(router: Any, inputs: tuple[Any, ...], output: Any) -> None:
                 # Under full recomputation a forward without gradients comes first; Megatron does not count it.
                 if torch.is_grad_enabled():
-                    into(Routing(name, router, inputs[0].detach(), output[1].detach().bool()))
+                    receive(Routing(name, router, inputs[0].detach(), output[1].detach().bool()))
 
             return hook
 
-        handles = [router.register_forward_hook(hook_for(name)) for name, router in self.routers()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        stack = self._recording if isinstance(into, bool) else contextlib.ExitStack()
+        for name, router in self.routers():
+            stack.callback(router.register_forward_hook(hook_for(name)).remove)
+        return stack
 
     def main_weight(self, param: torch.Tensor) -> torch.Tensor:
         """The optimizer's fp32 copy of `param`, or `param` itself where it has none. Plain optimizer only."""
@@ -122,10 +137,24 @@ def build(recipe: Recipe) -> Lab:
     Raises:
         LabError: the release lacks something the recipe asks for.
     """
+    return wrap(recipe, build_model(recipe))
+
+
+def build_model(recipe: Recipe) -> list[Any]:
+    """The GPTModels of this rank as constructed: in params_dtype, without wrappers, without an optimizer.
+
+    One, or as many as there are virtual pipeline stages. All share one config, `model.config`.
+    """
     compat.after_import()
     config = make_config(recipe)
     stages = [None] if recipe.virtual_pipeline is None else list(range(recipe.virtual_pipeline))
-    chunks = [_wrap(recipe, config, make_gpt(recipe, config, stage), index) for index, stage in enumerate(stages)]
+    return [make_gpt(recipe, config, stage) for stage in stages]
+
+
+def wrap(recipe: Recipe, models: list[Any]) -> Lab:
+    """Put `models`, as `build_model` returns them, into Float16Module and DDP, and make their optimizer."""
+    config = models[0].config
+    chunks = [_wrap(recipe, config, model, index) for index, model in enumerate(models)]
     optimizer = _optimizer(recipe, config, chunks)
     lab = Lab(recipe, config, chunks, optimizer)
     _connect(lab)

@@ -164,8 +164,8 @@ def chooses_wrongly(router: Any, rows: list[list[float]], x: list[float]) -> boo
 
 
 def d16(build: Any, router: Any) -> bool:
-    # 4 and 4.03125 differ in bf16; their sigmoids, 0.98201 and 0.98256, do not.
-    return chooses_wrongly(router, [[4.0], [4.03125]], [1.0])
+    # 4.03125 and 4.0625 differ in bf16; their sigmoids, 0.98256 and 0.98309, do not.
+    return chooses_wrongly(router, [[4.03125], [4.0625]], [1.0])
 
 
 def d17(build: Any, router: Any) -> bool:

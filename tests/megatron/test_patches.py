@@ -1,0 +1,149 @@
+"""Patches: live status, identical originals after disable(), and errors that name what does not fit."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from typing import Any
+
+import pytest
+import wrapt
+
+import megatron_fp32_router
+from megatron_fp32_router.records import PATCHES
+
+HOME = "megatron.core.transformer.moe.router"
+
+
+def everything_imported() -> None:
+    for patch in PATCHES:
+        if not patch.module.startswith("megatron.legacy"):
+            importlib.import_module(patch.module)
+
+
+def originals() -> dict[str, Any]:
+    found = {}
+    for patch in PATCHES:
+        module = sys.modules.get(patch.module)
+        if module is not None:
+            try:
+                owner, _, value = wrapt.resolve_owner(module, patch.path)
+            except wrapt.PathResolutionError:
+                continue
+            found[patch.id] = (owner, value)
+    return found
+
+
+def test_disable_gives_the_identical_objects_back() -> None:
+    everything_imported()
+    before = originals()
+    megatron_fp32_router.enable()
+    assert all(now is not before[name] for name, now in originals().items() if name == "gating")
+    megatron_fp32_router.enable()
+    megatron_fp32_router.disable()
+    after = originals()
+    assert after.keys() == before.keys()
+    assert all(after[name][0] is before[name][0] and after[name][1] is before[name][1] for name in before)
+
+
+def test_status_is_asked_live(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    everything_imported()
+    states = {record.id: record.state for record in megatron_fp32_router.status()}
+    assert states.pop("legacy-wrap-check") == "armed"
+    assert set(states.values()) <= {"applied", "native"}
+    assert states["gating"] == states["router-casts"] == states["bias-update"] == "applied"
+    with monkeypatch.context() as patching:
+        patching.setattr(f"{HOME}.Router.gating", lambda self, input: None)
+        assert {r.id: r.state for r in megatron_fp32_router.status()}["gating"] == "displaced"
+    assert {r.id: r.state for r in megatron_fp32_router.status()}["gating"] == "applied"
+    megatron_fp32_router.disable()
+    assert {r.state for r in megatron_fp32_router.status()} == {"off"}
+
+
+def test_disable_refuses_while_another_patch_sits_on_ours(plugin: Any) -> None:
+    everything_imported()
+    router = sys.modules[HOME]
+    ours = router.Router.gating
+
+    @__import__("functools").wraps(ours)
+    def theirs(self: Any, input: Any) -> Any:
+        return ours(self, input)
+
+    router.Router.gating = theirs
+    with pytest.raises(megatron_fp32_router.DisplacedPatchError, match="gating"):
+        megatron_fp32_router.disable()
+    assert router.TopKRouter.forward.__wrapped__
+    router.Router.gating = ours
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        ("megatron.core.transformer.moe.router:Router", "gating"),
+        ("megatron.core.transformer.moe.router:TopKRouter", "forward"),
+        ("megatron.core.transformer.module:Float16Module", "__init__"),
+        ("megatron.core.transformer.moe.moe_utils:", "get_updated_expert_bias"),
+        ("megatron.core.distributed.finalize_model_grads:", "_update_router_expert_bias"),
+    ],
+)
+def test_a_renamed_target_is_an_error_that_names_it_the_release_and_the_variable(
+    owner: str, name: str, release: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    everything_imported()
+    module, _, cls = owner.partition(":")
+    place: Any = getattr(sys.modules[module], cls) if cls else sys.modules[module]
+    kept = vars(place)[name]
+    delattr(place, name)
+    setattr(place, f"{name}_renamed", kept)
+    try:
+        with pytest.raises(megatron_fp32_router.TargetMissingError) as caught:
+            megatron_fp32_router.enable()
+        for part in (name, str(release), "MEGATRON_FP32_ROUTER_ON_MISMATCH=warn"):
+            assert part in str(caught.value)
+        with caplog.at_level(logging.WARNING):
+            megatron_fp32_router.enable(on_mismatch="warn")
+        assert any(name in record.getMessage() for record in caplog.records)
+        assert "drifted" in {record.state for record in megatron_fp32_router.status()}
+    finally:
+        megatron_fp32_router.disable()
+        delattr(place, f"{name}_renamed")
+        setattr(place, name, kept)
+
+
+def test_one_line_says_what_the_tensors_are(build: Any, plugin: Any, caplog: Any, release: Any) -> None:
+    with caplog.at_level(logging.INFO):
+        build()
+    lines = [
+        r.getMessage() for r in caplog.records if r.name == "megatron_fp32_router" and "routers:" in r.getMessage()
+    ]
+    assert len(lines) == 1
+    for part in (str(release), "2 routers", "weight float32 x2", "expert_bias float32 x2", "protect=all"):
+        assert part in lines[0]
+
+
+def test_the_line_is_seen_in_a_program_that_never_configured_logging(
+    build: Any, plugin: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    build()
+    assert capsys.readouterr().err.count("2 routers:") == 1
+
+
+def test_nothing_is_said_about_fp32_training(build: Any, plugin: Any, caplog: Any) -> None:
+    with caplog.at_level(logging.INFO):
+        build(precision="fp32")
+    assert not [r for r in caplog.records if r.name == "megatron_fp32_router" and "routers:" in r.getMessage()]
+
+
+def test_a_reloaded_router_module_is_patched_again_before_a_model_is_wrapped(plugin: Any) -> None:
+    everything_imported()
+    module = sys.modules[HOME]
+    saved = dict(vars(module))
+    try:
+        importlib.reload(module)
+        import decimal_probe_that_does_not_exist  # noqa: F401
+    except ImportError:
+        assert {r.id: r.state for r in megatron_fp32_router.status()}["gating"] == "applied"
+    finally:
+        vars(module).update(saved)
