@@ -185,7 +185,7 @@ class _TritonStub(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def _triton_stub(tree: Path | None) -> None:
-    roots = [tree] if tree is not None else [types_path for types_path in map(_as_path, sys.path)]
+    roots = [tree] if tree is not None else list(map(_as_path, sys.path))
     if not any((root / "megatron/core/transformer/moe/paged_stash.py").is_file() for root in roots):
         return
     if any(isinstance(finder, _TritonStub) for finder in sys.meta_path):

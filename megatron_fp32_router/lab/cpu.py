@@ -26,10 +26,30 @@ _replaced: list[tuple[Any, str, Any]] = []
 _compile_alive = False
 
 #: torch functions that take `device=`. Megatron hands them "cuda" or torch.cuda.current_device().
-_FACTORIES = (
-    "arange as_tensor asarray empty empty_like eye full full_like linspace ones ones_like rand rand_like randint "
-    "randn randn_like randperm tensor tril_indices triu_indices zeros zeros_like"
-).split()
+_FACTORIES = [
+    "arange",
+    "as_tensor",
+    "asarray",
+    "empty",
+    "empty_like",
+    "eye",
+    "full",
+    "full_like",
+    "linspace",
+    "ones",
+    "ones_like",
+    "rand",
+    "rand_like",
+    "randint",
+    "randn",
+    "randn_like",
+    "randperm",
+    "tensor",
+    "tril_indices",
+    "triu_indices",
+    "zeros",
+    "zeros_like",
+]
 
 
 def is_pretending() -> bool:

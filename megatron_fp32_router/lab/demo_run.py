@@ -217,7 +217,6 @@ def train(recipe: Recipe, steps: int, progress: str) -> dict[str, Any]:
 def main(job_file: str) -> None:
     """The worker: read what to do from `job_file`, do it, and leave the RUN as JSON in the file it names."""
     # Before the laboratory pretends: Dynamo, which new releases import, maps torch.cuda's own functions at import.
-    import torch._dynamo
 
     from megatron_fp32_router import lab as laboratory
 

@@ -7,9 +7,10 @@ import dataclasses
 import gc
 import random
 import sys
+import weakref
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,9 @@ from megatron_fp32_router.lab.recipe import LabError, Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+#: DDP-wrapped chunks that exist now; `parallel` takes their last graph from them when it ends.
+chunks_in_training: Final[weakref.WeakSet[Any]] = weakref.WeakSet()
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -64,14 +68,12 @@ def device() -> torch.device:
 
 
 @contextlib.contextmanager
-def parallel(
-    recipe: Recipe, *, rank: int = 0, store: dist.Store | None = None, timeout: float = 120.0
-) -> Iterator[None]:
+def parallel(recipe: Recipe, *, rank: int = 0, store: Any = None, timeout: float = 120.0) -> Iterator[None]:
     """Hold the process groups of `recipe` open, seeded, and leave nothing of them behind.
 
     Args:
         rank: of this process.
-        store: where several ranks meet; one rank needs none (and no port and no environment variable).
+        store: torch's FileStore or the like, where several ranks meet; one rank needs none (and no port and no environment variable).
         timeout: seconds a collective may take.
 
     Raises:
@@ -82,13 +84,15 @@ def parallel(
     if store is None:
         if recipe.world_size > 1:
             raise LabError(f"{recipe.world_size} ranks need a store to meet at: use lab.run_ranks")
-        store = dist.HashStore()
+        store = torch._C._distributed_c10d.HashStore()
     if dist.is_initialized():
         raise LabError("a process group is open already")
     backend = "gloo"
     if not cpu.is_pretending() and torch.cuda.device_count() >= recipe.world_size:
         backend = "cpu:gloo,cuda:nccl"  # NCCL refuses two ranks on one GPU
         torch.cuda.set_device(rank)
+    excepthook = sys.excepthook
+    gc.collect()  # what an earlier model, dropped only after its groups, still holds of them
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=recipe.world_size, timeout=timedelta(seconds=timeout)
     )
@@ -105,12 +109,30 @@ def parallel(
         _seed(recipe.seed)
         yield
     finally:
+        for chunk in list(chunks_in_training):
+            _let_go_of_graphs(chunk)
         if state is not None:
             state.destroy_model_parallel()
             _forget_groups(state)
         if dist.is_initialized():
             dist.destroy_process_group()
+        # init_process_group puts one more "[rank0]:" in front of tracebacks each time it is called.
+        sys.excepthook = excepthook
         gc.collect()
+
+
+def _let_go_of_graphs(chunk: Any) -> None:
+    """Cut the last step's autograd graph off what modules and token dispatchers keep of it.
+
+    A dispatcher keeps its last `probs`; their graph ends in DDP's gradient hooks, which hold DDP, which holds the
+    dispatcher and every process group. That circle passes through C++, where the garbage collector cannot see it.
+    """
+    for module in chunk.modules():
+        helpers = (value for value in vars(module).values() if hasattr(value, "__dict__"))
+        for owner in (module, *helpers):
+            for name, value in list(vars(owner).items()):
+                if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                    setattr(owner, name, value.detach())
 
 
 def _seed(seed: int) -> None:

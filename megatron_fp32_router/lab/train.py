@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_fp32_router.lab import compat
-from megatron_fp32_router.lab.model import device, make_config, make_gpt
+from megatron_fp32_router.lab.model import chunks_in_training, device, make_config, make_gpt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -155,6 +155,7 @@ def wrap(recipe: Recipe, models: list[Any]) -> Lab:
     """Put `models`, as `build_model` returns them, into Float16Module and DDP, and make their optimizer."""
     config = models[0].config
     chunks = [_wrap(recipe, config, model, index) for index, model in enumerate(models)]
+    chunks_in_training.update(chunks)
     optimizer = _optimizer(recipe, config, chunks)
     lab = Lab(recipe, config, chunks, optimizer)
     _connect(lab)

@@ -27,7 +27,7 @@ def _end_with_parent() -> None:
     """End this rank and all it has started when the process that launched it is gone."""
 
     def watch() -> None:
-        while sys.stdin.buffer.raw.read(4096):  # type: ignore[attr-defined]
+        while os.read(0, 4096):
             pass
         os.killpg(0, signal.SIGKILL)
 
@@ -62,7 +62,7 @@ def _run(folder: Path, rank: int) -> None:
         function = getattr(importlib.import_module(module), name, None)
         if function is None:
             raise LabError(f"target {job['target']!r}: {module} has no {name}")
-        store = torch.distributed.FileStore(str(folder / "store"), recipe.world_size)
+        store = torch._C._distributed_c10d.FileStore(str(folder / "store"), recipe.world_size)
         with parallel(recipe, rank=rank, store=store, timeout=job["timeout"]):
             try:
                 result = function(recipe, job["arguments"])

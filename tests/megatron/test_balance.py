@@ -56,9 +56,10 @@ def test_a_tiny_update_takes_effect_at_every_size_of_bias(start: float, router: 
 
 def sixty_four_ranks(r: Any) -> np.ndarray:
     """40,840 tokens for expert 0, in 64 parts of 608 to 676, where the mean over experts is 40,960."""
-    parts = np.linspace(608, 676, 64).astype(np.int64)
-    parts[: 40840 - parts.sum() if parts.sum() < 40840 else 0] += 1
-    parts[: parts.sum() - 40840 if parts.sum() > 40840 else 0] -= 1
+    parts = 608 + np.arange(64, dtype=np.int64) * 7 % 61
+    missing = 40840 - int(parts.sum())
+    parts += missing // 64
+    parts[: missing % 64] += 1
     assert parts.sum() == 40840
     rest = 8 * 40960 - 40840
     others = np.full((64, 7), rest // (64 * 7), dtype=np.int64)

@@ -97,10 +97,12 @@ def test_what_comes_off_the_meta_device_is_zero_and_reset_gives_an_fp32_weight(r
         assert not torch.equal(built.weight, built.weight.bfloat16().float())
 
 
-def test_copies_and_pickles_of_a_router_keep_their_bits(router: Any, plugin: Any) -> None:
+def test_copies_and_saved_states_of_a_router_keep_their_bits(router: Any, plugin: Any, release: Any) -> None:
     built = router()
     before = fill(built)
-    assert_kept(copy.deepcopy(built).bfloat16(), before)
+    if release.minor < 13:
+        # Later routers hold process groups, which nothing can copy, with or without the plugin.
+        assert_kept(copy.deepcopy(built).bfloat16(), before)
     file = io.BytesIO()
     torch.save(built.state_dict(), file)
     file.seek(0)
