@@ -24,6 +24,12 @@ from megatron_fp32_router.say import say
 from megatron_fp32_router.settings import PREFIX, Settings
 from megatron_fp32_router.upstream import Megatron, of_module
 
+if not hasattr(wrapt, "unwrap_object"):
+    raise Fp32RouterError(
+        f"megatron-fp32-router needs wrapt>=2.4,<3; found {wrapt.__version__} at {wrapt.__file__}. "
+        f"Install it with: {sys.executable} -m pip install 'wrapt>=2.4,<3'"
+    )
+
 State = Literal["armed", "applied", "native", "displaced", "drifted", "off"]
 
 #: Marks our replacements, so that an import of the plugin that lost its memory still knows its own work.

@@ -91,11 +91,15 @@ def clean_environment(*paths: Path, **variables: str) -> dict[str, str]:
     return kept | {"PYTHONPATH": os.pathsep.join(map(str, paths))} | variables
 
 
+#: The Pythons that the package is for.
+VERSIONS = ("3.10", "3.11", "3.12", "3.13")
+
+
 @functools.cache
 def pythons() -> dict[str, str]:
     """Version -> interpreter: ours, and every other from 3.10 to 3.13 that is on this machine and really runs."""
     found = {f"{sys.version_info.major}.{sys.version_info.minor}": sys.executable}
-    for version in ("3.10", "3.11", "3.12", "3.13"):
+    for version in VERSIONS:
         candidates = [shutil.which(f"python{version}")]
         candidates += sorted(map(str, Path.home().glob(f".pyenv/versions/{version}.*/bin/python")))
         for candidate in filter(None, candidates):

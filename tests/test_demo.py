@@ -130,7 +130,8 @@ def test_a_plugin_that_breaks_its_promise_is_not_called_good() -> None:
 
 
 def test_a_picture_of_one_run_and_one_of_two_can_be_drawn(tmp_path: Path) -> None:
-    for several in ([_data()], [_data(), _data()]):
+    miscounting = _data() | {"off": _run(good=True)}
+    for several in ([_data()], [_data(), miscounting]):
         path = tmp_path / "new folder" / f"{len(several)}.png"
         demo_report.picture(several, path)
         assert path.read_bytes().startswith(b"\x89PNG")

@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 import sys
 import tempfile
 import threading
@@ -21,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Final
 from megatron_fp32_router.errors import Fp32RouterError
 from megatron_fp32_router.lab import demo_report as report
 from megatron_fp32_router.lab.recipe import LabError, Recipe
-from megatron_fp32_router.settings import PREFIX
 from megatron_fp32_router.upstream import read_version
 from megatron_fp32_router.version import __version__
 
@@ -163,36 +161,23 @@ def _collect(tree: Path, version: str, steps: int) -> dict[str, Any]:
 
 
 def _run(tree: Path, recipe: Recipe, steps: int, plugin: bool) -> dict[str, Any]:
-    """One run in a process of its own; LabError with the end of its log if it breaks off."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        job = {
-            "megatron": str(tree.resolve()),
-            "recipe": recipe.to_json(),
-            "steps": steps,
-            "progress": str(folder / "progress"),
-            "result": str(folder / "result.json"),
-        }
-        (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        home = str(Path(__file__).resolve().parents[2])
-        environment = os.environ | {
-            PREFIX: "1" if plugin else "0",
-            # A checkout need not be installed for its demo to work.
-            "PYTHONPATH": os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")])),
-        }
-        command = [sys.executable, "-m", "megatron_fp32_router.lab.demo_run", str(folder / "job.json")]
-        with (
-            _shown(folder / "progress", steps, f"plugin {'on' if plugin else 'off'}"),
-            open(folder / "log", "w", encoding="utf-8") as log,
-        ):
-            done = subprocess.run(command, env=environment, stdout=log, stderr=log, check=False)
-        if done.returncode:
-            end = (folder / "log").read_text(encoding="utf-8", errors="replace").splitlines()[-25:]
-            raise LabError(
-                f"the run with the plugin {'on' if plugin else 'off'} broke off (exit code {done.returncode}):\n"
-                + "\n".join(f"    {line}" for line in end)
+    from megatron_fp32_router.lab import run_ranks
+
+    with tempfile.TemporaryDirectory() as folder:
+        progress = Path(folder) / "progress"
+        with _shown(progress, steps, f"plugin {'on' if plugin else 'off'}"):
+            results = run_ranks(
+                "megatron_fp32_router.lab.demo_run:train",
+                recipe,
+                {"steps": steps, "progress": str(progress)},
+                megatron=tree,
+                plugin=plugin,
+                # One rank has the machine to itself.
+                env={"OMP_NUM_THREADS": str(min(4, os.cpu_count() or 1))},
+                # Never reached on a machine that works; a hundred times what a step takes there.
+                timeout=300.0 + 30.0 * steps,
             )
-        result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    result: dict[str, Any] = results[0]
     return result
 
 

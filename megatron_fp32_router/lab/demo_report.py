@@ -10,7 +10,7 @@ Everything here is a function of the data that `demo` collects and saves:
            "count_error": float, "max_vio": float, "disagree": float (share), "tokens_compared": int,
            "reference_weight": str, "loss": float, "seconds": float,
            "series": {"layers": [name, …], "bias" and "exact": [layer][expert][step 0…], "max_vio" and
-                      "count_error": [step], "wrong": [layer][expert]}}
+                      "count_error": [step], "wrong": [layer][expert], "wrong_at": [step]}}
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def rows(data: dict[str, Any]) -> list[tuple[str, str, str]]:
     add("bias moved where it was balanced", lambda run: f"{run['updates']['unasked']:,}")
     add("largest error of the token counter", lambda run: f"{run['count_error']:,.0f} tokens")
     add("final load violation, MaxVio", lambda run: f"{run['max_vio']:.3f}")
-    add("tokens sent elsewhere than fp64 sends them", lambda run: f"{run['disagree']:.2%}")
+    add("tokens routed unlike fp64", lambda run: f"{run['disagree']:.2%}")
     add("final loss (nats per byte)", lambda run: f"{run['loss']:.4f}")
     return table
 
@@ -95,15 +95,17 @@ def findings(data: dict[str, Any]) -> list[str]:
     off, on = data["off"], data["on"]
     updates = off["updates"]
     low = low_tensors(off)
+    lasting = [name for name in low if below_fp32(off["dtypes"][name][1])]
+    passing = [name for name in low if name not in lasting]
     said = []
     if low:
         said.append(
-            f"Without the plugin, Megatron-Core {data['megatron']} holds {_listed(low)} below fp32"
-            f"{'; every other router tensor is fp32 or wider' if len(low) < len(off['dtypes']) else ''}."
+            f"Without the plugin, Megatron-Core {data['megatron']} holds {_listed(lasting) or 'nothing'} below fp32"
+            + (f", and {_listed(passing)} between wrapping and its first forward." if passing else ".")
         )
     else:
         said.append(f"Megatron-Core {data['megatron']} keeps every router tensor in fp32 by itself.")
-    if updates["stuck"] > updates["expected"] // 2:
+    if _stopped(data):
         said.append(
             f"The balancer has stopped: {updates['stuck']:,} of {updates['expected']:,} updates left the "
             "bias where it was. Around 0.75 neighbouring bf16 numbers are 0.0039 apart, so an update of "
@@ -113,8 +115,8 @@ def findings(data: dict[str, Any]) -> list[str]:
         said.append(
             f"{updates['wrong']:,} updates went wrong ({updates['reversed']:,} moved the bias away from "
             f"balance, {updates['stuck']:,} did not move it, {updates['unasked']:,} moved an expert that was "
-            f"balanced). The token counter is off by up to {off['count_error']:,.0f} tokens: enough to turn "
-            "the sign of an update around when an expert is near its fair share."
+            f"balanced). The token counter is off by up to {off['count_error']:,.0f} tokens: enough to "
+            "cancel an update, or to turn its sign around, when an expert is near its fair share."
         )
     else:
         said.append("Every update went the right way without the plugin in this run.")
@@ -219,10 +221,12 @@ def _bias_lines(axis: Any, data: dict[str, Any], layer: int, expert: int) -> Non
     """One expert's bias: what exact counts ask for and what happened, without the plugin and with it."""
     off, on = data["off"]["series"], data["on"]["series"]
     steps = range(len(off["bias"][layer][expert]))
-    axis.plot(steps, off["exact"][layer][expert], color=_COLOURS["exact"][0], ls=(0, (4, 2)), label="off: due")
-    axis.plot(steps, off["bias"][layer][expert], color=_COLOURS["off"][0], label="off: got")
-    axis.plot(steps, on["bias"][layer][expert], color=_COLOURS["on"][0], label="on")
-    axis.plot(steps, on["exact"][layer][expert], color=_COLOURS["ink"][0], ls=(0, (1, 3)), lw=1.2, label="on: due")
+    axis.plot(steps, off["exact"][layer][expert], color=_COLOURS["exact"][0], ls=(0, (4, 2)), label="due, plugin off")
+    axis.plot(steps, off["bias"][layer][expert], color=_COLOURS["off"][0], label="plugin off")
+    axis.plot(steps, on["bias"][layer][expert], color=_COLOURS["on"][0], label="plugin on")
+    axis.plot(
+        steps, on["exact"][layer][expert], color=_COLOURS["ink"][0], ls=(0, (1, 3)), lw=1.2, label="due, plugin on"
+    )
     axis.set_xlim(0, len(steps) - 1)
 
 
@@ -247,22 +251,32 @@ def _biases(data: dict[str, Any]) -> str:
     return _svg(figure, "bias")
 
 
+def _series(axis: Any, data: dict[str, Any], key: str) -> None:
+    """`key` over steps, both runs; on the counter's error, also the steps in which an update went wrong."""
+    for run in RUNS:
+        values, steps = data[run]["series"][key], range(1, data["steps"] + 1)
+        axis.plot(steps, values, color=_COLOURS[run][0], label=f"plugin {run}")
+        wrong = [(step, values[step - 1]) for step in steps if data[run]["series"]["wrong_at"][step - 1]]
+        if key == "count_error" and wrong and not _stopped(data):  # there it is every step
+            label = f"an update went wrong (plugin {run})"
+            axis.plot(*zip(*wrong, strict=True), "x", color=_COLOURS["ink"][0], ms=7, mew=1.8, label=label)
+    axis.set_xlabel("training step")
+    axis.set_ylim(bottom=0)
+    axis.set_xlim(1, max(2, data["steps"]))
+
+
 def _curves(data: dict[str, Any], key: str, label: str) -> str:
     figure, axes = _figure(10, 2.9)
-    axis = axes[0, 0]
-    for run in RUNS:
-        values = data[run]["series"][key]
-        axis.plot(range(1, len(values) + 1), values, color=_COLOURS[run][0], label=f"plugin {run}")
-    axis.set_xlabel("step")
-    axis.set_ylabel(label)
-    axis.set_ylim(bottom=0)
-    axis.set_xlim(1, max(2, len(values)))
-    figure.legend(loc="outside upper left", ncols=2)
+    _series(axes[0, 0], data, key)
+    axes[0, 0].set_ylabel(label)
+    figure.legend(loc="outside upper left", ncols=4)
     return _svg(figure, key.replace("_", "-"))
 
 
 def picture(several: list[dict[str, Any]], path: Path) -> None:
-    """Write the picture for README's first screen: one expert's bias, one panel for each run in `several`.
+    """Write the picture for README's first screen: one panel for each run in `several`.
+
+    Where updates are swallowed the panel shows one expert's bias, elsewhere the counter that turns updates around.
 
     Raises:
         OSError: `path` cannot be written.
@@ -270,28 +284,32 @@ def picture(several: list[dict[str, Any]], path: Path) -> None:
     import matplotlib
 
     with matplotlib.rc_context(_style() | {"font.size": 11, "axes.titlesize": 12, "lines.linewidth": 2.2}):
-        figure, axes = _figure(5.6 * len(several) + (1.6 if len(several) == 1 else 0), 4.3, 1, len(several))
+        figure, axes = _figure(6.2 * len(several) + (0.8 if len(several) == 1 else 0), 4.6, 1, len(several))
         figure.patch.set_alpha(1)
         figure.patch.set_facecolor("white")
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.04)
         for axis, data in zip(axes.flat, several, strict=True):
-            layer, expert = worst(data)
-            _bias_lines(axis, data, layer, expert)
-            axis.set_title(f"Megatron-Core {data['megatron']}: {_headline(data)}", fontweight="bold", pad=10)
-            axis.set_xlabel("training step")
-            axis.margins(y=0.12)
-        axes[0, 0].set_ylabel(f"expert_bias of one expert (starts at {several[0]['recipe']['bias_start']:g})")
-        handles, _ = axes[0, 0].get_legend_handles_labels()
-        names = ["due by exact counting, off", "plugin off", "plugin on", "due by exact counting, on"]
-        figure.legend(handles, names, loc="outside lower center", ncols=2 if len(several) == 1 else 4)
+            updates = data["off"]["updates"]
+            if _stopped(data):
+                _bias_lines(axis, data, *worst(data))
+                axis.set_xlabel("training step")
+                axis.set_ylabel("expert_bias of one expert")
+                axis.margins(y=0.12)
+                what = f"bf16 swallows {updates['stuck']:,} of {updates['expected']:,} bias updates"
+            else:
+                _series(axis, data, "count_error")
+                axis.set_ylabel("counting error, tokens (worst expert)")
+                axis.set_ylim(top=1.35 * max(1.0, data["off"]["count_error"]))
+                what = f"bf16 miscounts tokens, {updates['wrong']:,} bias updates go wrong"
+            axis.set_title(f"Megatron-Core {data['megatron']}: {what}", fontweight="bold", pad=10)
+            axis.legend(loc="best" if _stopped(data) else "upper left")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150, format="png")
 
 
-def _headline(data: dict[str, Any]) -> str:
-    updates = data["off"]["updates"]
-    if updates["stuck"] > updates["expected"] // 2:
-        return f"{updates['stuck'] / updates['expected']:.0%} of updates swallowed"
-    return f"{updates['wrong'] / max(1, updates['expected']):.0%} of updates wrong"
+def _stopped(data: dict[str, Any]) -> bool:
+    """Whether most updates of the run without the plugin were swallowed."""
+    return bool(data["off"]["updates"]["stuck"] > data["off"]["updates"]["expected"] // 2)
 
 
 # The page ---------------------------------------------------------------------------------------------------
@@ -323,11 +341,7 @@ dt { font-weight: 600; margin-top: .7rem; } dd { margin: 0; color: var(--soft); 
 
 
 def render(data: dict[str, Any]) -> str:
-    """The page: findings, table and drawings in one HTML document that loads nothing.
-
-    Args:
-        data: as described at the top of this file.
-    """
+    """The page: findings, table and drawings of `data` in one HTML document that loads nothing."""
     import matplotlib
 
     e = html.escape

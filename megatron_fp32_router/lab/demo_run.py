@@ -7,13 +7,12 @@ Shapes: S steps, L layers, E experts, T tokens, H hidden size.
 
 from __future__ import annotations
 
-import json
-import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import numpy as np
     import torch
 
@@ -176,55 +175,39 @@ def judge(bias_SLE: np.ndarray[Any, Any], counts_SLE: np.ndarray[Any, Any], rate
             "bias": bias_SLE.transpose(1, 2, 0).tolist(),
             "exact": exact.transpose(1, 2, 0).tolist(),
             "wrong": wrong.sum(axis=0).tolist(),
+            "wrong_at": wrong.sum(axis=(1, 2)).tolist(),
         },
     }
 
 
-def train(recipe: Recipe, steps: int, progress: str) -> dict[str, Any]:
+def train(recipe: Recipe, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """One run, in its own process: train, watch, and return a RUN (see demo_report.py).
 
     Args:
         recipe: one rank.
-        steps: training steps, at least 1.
-        progress: a file that gets one line a step.
+        arguments: `steps`, at least 1, and `progress`, a file that gets one line a step.
     """
     import torch
 
     from megatron_fp32_router import lab as laboratory
 
-    with laboratory.parallel(recipe):
-        lab = laboratory.build(recipe)
-        wrapped = _dtypes(lab)
-        observer = _Observer(lab, last_step=steps - 1)
-        lab.on_counts.append(observer.look)
-        batches = laboratory.text_batches(recipe, recipe.seed)
-        started = time.monotonic()
-        with lab.record_routing(observer.routings.append), open(progress, "a", encoding="utf-8") as lines:
-            for step in range(steps):
-                loss = lab.step(batches)
-                observer.after_step()
-                print(f"{step + 1} {loss:.4f}", file=lines, flush=True)
-        trained = _dtypes(lab)
-        return {
-            "dtypes": {name: [wrapped.get(name, "absent"), trained[name]] for name in trained},
-            **observer.result(),
-            "loss": loss,
-            "seconds": time.monotonic() - started,
-            "torch": torch.__version__,
-        }
-
-
-def main(job_file: str) -> None:
-    """The worker: read what to do from `job_file`, do it, and leave the RUN as JSON in the file it names."""
-    # Before the laboratory pretends: Dynamo, which new releases import, maps torch.cuda's own functions at import.
-
-    from megatron_fp32_router import lab as laboratory
-
-    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
-    laboratory.prepare(job["megatron"])
-    run = train(laboratory.Recipe.from_json(job["recipe"]), job["steps"], job["progress"])
-    Path(job["result"]).write_text(json.dumps(run), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    steps = arguments["steps"]
+    lab = laboratory.build(recipe)
+    wrapped = _dtypes(lab)
+    observer = _Observer(lab, last_step=steps - 1)
+    lab.on_counts.append(observer.look)
+    batches = laboratory.text_batches(recipe, recipe.seed)
+    started = time.monotonic()
+    with lab.record_routing(observer.routings.append), open(arguments["progress"], "a", encoding="utf-8") as lines:
+        for step in range(steps):
+            loss = lab.step(batches)
+            observer.after_step()
+            print(f"{step + 1} {loss:.4f}", file=lines, flush=True)
+    trained = _dtypes(lab)
+    return {
+        "dtypes": {name: [wrapped.get(name, "absent"), trained[name]] for name in trained},
+        **observer.result(),
+        "loss": loss,
+        "seconds": time.monotonic() - started,
+        "torch": str(torch.__version__),
+    }

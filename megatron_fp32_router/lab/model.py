@@ -73,7 +73,8 @@ def parallel(recipe: Recipe, *, rank: int = 0, store: Any = None, timeout: float
 
     Args:
         rank: of this process.
-        store: torch's FileStore or the like, where several ranks meet; one rank needs none (and no port and no environment variable).
+        store: torch's FileStore or the like, where several ranks meet; one rank needs none (and no port and
+            no environment variable).
         timeout: seconds a collective may take.
 
     Raises:
@@ -285,4 +286,21 @@ def make_gpt(recipe: Recipe, config: Any, stage: int | None) -> Any:
         position_embedding_type="rope",
         **compat.signature_kwargs(gpt.__init__, vp_stage=stage),
     )
+    if recipe.linear_bias:
+        _let_expert_biases_be_added(model)
     return model.to(device())
+
+
+def _let_expert_biases_be_added(model: Any) -> None:
+    """Copy what an expert's last layer returns, before MLP adds the bias to it in place.
+
+    With one tensor-parallel rank that output is what went into an autograd function as well, and torch forbids to
+    change such a view in place. TransformerEngine's layers, which real runs have here, return a tensor of their own.
+    """
+
+    def copy(module: Any, inputs: Any, output: Any) -> Any:
+        return output[0].clone(), *output[1:]
+
+    for name, module in model.named_modules():
+        if "local_experts" in name and name.endswith("linear_fc2"):
+            module.register_forward_hook(copy)

@@ -52,7 +52,7 @@ class Recipe:
     load_balancing: Literal["none", "aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn"] = "none"
     aux_coeff: float = 1e-2
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"
-    #: add_bias_linear: gives routers a `bias` parameter from 0.15.
+    #: add_bias_linear: gives routers a `bias` parameter from 0.15. Some releases take it with allgather only.
     linear_bias: bool = False
 
     optimizer: Literal["plain", "distributed"] = "plain"

@@ -199,7 +199,8 @@ def _optimizer(recipe: Recipe, config: Any, chunks: list[Any]) -> Any:
     if not recipe.fused_adam:
         return optimizer.get_megatron_optimizer(settings, chunks)
     # Restored at once: Adam is looked up while the optimizer is made, and other builds want torch's own.
-    homes = [module for module in (optimizer, getattr(optimizer, "optimizer", None)) if hasattr(module, "Adam")]
+    candidates: tuple[Any, ...] = (optimizer, getattr(optimizer, "optimizer", None))
+    homes = [module for module in candidates if hasattr(module, "Adam")]
     originals = [module.Adam for module in homes]
     try:
         for module in homes:

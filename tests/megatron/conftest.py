@@ -25,6 +25,12 @@ def release(request: pytest.FixtureRequest) -> Version:
     return Version(release_of(Path(request.config.getoption("--megatron"))))
 
 
+@pytest.fixture(scope="session")
+def with_bias(release: Version) -> bool:
+    """Whether this release's router has a `bias` parameter when add_bias_linear is on (0.12 to 0.14 refuse it)."""
+    return release >= Version("0.15")
+
+
 @pytest.fixture
 def build() -> Iterator[Callable[..., lab.Lab]]:
     """`build(**recipe)`: a tiny GPT-MoE, wrapped, with DDP and an optimizer, ready to train."""

@@ -43,8 +43,8 @@ def assert_kept(router: Any, before: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS.keys())
-def test_no_cast_reaches_the_router(cast: Any, router: Any, plugin: Any) -> None:
-    built = router(linear_bias=True)
+def test_no_cast_reaches_the_router(cast: Any, router: Any, plugin: Any, with_bias: bool) -> None:
+    built = router(linear_bias=with_bias)
     before = fill(built)
     weight, address = built.weight, built.weight.data_ptr()
     built.weight.sequence_parallel = "kept"
@@ -61,8 +61,10 @@ def test_no_cast_reaches_the_router(cast: Any, router: Any, plugin: Any) -> None
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sequence=st.lists(st.sampled_from(sorted(CASTS)), min_size=1, max_size=5))
-def test_no_sequence_of_casts_reaches_the_router(sequence: list[str], router: Any, plugin: Any) -> None:
-    built = router(linear_bias=True)
+def test_no_sequence_of_casts_reaches_the_router(
+    sequence: list[str], router: Any, plugin: Any, with_bias: bool
+) -> None:
+    built = router(linear_bias=with_bias)
     before = fill(built)
     for name in sequence:
         CASTS[name](built)
@@ -111,9 +113,9 @@ def test_copies_and_saved_states_of_a_router_keep_their_bits(router: Any, plugin
     assert torch.equal(other.weight, before["weight"])
 
 
-def test_buffers_mode_leaves_the_parameters_to_upstream(router: Any, plugin: Any) -> None:
+def test_buffers_mode_leaves_the_parameters_to_upstream(router: Any, plugin: Any, with_bias: bool) -> None:
     plugin(protect="buffers")
-    built = router(linear_bias=True).bfloat16()
+    built = router(linear_bias=with_bias).bfloat16()
     assert {p.dtype for p in built.parameters()} == {torch.bfloat16}
     assert built.expert_bias.dtype == torch.float32
     assert built.local_tokens_per_expert.dtype == torch.float64

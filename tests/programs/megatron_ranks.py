@@ -1,0 +1,32 @@
+"""What every rank of tests/megatron/test_ranks.py runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_fp32_router import lab
+
+
+def train(recipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Runs in every rank: three steps; returns local counts of each step and the bias at the end, by layer."""
+    room = lab.build(recipe)
+    counts: dict[str, list[torch.Tensor]] = {}
+
+    def look(_: Any) -> None:
+        for name, router in room.routers():
+            counts.setdefault(name, []).append(router.local_tokens_per_expert.clone())
+
+    room.on_counts.append(look)
+    batches = lab.text_batches(recipe, seed=5)
+    for _ in range(3):
+        room.step(batches)
+    return {
+        name: {
+            "counts": torch.stack(counts[name]),
+            "bias": router.expert_bias.clone(),
+            "weight": str(router.weight.dtype),
+        }
+        for name, router in room.routers()
+    }
