@@ -26,7 +26,7 @@ from megatron_fp32_router.upstream import Megatron, of_module
 
 if not hasattr(wrapt, "unwrap_object"):
     raise Fp32RouterError(
-        f"megatron-fp32-router needs wrapt>=2.4,<3; found {wrapt.__version__} at {wrapt.__file__}. "
+        f"megatron-fp32-router needs wrapt>=2.4,<3; found {getattr(wrapt, '__version__', '?')} at {wrapt.__file__}. "
         f"Install it with: {sys.executable} -m pip install 'wrapt>=2.4,<3'"
     )
 

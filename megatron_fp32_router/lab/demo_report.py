@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from pathlib import Path
 
-#: Placeholder colours for matplotlib -> (CSS variable, value on a light page). Unusual values, because they
-#: are found by text and become CSS variables, so that one drawing serves light and dark pages.
+#: matplotlib's colour and the CSS variable that replaces it, so that one drawing serves light and dark pages.
 _COLOURS: Final = {
     "off": ("#c8401d", "--off"),
     "on": ("#1f5fc9", "--on"),
@@ -137,9 +136,13 @@ def findings(data: dict[str, Any]) -> list[str]:
             f"{_listed(low_tensors(on)) or 'nothing'}."
         )
     said.append(
-        f"Load violation at the end: {off['max_vio']:.3f} off, {on['max_vio']:.3f} on; loss "
-        f"{off['loss']:.4f} off, {on['loss']:.4f} on. "
-        "The run is short: its loss is no evidence for or against anything."
+        f"Load violation at the end: {off['max_vio']:.3f} off, {on['max_vio']:.3f} on; loss {off['loss']:.4f} off, "
+        f"{on['loss']:.4f} on. "
+        + (
+            "The run is short: the loss is no evidence for or against anything."
+            if _stopped(data)
+            else "The run is short and few updates differ: neither is evidence for or against anything."
+        )
     )
     return said
 
@@ -221,11 +224,22 @@ def _bias_lines(axis: Any, data: dict[str, Any], layer: int, expert: int) -> Non
     """One expert's bias: what exact counts ask for and what happened, without the plugin and with it."""
     off, on = data["off"]["series"], data["on"]["series"]
     steps = range(len(off["bias"][layer][expert]))
-    axis.plot(steps, off["exact"][layer][expert], color=_COLOURS["exact"][0], ls=(0, (4, 2)), label="due, plugin off")
+    axis.plot(
+        steps,
+        off["exact"][layer][expert],
+        color=_COLOURS["exact"][0],
+        ls=(0, (4, 2)),
+        label="due by exact counts, plugin off",
+    )
     axis.plot(steps, off["bias"][layer][expert], color=_COLOURS["off"][0], label="plugin off")
     axis.plot(steps, on["bias"][layer][expert], color=_COLOURS["on"][0], label="plugin on")
     axis.plot(
-        steps, on["exact"][layer][expert], color=_COLOURS["ink"][0], ls=(0, (1, 3)), lw=1.2, label="due, plugin on"
+        steps,
+        on["exact"][layer][expert],
+        color=_COLOURS["ink"][0],
+        ls=(0, (1, 3)),
+        lw=1.2,
+        label="due by exact counts, plugin on",
     )
     axis.set_xlim(0, len(steps) - 1)
 
@@ -261,7 +275,7 @@ def _series(axis: Any, data: dict[str, Any], key: str) -> None:
             label = f"an update went wrong (plugin {run})"
             axis.plot(*zip(*wrong, strict=True), "x", color=_COLOURS["ink"][0], ms=7, mew=1.8, label=label)
     axis.set_xlabel("training step")
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(bottom=-0.02 * axis.get_ylim()[1])  # a line at 0 is drawn whole
     axis.set_xlim(1, max(2, data["steps"]))
 
 
@@ -295,13 +309,13 @@ def picture(several: list[dict[str, Any]], path: Path) -> None:
                 axis.set_xlabel("training step")
                 axis.set_ylabel("expert_bias of one expert")
                 axis.margins(y=0.12)
-                what = f"bf16 swallows {updates['stuck']:,} of {updates['expected']:,} bias updates"
+                what = f"bf16 swallows {updates['stuck']:,} of {updates['expected']:,} bias updates whole"
             else:
                 _series(axis, data, "count_error")
                 axis.set_ylabel("counting error, tokens (worst expert)")
                 axis.set_ylim(top=1.35 * max(1.0, data["off"]["count_error"]))
-                what = f"bf16 miscounts tokens, {updates['wrong']:,} bias updates go wrong"
-            axis.set_title(f"Megatron-Core {data['megatron']}: {what}", fontweight="bold", pad=10)
+                what = f"bf16 miscounts tokens: {updates['wrong']:,} bias updates go wrong"
+            axis.set_title(f"Megatron-Core {data['megatron']}\n{what}", fontweight="bold", pad=10)
             axis.legend(loc="best" if _stopped(data) else "upper left")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150, format="png")
