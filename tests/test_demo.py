@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_fp32_router.lab import demo, demo_report
+from megatron_fp32_router.lab import demo, demo_page, demo_report
 from megatron_fp32_router.lab.demo_run import judge
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,7 +97,7 @@ class _Loads(HTMLParser):
 
 
 def test_the_page_loads_nothing() -> None:
-    page = demo_report.render(_data())
+    page = demo_page.render(_data())
     loads = _Loads()
     loads.feed(page)
     assert loads.found == []
@@ -108,7 +108,7 @@ def test_the_page_loads_nothing() -> None:
 
 
 def test_the_page_has_distinct_ids_and_every_reference_has_its_target() -> None:
-    page = demo_report.render(_data())
+    page = demo_page.render(_data())
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'(?:url\(#|href="#)([^)"]+)', page)) <= set(ids)
@@ -116,7 +116,7 @@ def test_the_page_has_distinct_ids_and_every_reference_has_its_target() -> None:
 
 def test_the_page_shows_every_row_of_the_table_and_escapes_what_it_is_given() -> None:
     data = _data()
-    page = demo_report.render(data)
+    page = demo_page.render(data)
     for what, _, _ in demo_report.rows(data):
         assert what in page
     assert "&lt;fp32&gt;" in page
@@ -126,14 +126,14 @@ def test_the_page_shows_every_row_of_the_table_and_escapes_what_it_is_given() ->
 def test_a_plugin_that_breaks_its_promise_is_not_called_good() -> None:
     data = _data(on_is_good=False)
     assert not demo_report.protected(data)
-    assert "DID NOT KEEP ITS PROMISE" in demo_report.render(data)
+    assert "DID NOT KEEP ITS PROMISE" in demo_page.render(data)
 
 
 def test_a_picture_of_one_run_and_one_of_two_can_be_drawn(tmp_path: Path) -> None:
     miscounting = _data() | {"off": _run(good=True)}
     for several in ([_data()], [_data(), miscounting]):
         path = tmp_path / "new folder" / f"{len(several)}.png"
-        demo_report.picture(several, path)
+        demo_page.picture(several, path)
         assert path.read_bytes().startswith(b"\x89PNG")
 
 

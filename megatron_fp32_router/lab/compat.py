@@ -150,7 +150,7 @@ class FusedAdamLike(torch.optim.Optimizer):
 
 
 class _Anything(types.ModuleType):
-    """A module whose every attribute is a decorator that returns what it is given."""
+    """A module that has every attribute: classes that take any arguments, decorators that change nothing."""
 
     __path__: list[str] = []  # noqa: RUF012 (import machinery looks for a plain list)
 
@@ -158,7 +158,7 @@ class _Anything(types.ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         if name[:1].isupper():
-            return type(name, (), {})
+            return type(name, (), {"__init__": lambda self, *args, **kwargs: None})
         return _decorator
 
 

@@ -1,7 +1,7 @@
 """The demo: the same tiny mixture of experts trained on real text, without the plugin and with it.
 
 Each run is a process of its own, from the same seed. demo_run.py is what happens in it, demo_report.py what
-comes out of it.
+comes out of it, demo_page.py how that looks.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from megatron_fp32_router.errors import Fp32RouterError
+from megatron_fp32_router.lab import demo_page as drawn
 from megatron_fp32_router.lab import demo_report as report
 from megatron_fp32_router.lab.recipe import LabError, Recipe
 from megatron_fp32_router.upstream import read_version
@@ -224,13 +225,13 @@ def _write(data: dict[str, Any], out: Path, picture: str | None) -> list[Path]:
     """Write the page, the data behind it, and the picture if one is wanted."""
     name = data["megatron"].replace(" ", "-")
     page, kept = out / f"demo-{name}.html", out / f"demo-{name}.json"
-    page.write_text(report.render(data), encoding="utf-8")
+    page.write_text(drawn.render(data), encoding="utf-8")
     kept.write_text(json.dumps(data), encoding="utf-8")
     written = [page]
     if picture is not None:
         others = [json.loads(path.read_text(encoding="utf-8")) for path in out.glob("demo-*.json") if path != kept]
         others.sort(key=lambda other: [int(part) for part in re.findall(r"\d+", other["megatron"])])
-        report.picture([*others[:1], data], Path(picture))
+        drawn.picture([*others[:1], data], Path(picture))
         written.append(Path(picture))
     return written
 

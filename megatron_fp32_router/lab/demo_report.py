@@ -1,4 +1,4 @@
-"""What the demo found, as table rows, plain sentences, one self-contained HTML page and a picture.
+"""What the demo found, as table rows and plain sentences; demo_page.py draws it.
 
 Everything here is a function of the data that `demo` collects and saves:
 
@@ -15,23 +15,7 @@ Everything here is a function of the data that `demo` collects and saves:
 
 from __future__ import annotations
 
-import html
-import io
-import re
-from typing import TYPE_CHECKING, Any, Final
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-#: matplotlib's colour and the CSS variable that replaces it, so that one drawing serves light and dark pages.
-_COLOURS: Final = {
-    "off": ("#c8401d", "--off"),
-    "on": ("#1f5fc9", "--on"),
-    "exact": ("#7d8590", "--exact"),
-    "ink": ("#23272e", "--ink"),
-    "soft": ("#646c78", "--soft"),
-    "line": ("#d9dde3", "--line"),
-}
+from typing import Any, Final
 
 RUNS: Final = ("off", "on")
 
@@ -104,7 +88,7 @@ def findings(data: dict[str, Any]) -> list[str]:
         )
     else:
         said.append(f"Megatron-Core {data['megatron']} keeps every router tensor in fp32 by itself.")
-    if _stopped(data):
+    if stopped(data):
         said.append(
             f"The balancer has stopped: {updates['stuck']:,} of {updates['expected']:,} updates left the "
             "bias where it was. Around 0.75 neighbouring bf16 numbers are 0.0039 apart, so an update of "
@@ -140,7 +124,7 @@ def findings(data: dict[str, Any]) -> list[str]:
         f"{on['loss']:.4f} on. "
         + (
             "The run is short: the loss is no evidence for or against anything."
-            if _stopped(data)
+            if stopped(data)
             else "The run is short and few updates differ: neither is evidence for or against anything."
         )
     )
@@ -160,252 +144,6 @@ def worst(data: dict[str, Any]) -> tuple[int, int]:
     )
 
 
-# Drawings ---------------------------------------------------------------------------------------------------
-
-
-def _style() -> Any:
-    ink, soft, line = (_COLOURS[name][0] for name in ("ink", "soft", "line"))
-    return {
-        "svg.fonttype": "none",
-        "font.family": "sans-serif",
-        "font.size": 10,
-        "text.color": ink,
-        "axes.labelcolor": soft,
-        "axes.edgecolor": line,
-        "axes.titlecolor": ink,
-        "axes.titlesize": 10,
-        "axes.titlelocation": "left",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": line,
-        "grid.linewidth": 0.6,
-        "xtick.color": soft,
-        "ytick.color": soft,
-        "legend.frameon": False,
-        "lines.linewidth": 1.7,
-    }
-
-
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **kwargs: Any) -> tuple[Any, Any]:
-    """A figure without pyplot: no display, no global state."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.patch.set_alpha(0)
-    axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
-    for axis in axes.flat:
-        axis.set_facecolor("none")
-    return figure, axes
-
-
-def _svg(figure: Any, name: str) -> str:
-    """`figure` as an <svg> element that needs nothing else and takes its colours and font from the page."""
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
-    # Several drawings share one page, so their ids must differ.
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", text)
-    text = re.sub(r"font:\s*([\d.]+px)[^;\"]*", r"font-size: \1", text)
-    for colour, variable in _COLOURS.values():
-        text = text.replace(colour, f"var({variable})")
-    return re.sub(r'<svg width="[^"]*" height="[^"]*"|<svg height="[^"]*" width="[^"]*"', "<svg", text, count=1)
-
-
-def _bias_lines(axis: Any, data: dict[str, Any], layer: int, expert: int) -> None:
-    """One expert's bias: what exact counts ask for and what happened, without the plugin and with it."""
-    off, on = data["off"]["series"], data["on"]["series"]
-    steps = range(len(off["bias"][layer][expert]))
-    axis.plot(
-        steps,
-        off["exact"][layer][expert],
-        color=_COLOURS["exact"][0],
-        ls=(0, (4, 2)),
-        label="due by exact counts, plugin off",
-    )
-    axis.plot(steps, off["bias"][layer][expert], color=_COLOURS["off"][0], label="plugin off")
-    axis.plot(steps, on["bias"][layer][expert], color=_COLOURS["on"][0], label="plugin on")
-    axis.plot(
-        steps,
-        on["exact"][layer][expert],
-        color=_COLOURS["ink"][0],
-        ls=(0, (1, 3)),
-        lw=1.2,
-        label="due by exact counts, plugin on",
-    )
-    axis.set_xlim(0, len(steps) - 1)
-
-
-def _biases(data: dict[str, Any]) -> str:
-    layer, _ = worst(data)
-    experts = len(data["off"]["series"]["bias"][layer])
-    columns = 4 if experts >= 4 else experts
-    lines = -(-experts // columns)
-    figure, axes = _figure(10, 2.1 * lines + 0.5, lines, columns, sharex=True, sharey=True)
-    for expert, axis in enumerate(axes.flat):
-        if expert >= experts:
-            axis.set_visible(False)
-            continue
-        _bias_lines(axis, data, layer, expert)
-        wrong = data["off"]["series"]["wrong"][layer][expert]
-        axis.set_title(f"expert {expert}: {wrong} wrong")
-    for axis in axes[-1]:
-        axis.set_xlabel("step")
-    for line in axes:
-        line[0].set_ylabel("expert_bias")
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper left", ncols=4)
-    return _svg(figure, "bias")
-
-
-def _series(axis: Any, data: dict[str, Any], key: str) -> None:
-    """`key` over steps, both runs; on the counter's error, also the steps in which an update went wrong."""
-    for run in RUNS:
-        values, steps = data[run]["series"][key], range(1, data["steps"] + 1)
-        axis.plot(steps, values, color=_COLOURS[run][0], label=f"plugin {run}")
-        wrong = [(step, values[step - 1]) for step in steps if data[run]["series"]["wrong_at"][step - 1]]
-        if key == "count_error" and wrong and not _stopped(data):  # there it is every step
-            label = f"an update went wrong (plugin {run})"
-            axis.plot(*zip(*wrong, strict=True), "x", color=_COLOURS["ink"][0], ms=7, mew=1.8, label=label)
-    axis.set_xlabel("training step")
-    axis.set_ylim(bottom=-0.02 * axis.get_ylim()[1])  # a line at 0 is drawn whole
-    axis.set_xlim(1, max(2, data["steps"]))
-
-
-def _curves(data: dict[str, Any], key: str, label: str) -> str:
-    figure, axes = _figure(10, 2.9)
-    _series(axes[0, 0], data, key)
-    axes[0, 0].set_ylabel(label)
-    figure.legend(loc="outside upper left", ncols=4)
-    return _svg(figure, key.replace("_", "-"))
-
-
-def picture(several: list[dict[str, Any]], path: Path) -> None:
-    """Write the picture for README's first screen: one panel for each run in `several`.
-
-    Where updates are swallowed the panel shows one expert's bias, elsewhere the counter that turns updates around.
-
-    Raises:
-        OSError: `path` cannot be written.
-    """
-    import matplotlib
-
-    with matplotlib.rc_context(_style() | {"font.size": 11, "axes.titlesize": 12, "lines.linewidth": 2.2}):
-        figure, axes = _figure(6.2 * len(several) + (0.8 if len(several) == 1 else 0), 4.6, 1, len(several))
-        figure.patch.set_alpha(1)
-        figure.patch.set_facecolor("white")
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.04)
-        for axis, data in zip(axes.flat, several, strict=True):
-            updates = data["off"]["updates"]
-            if _stopped(data):
-                _bias_lines(axis, data, *worst(data))
-                axis.set_xlabel("training step")
-                axis.set_ylabel("expert_bias of one expert")
-                axis.margins(y=0.12)
-                what = f"bf16 swallows {updates['stuck']:,} of {updates['expected']:,} bias updates whole"
-            else:
-                _series(axis, data, "count_error")
-                axis.set_ylabel("counting error, tokens (worst expert)")
-                axis.set_ylim(top=1.35 * max(1.0, data["off"]["count_error"]))
-                what = f"bf16 miscounts tokens: {updates['wrong']:,} bias updates go wrong"
-            axis.set_title(f"Megatron-Core {data['megatron']}\n{what}", fontweight="bold", pad=10)
-            axis.legend(loc="best" if _stopped(data) else "upper left")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150, format="png")
-
-
-def _stopped(data: dict[str, Any]) -> bool:
+def stopped(data: dict[str, Any]) -> bool:
     """Whether most updates of the run without the plugin were swallowed."""
     return bool(data["off"]["updates"]["stuck"] > data["off"]["updates"]["expected"] // 2)
-
-
-# The page ---------------------------------------------------------------------------------------------------
-
-_CSS: Final = """
-:root { color-scheme: light dark; --page: #ffffff; --card: #f6f7f9; --off: #c8401d; --on: #1f5fc9;
-  --exact: #7d8590; --ink: #23272e; --soft: #646c78; --line: #d9dde3; }
-@media (prefers-color-scheme: dark) { :root { --page: #15181c; --card: #1d2126; --off: #ff8a65; --on: #7db1ff;
-  --exact: #9aa3ae; --ink: #e8eaed; --soft: #a3abb6; --line: #343a42; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 3rem 1.5rem 5rem; max-width: 62rem; background: var(--page);
-  color: var(--ink);
-  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .5rem; letter-spacing: -.02em; }
-h2 { font-size: 1.2rem; margin: 3rem 0 .5rem; }
-p, li { max-width: 46rem; } .soft, figcaption { color: var(--soft); }
-ul { padding-left: 1.2rem; } li { margin: .4rem 0; }
-.verdict { border-left: 4px solid var(--on); padding: .7rem 1rem; background: var(--card); font-weight: 600; }
-.verdict.bad { border-color: var(--off); }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .45rem .8rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { font-weight: 600; } thead th:nth-child(2), td.off { color: var(--off); }
-thead th:nth-child(3), td.on { color: var(--on); } tbody th { font-weight: 400; }
-figure { margin: 1.5rem 0 0; } svg { width: 100%; height: auto; display: block; font-family: inherit; }
-svg text { font-family: inherit; }
-dt { font-weight: 600; margin-top: .7rem; } dd { margin: 0; color: var(--soft); max-width: 46rem; }
-"""
-
-
-def render(data: dict[str, Any]) -> str:
-    """The page: findings, table and drawings of `data` in one HTML document that loads nothing."""
-    import matplotlib
-
-    e = html.escape
-    layer, _ = worst(data)
-    layer_name = data["off"]["series"]["layers"][layer]
-    with matplotlib.rc_context(_style()):
-        drawings = [
-            (
-                "The bias of every expert",
-                _biases(data),
-                f"Router {layer_name}, where most went wrong. “Due” is NumPy int64 arithmetic on the tokens "
-                "that this very run routed: solid on top of dashed means right. The runs part because they "
-                "route differently.",
-            ),
-            (
-                "Load violation",
-                _curves(data, "max_vio", "MaxVio, mean of layers"),
-                "Tokens of the busiest expert over its fair share, minus one. 0 is perfect balance.",
-            ),
-            (
-                "Error of the token counter",
-                _curves(data, "count_error", "tokens, worst expert"),
-                "What the counter holds when the balancer reads it, against the true count.",
-            ),
-        ]
-    body = "".join(
-        f"<h2>{e(title)}</h2><figure>{svg}<figcaption>{e(caption)}</figcaption></figure>"
-        for title, svg, caption in drawings
-    )
-    table = "".join(
-        f"<tr><th scope=row>{e(what)}</th><td class=off>{e(off)}</td><td class=on>{e(on)}</td></tr>"
-        for what, off, on in rows(data)
-    )
-    good = protected(data)
-    verdict = (
-        "With the plugin on, every update was right and every router tensor fp32 or wider."
-        if good
-        else "With the plugin on, something was still wrong. See below."
-    )
-    points = "".join(f"<li>{e(sentence)}</li>" for sentence in findings(data))
-    choices = "".join(f"<dt>{e(what)}</dt><dd>{e(why)}</dd>" for what, why in data["choices"])
-    return (
-        "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
-        '<meta name=viewport content="width=device-width, initial-scale=1">'
-        f"<title>Router precision, Megatron-Core {e(data['megatron'])}</title><style>{_CSS}</style></head>"
-        f"<body><h1>What bf16 does to a router</h1><p class=soft>Megatron-Core {e(data['megatron'])}, the "
-        f"same {data['steps']} steps from one seed, without and with megatron-fp32-router "
-        f"{e(data['plugin'])}. PyTorch {e(data['torch'])}, Python {e(data['python'])}.</p>"
-        f'<p class="verdict{"" if good else " bad"}">{e(verdict)}</p><ul>{points}</ul>'
-        "<h2>Off beside on</h2><div class=wide><table><thead><tr><th></th><th>plugin off</th>"
-        f"<th>plugin on</th></tr></thead><tbody>{table}</tbody></table></div>{body}<h2>What was run, "
-        f"and why</h2><dl>{choices}</dl></body></html>\n"
-    )

@@ -52,7 +52,8 @@ class Recipe:
     load_balancing: Literal["none", "aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn"] = "none"
     aux_coeff: float = 1e-2
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"
-    #: add_bias_linear: gives routers a `bias` parameter from 0.15. Some releases take it with allgather only.
+    #: add_bias_linear: gives routers a `bias` parameter from 0.15. 0.11 and 0.12.0 take it with
+    #: allgather only, 0.12.1 to 0.14 not at all.
     linear_bias: bool = False
 
     optimizer: Literal["plain", "distributed"] = "plain"
