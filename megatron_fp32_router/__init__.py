@@ -16,6 +16,7 @@ from megatron_fp32_router import hooks as _hooks
 from megatron_fp32_router import registry as _registry
 from megatron_fp32_router import settings as _settings
 from megatron_fp32_router.errors import (
+    CheckpointRefusedError,
     DisplacedPatchError,
     Fp32RouterError,
     ModelInUseError,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from megatron_fp32_router.protect.effect import Survey
 
 __all__ = [
+    "CheckpointRefusedError",
     "DisplacedPatchError",
     "Fp32RouterError",
     "ModelInUseError",

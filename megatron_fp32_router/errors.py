@@ -27,5 +27,9 @@ class DisplacedPatchError(Fp32RouterError):
     """disable() was called while somebody else's patch sits on top of ours, so ours cannot be lifted out."""
 
 
+class CheckpointRefusedError(Fp32RouterError):
+    """Saving or loading this optimizer state would mix up parameters; nothing has been written or overwritten."""
+
+
 class ModelInUseError(Fp32RouterError):
     """protect_model() was called after DDP or an optimizer took hold of the parameters."""

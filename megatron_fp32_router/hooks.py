@@ -59,6 +59,11 @@ def on_module(module: ModuleType) -> None:
     _wake("megatron.core.transformer.module", module)
 
 
+def on_distrib_optimizer(module: ModuleType) -> None:
+    """megatron.core.optimizer.distrib_optimizer: its checkpoints."""
+    _wake("megatron.core.optimizer.distrib_optimizer", module)
+
+
 def on_legacy_module(module: ModuleType) -> None:
     """megatron.legacy.model.module, which 0.11's own training wraps with; no wheel contains it."""
     _wake("megatron.legacy.model.module", module)
@@ -67,6 +72,7 @@ def on_legacy_module(module: ModuleType) -> None:
 #: The same table as the entry points in pyproject.toml.
 HOOKS: Final[dict[str, Callable[[ModuleType], None]]] = {
     "megatron.core.distributed.finalize_model_grads": on_finalize_model_grads,
+    "megatron.core.optimizer.distrib_optimizer": on_distrib_optimizer,
     "megatron.core.transformer.module": on_module,
     "megatron.core.transformer.moe.moe_utils": on_moe_utils,
     "megatron.core.transformer.moe.router": on_router,

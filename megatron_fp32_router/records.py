@@ -1,7 +1,7 @@
 """The patch records: what is patched, what goes wrong without it, and since when and until when it is needed.
 
-One record a target. Nothing here imports torch or Megatron: `factory` names the function in protect/ that makes
-the replacement, and it is loaded when the Megatron module that it patches has been imported.
+One record a target. Nothing here imports torch or Megatron: `factory` names the function in protect/ or optim/
+that makes the replacement, and it is loaded when the Megatron module that it patches has been imported.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Final
 _ROUTER: Final = "megatron.core.transformer.moe.router"
 _MOE_UTILS: Final = "megatron.core.transformer.moe.moe_utils"
 _FINALIZE: Final = "megatron.core.distributed.finalize_model_grads"
+_DISTRIBUTED_OPTIMIZER: Final = "megatron.core.optimizer.distrib_optimizer"
 _ISSUES: Final = "https://github.com/NVIDIA/Megatron-LM"
 
 
@@ -23,7 +24,7 @@ class Patch:
         id: a name for messages and status().
         module: the Megatron module that holds the target.
         path: the target inside it, `name` or `Class.method`.
-        factory: `protect module:function`; the function takes the original and returns the replacement.
+        factory: `room.file:function` inside the package; the function takes the original and returns the replacement.
         why: what goes wrong without it.
         issue: where upstream discusses it.
         remove_when: how to see that upstream made it needless.
@@ -56,7 +57,7 @@ PATCHES: Final = (
         id="router-init",
         module=_ROUTER,
         path="Router.__init__",
-        factory="casts:initialise_in_fp32",
+        factory="protect.casts:initialise_in_fp32",
         why="the router weight is cast to params_dtype as soon as it is initialised",
         issue=f"{_ISSUES}/pull/683",
         remove_when="Router.__init__ no longer casts (from 0.13 reset_parameters does)",
@@ -67,7 +68,7 @@ PATCHES: Final = (
         id="router-reset",
         module=_ROUTER,
         path="Router.reset_parameters",
-        factory="casts:reset_in_fp32",
+        factory="protect.casts:reset_in_fp32",
         why="router weight and bias are cast to params_dtype as soon as they are initialised",
         issue=f"{_ISSUES}/pull/683",
         remove_when="reset_parameters leaves the router's parameters in fp32",
@@ -78,7 +79,7 @@ PATCHES: Final = (
         id="router-casts",
         module=_ROUTER,
         path="TopKRouter._apply",
-        factory="casts:keep_fp32",
+        factory="protect.casts:keep_fp32",
         why="bfloat16(), half() and to(dtype) round the router's weight, biases and token counts",
         issue=f"{_ISSUES}/issues/1482",
         remove_when="every router tensor carries main's keep_in_fp32 mark (#5929) through device moves",
@@ -89,7 +90,7 @@ PATCHES: Final = (
         id="gating",
         module=_ROUTER,
         path="Router.gating",
-        factory="gating:compute_in_fp32",
+        factory="protect.gating:compute_in_fp32",
         why="logits and router gradients are computed in bf16 or TF32, or the fp32 weight is rounded on the way",
         issue=f"{_ISSUES}/issues/1421",
         remove_when="gating computes fp32 logits from an fp32 weight without TF32",
@@ -99,7 +100,7 @@ PATCHES: Final = (
         id="router-output",
         module=_ROUTER,
         path="TopKRouter.forward",
-        factory="gating:hand_on_upstream_dtype",
+        factory="protect.gating:hand_on_upstream_dtype",
         why="fp32 probabilities would reach a dispatcher that expects the model's dtype",
         issue=f"{_ISSUES}/issues/1421",
         remove_when="the gating patch goes",
@@ -109,7 +110,7 @@ PATCHES: Final = (
         id="inference-output",
         module=_ROUTER,
         path="InferenceTopKRouter._forward",
-        factory="gating:hand_on_upstream_dtype",
+        factory="protect.gating:hand_on_upstream_dtype",
         why="fp32 probabilities would reach a dispatcher that expects the model's dtype",
         issue=f"{_ISSUES}/issues/1421",
         remove_when="the gating patch goes",
@@ -120,7 +121,7 @@ PATCHES: Final = (
         id="padding-mask",
         module=_ROUTER,
         path="TopKRouter._apply_expert_bias",
-        factory="balance:mask_padding_per_token",
+        factory="protect.balance:mask_padding_per_token",
         why="a padding mask is broadcast along experts instead of tokens: a crash, or wrong counts",
         issue=f"{_ISSUES}/issues/6111",
         remove_when="_apply_expert_bias broadcasts the mask itself (#6114)",
@@ -131,7 +132,7 @@ PATCHES: Final = (
         id="bias-rule",
         module=_MOE_UTILS,
         path="get_updated_expert_bias",
-        factory="balance:exact_rule",
+        factory="protect.balance:exact_rule",
         why="token counts are reduced and compared in bf16 or fp16, so updates go the wrong way or stop",
         issue=f"{_ISSUES}/pull/7081",
         remove_when="counts are integers through the all-reduce and the comparison",
@@ -141,7 +142,7 @@ PATCHES: Final = (
         id="bias-rule-in-finalize",
         module=_FINALIZE,
         path="get_updated_expert_bias",
-        factory="balance:exact_rule",
+        factory="protect.balance:exact_rule",
         why="the name that finalize_model_grads imported early would still be upstream's",
         issue=f"{_ISSUES}/pull/7081",
         remove_when="the bias-rule patch goes",
@@ -151,7 +152,7 @@ PATCHES: Final = (
         id="bias-update",
         module=_FINALIZE,
         path="_update_router_expert_bias",
-        factory="balance:exact_update",
+        factory="protect.balance:exact_update",
         why="counts are stacked in bf16 or fp16; layers with different numbers of experts, or without a bias, crash",
         issue=f"{_ISSUES}/pull/7081",
         remove_when="counts are integers and layers are grouped by their number of experts",
@@ -161,7 +162,7 @@ PATCHES: Final = (
         id="counter-reset",
         module=_FINALIZE,
         path="reset_model_temporary_tensors",
-        factory="balance:reset_in_one_go",
+        factory="protect.balance:reset_in_one_go",
         why="a router whose bias is None crashes; every counter is zeroed by a kernel of its own",
         issue=f"{_ISSUES}/pull/7081",
         remove_when="upstream skips routers without a bias",
@@ -172,17 +173,37 @@ PATCHES: Final = (
         id="wrap-check",
         module="megatron.core.transformer.module",
         path="Float16Module.__init__",
-        factory="effect:look_after_wrapping",
+        factory="protect.effect:look_after_wrapping",
         why="nobody would see whether the routers really stayed fp32",
         issue=f"{_ISSUES}/issues/1482",
         remove_when="router-casts goes",
         parameters=("self", "config", "module"),
     ),
     Patch(
+        id="optimizer-checkpoint",
+        module=_DISTRIBUTED_OPTIMIZER,
+        path="DistributedOptimizer.sharded_state_dict",
+        factory="optim.distributed:refuse_stale_numbering",
+        why="with fp32 router parameters, optimizer checkpoints silently hold another parameter's state",
+        issue=f"{_ISSUES}/issues/2777",
+        remove_when="the index map follows the groups (#5835)",
+        parameters=("self",),
+    ),
+    Patch(
+        id="optimizer-checkpoint-legacy",
+        module=_DISTRIBUTED_OPTIMIZER,
+        path="DistributedOptimizer.get_parameter_state_dp_zero",
+        factory="optim.distributed:refuse_stale_numbering",
+        why="with fp32 router parameters, optimizer checkpoints silently hold another parameter's state",
+        issue=f"{_ISSUES}/issues/2777",
+        remove_when="the index map follows the groups (#5835)",
+        parameters=("self",),
+    ),
+    Patch(
         id="legacy-wrap-check",
         module="megatron.legacy.model.module",
         path="Float16Module.__init__",
-        factory="effect:look_after_wrapping",
+        factory="protect.effect:look_after_wrapping",
         why="0.11's own training wraps with this class; nobody would see whether the routers stayed fp32",
         issue=f"{_ISSUES}/issues/1482",
         remove_when="0.11 is no longer supported",

@@ -171,7 +171,7 @@ def _apply(patch: Patch, module: ModuleType, megatron: Megatron) -> None:
         registry.replacements[patch.id] = current
         return
     file, _, name = patch.factory.partition(":")
-    factory = getattr(importlib.import_module(f"megatron_fp32_router.protect.{file}"), name)
+    factory = getattr(importlib.import_module(f"megatron_fp32_router.{file}"), name)
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         replacement: Callable[..., Any] = factory(original)

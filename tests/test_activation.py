@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RELEASE = "0.16.1"
 
 IMPORTS = """
+import megatron.core.optimizer.distrib_optimizer
 import megatron.core.transformer.module
 import megatron.core.transformer.moe.router
 import megatron.core.distributed.finalize_model_grads

@@ -21,7 +21,7 @@ from megatron_fp32_router.lab.recipe import LabError, Recipe
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: DDP-wrapped chunks that exist now; `parallel` takes their last graph from them when it ends.
+#: DDP-wrapped chunks that exist now; `parallel` makes them let go of its groups when it ends.
 chunks_in_training: Final[weakref.WeakSet[Any]] = weakref.WeakSet()
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -111,7 +111,7 @@ def parallel(recipe: Recipe, *, rank: int = 0, store: Any = None, timeout: float
         yield
     finally:
         for chunk in list(chunks_in_training):
-            _let_go_of_graphs(chunk)
+            _let_go_of_groups(chunk)
         if state is not None:
             state.destroy_model_parallel()
             _forget_groups(state)
@@ -122,13 +122,18 @@ def parallel(recipe: Recipe, *, rank: int = 0, store: Any = None, timeout: float
         gc.collect()
 
 
-def _let_go_of_graphs(chunk: Any) -> None:
-    """Cut the last step's autograd graph off what modules and token dispatchers keep of it.
+def _let_go_of_groups(chunk: Any) -> None:
+    """Cut the circles that pass through C++, where the garbage collector does not see them, in a trained chunk.
 
-    A dispatcher keeps its last `probs`; their graph ends in DDP's gradient hooks, which hold DDP, which holds the
-    dispatcher and every process group. That circle passes through C++, where the garbage collector cannot see it.
+    A token dispatcher keeps its last `probs`; their graph ends in DDP's gradient hooks, which hold DDP, which holds
+    the dispatcher and every process group. The hooks that gather parameters ahead of a forward keep DDP as well.
+    RotaryEmbedding's forward is an lru_cache with `self` in its keys.
     """
+    for handle in getattr(chunk, "remove_forward_pre_hook_handles", {}).values():
+        handle.remove()
     for module in chunk.modules():
+        if hasattr(type(module).forward, "cache_clear"):
+            type(module).forward.cache_clear()
         helpers = (value for value in vars(module).values() if hasattr(value, "__dict__"))
         for owner in (module, *helpers):
             for name, value in list(vars(owner).items()):

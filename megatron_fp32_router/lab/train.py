@@ -199,7 +199,9 @@ def _optimizer(recipe: Recipe, config: Any, chunks: list[Any]) -> Any:
     if not recipe.fused_adam:
         return optimizer.get_megatron_optimizer(settings, chunks)
     # Restored at once: Adam is looked up while the optimizer is made, and other builds want torch's own.
-    candidates: tuple[Any, ...] = (optimizer, getattr(optimizer, "optimizer", None))
+    # distrib_optimizer: 0.11 asks there whether it was handed an Adam.
+    modules = ("optimizer", "distrib_optimizer")
+    candidates: list[Any] = [optimizer, *(getattr(optimizer, name, None) for name in modules)]
     homes = [module for module in candidates if hasattr(module, "Adam")]
     originals = [module.Adam for module in homes]
     try:

@@ -1,0 +1,1 @@
+"""fp32 router parameters inside Megatron's optimizers and checkpoints."""
