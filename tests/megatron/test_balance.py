@@ -193,3 +193,23 @@ def test_recomputation_does_not_count_twice(build: Any, plugin: Any) -> None:
     room.on_counts.append(lambda _: seen.extend(float(r.local_tokens_per_expert.sum()) for _, r in room.routers()))
     room.step(lab.text_batches(room.recipe, seed=1))
     assert seen == [float(room.recipe.tokens_per_step * room.recipe.topk)] * room.recipe.layers
+
+
+def test_padding_tokens_are_not_counted(router: Any, plugin: Any, release: Any) -> None:
+    r = routers(layers(router, 1)[0])[0]
+    if release.minor < 16:
+        assert not hasattr(r, "_apply_expert_bias")  # there are no padding masks yet
+        return
+    routing_map = torch.zeros(10, 8, dtype=torch.bool)
+    routing_map[:, :2] = True
+    r._apply_expert_bias(routing_map, padding_mask=torch.arange(10) >= 6)
+    assert r.local_tokens_per_expert.tolist() == [6.0, 6.0] + [0.0] * 6
+
+
+def test_frozen_biases_stay_where_the_release_knows_them(router: Any, plugin: Any, release: Any) -> None:
+    chunk, config = layers(router, 1)
+    r = routers(chunk)[0]
+    r.frozen_expert_bias = True
+    r.local_tokens_per_expert.copy_(torch.arange(8))
+    finalize()._update_router_expert_bias([chunk], config)
+    assert bool(r.expert_bias.any()) == (release.minor < 19)
