@@ -194,6 +194,8 @@ def _triton_stub(tree: Path | None) -> None:
     import torch.utils._triton as torch_triton
 
     if not torch_triton.has_triton_package():
+        # Inductor, which any torch.compile imports, looks into triton: let it find that there is none.
+        import_module("torch._inductor.codecache")
         sys.meta_path.append(_TritonStub())
 
 

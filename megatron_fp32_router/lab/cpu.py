@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,6 +80,8 @@ def pretend(compile: bool = False) -> None:
     if torch.cuda.is_available():
         raise LabError("refusing to pretend that the CPU is a CUDA device: this machine has a real one")
     _compile_alive = compile
+    # Every Megatron imports it. Its tables map torch.cuda's own functions, one object to a name: not ours.
+    import_module("torch._dynamo")
     _devices()
     _streams()
     _random_numbers()
