@@ -32,7 +32,8 @@ if not hasattr(wrapt, "unwrap_object"):
 
 State = Literal["armed", "applied", "native", "displaced", "drifted", "off"]
 
-#: Marks our replacements, so that an import of the plugin that lost its memory still knows its own work.
+#: Marks our replacements, so that an import of the plugin that lost its memory still knows its own work. The mark is
+#: the replacement itself: functools.wraps copies attributes, so somebody else's wrapper around ours carries it too.
 _MARK: Final = "__megatron_fp32_router__"
 
 
@@ -166,16 +167,18 @@ def _apply(patch: Patch, module: ModuleType, megatron: Megatron) -> None:
         )
         return
     current = wrapt.resolve_path(module, patch.path)[2]
-    if getattr(current, _MARK, None):
-        # Ours already: the hook fired twice, or the name was imported from a module that is patched.
-        registry.replacements[patch.id] = current
-        return
+    for entry in wrapt.wrapper_chain(current):
+        if getattr(entry, _MARK, None) is entry:
+            # Ours already, maybe below somebody else's: the hook fired twice, or the name was imported from a module
+            # that is patched.
+            registry.replacements[patch.id] = entry
+            return
     file, _, name = patch.factory.partition(":")
     factory = getattr(importlib.import_module(f"megatron_fp32_router.{file}"), name)
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         replacement: Callable[..., Any] = factory(original)
-        setattr(replacement, _MARK, patch.id)
+        setattr(replacement, _MARK, replacement)
         return replacement
 
     # A plain closure, not a FunctionWrapper: torch.compile silently skips the latter.

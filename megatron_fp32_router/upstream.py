@@ -67,7 +67,7 @@ def read_version(package_info: Path) -> Version | None:
     try:
         return Version(".".join(map(str, numbers)) + str(pre))
     except InvalidVersion:
-        return None
+        return None  # likewise
 
 
 def of_module(module: ModuleType) -> Megatron:

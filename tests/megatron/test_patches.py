@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import io
 import logging
@@ -68,11 +69,17 @@ def test_disable_refuses_while_another_patch_sits_on_ours(plugin: Any) -> None:
     router = sys.modules[HOME]
     ours = router.Router.gating
 
-    @__import__("functools").wraps(ours)
+    @functools.wraps(ours)
     def theirs(self: Any, input: Any) -> Any:
         return ours(self, input)
 
     router.Router.gating = theirs
+    with pytest.raises(megatron_fp32_router.DisplacedPatchError, match="gating"):
+        megatron_fp32_router.disable()
+    # Theirs carries copies of our attributes; asked to arm again, we must not take it for our own or wrap it.
+    megatron_fp32_router.enable()
+    assert router.Router.gating is theirs
+    assert {r.id: r.state for r in megatron_fp32_router.status()}["gating"] == "displaced"
     with pytest.raises(megatron_fp32_router.DisplacedPatchError, match="gating"):
         megatron_fp32_router.disable()
     assert router.TopKRouter.forward.__wrapped__
