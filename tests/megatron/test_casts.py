@@ -121,6 +121,16 @@ def test_buffers_mode_leaves_the_parameters_to_upstream(router: Any, plugin: Any
     assert built.local_tokens_per_expert.dtype == torch.float64
 
 
+def test_the_config_is_neither_changed_nor_replaced(router: Any, plugin: Any) -> None:
+    from megatron_fp32_router import lab
+
+    config = router().config
+    built = lab.make_router(config)
+    assert built.config is config
+    assert config.params_dtype == torch.bfloat16
+    assert built.weight.dtype == torch.float32
+
+
 def test_everything_else_of_the_model_is_cast_as_before(build: Any, plugin: Any) -> None:
     room = build()
     routers = {id(p) for _, r in room.routers() for p in r.parameters()}

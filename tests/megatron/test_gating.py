@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_fp32_router import lab
+from megatron_fp32_router.registry import replaces
 
 
 def wrapped(router: Any, **fields: Any) -> Any:
@@ -113,6 +114,15 @@ def test_torch_compile_does_not_lose_the_patches(
     assert torch.equal(logits, eager)
     logits.sum().backward()
     assert built.weight.grad.dtype == torch.float32
+
+
+def test_a_replacement_of_a_compiled_function_is_not_skipped_by_dynamo() -> None:
+    # Megatron's jit_fuser is torch.compile; what it returns carries dynamo's own attributes.
+    @replaces(torch.compile(lambda x: x + 1, backend="eager"))
+    def replacement(x: torch.Tensor) -> torch.Tensor:
+        return x + 100
+
+    assert torch.compile(lambda x: replacement(x), backend="eager")(torch.zeros(1)) == 100
 
 
 def losses(build: Any, **fields: Any) -> list[float]:

@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 import wrapt
 
 import megatron_fp32_router
@@ -120,13 +121,14 @@ def test_a_renamed_target_is_an_error_that_names_it_the_release_and_the_variable
         setattr(place, name, kept)
 
 
-def test_one_line_says_what_the_tensors_are(build: Any, plugin: Any, caplog: Any, release: Any) -> None:
+def test_one_line_says_what_the_tensors_are(build: Any, plugin: Any, caplog: Any, capsys: Any, release: Any) -> None:
     with caplog.at_level(logging.INFO):
         build()
     lines = [
         r.getMessage() for r in caplog.records if r.name == "megatron_fp32_router" and "routers:" in r.getMessage()
     ]
     assert len(lines) == 1
+    assert "routers:" not in capsys.readouterr().err  # logging is configured here; it has the line already
     for part in (str(release), "2 routers", "weight float32 x2", "expert_bias float32 x2", "protect=all"):
         assert part in lines[0]
 
@@ -156,6 +158,20 @@ def test_a_reloaded_router_module_is_patched_again_before_a_model_is_wrapped(plu
         sys.modules.pop("this", None)
         with contextlib.redirect_stdout(io.StringIO()):
             importlib.import_module("this")
+        assert {r.id: r.state for r in megatron_fp32_router.status()}["gating"] == "applied"
+    finally:
+        vars(module).update(saved)
+
+
+def test_wrapping_a_model_settles_a_reload_without_a_further_import(plugin: Any, router: Any) -> None:
+    config = router().config
+    module = sys.modules[HOME]
+    wrap = sys.modules["megatron.core.transformer.module"].Float16Module
+    wrap(config, torch.nn.Linear(1, 1))  # whatever it imports on first use has been imported now
+    saved = dict(vars(module))
+    try:
+        importlib.reload(module)
+        wrap(config, torch.nn.Linear(1, 1))
         assert {r.id: r.state for r in megatron_fp32_router.status()}["gating"] == "applied"
     finally:
         vars(module).update(saved)

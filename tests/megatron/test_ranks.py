@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_every_rank_ends_with_the_bias_that_integers_give(
-    layout: dict[str, Any], request: pytest.FixtureRequest
+    layout: dict[str, Any], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     recipe = lab.Recipe(bias_start=0.75, seq_length=128, **layout)
     ranks = lab.run_ranks(
@@ -28,8 +29,11 @@ def test_every_rank_ends_with_the_bias_that_integers_give(
         {},
         megatron=request.config.getoption("--megatron"),
         plugin=True,
+        logs=tmp_path,
         python_path=[str(request.config.rootpath / "tests" / "programs")],
     )
+    lines = [line for log in tmp_path.iterdir() for line in log.read_text().splitlines() if "(protect=all)" in line]
+    assert len(lines) == 1, lines  # rank 0 speaks, nobody else
     layers: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for rank, result in enumerate(ranks):
         for name, found in result.items():
@@ -41,5 +45,7 @@ def test_every_rank_ends_with_the_bias_that_integers_give(
         for step in counts:
             bias = bias + np.sign(step.sum() - recipe.experts * step).astype(np.float32) * np.float32(1e-3)
         for found in copies:
+            if recipe.pipeline_parallel == 1:
+                assert found["reduced"].tolist() == [3.0] * recipe.experts
             assert found["weight"] == "torch.float32"
             assert (found["bias"].numpy() == bias).all()
