@@ -116,7 +116,8 @@ def main() -> None:
     tensors = dict(routers[0].named_parameters()) | dict(routers[0].named_buffers())
     dtypes = {name: str(tensor.dtype) for name, tensor in tensors.items() if tensor is not None}
     seen = {"dtypes": dtypes, "bias": routers[0].expert_bias.tolist(), "exact": exact_E.tolist()}
-    print(f"rank {os.environ['RANK']}: {json.dumps(seen)}", flush=True)
+    # One write for line and line end: the ranks share a pipe, and print() may let another rank's line in between.
+    os.write(1, f"rank {os.environ['RANK']}: {json.dumps(seen)}\n".encode())
     dist.destroy_process_group()
 
 
