@@ -6,6 +6,7 @@ differ in what is on the path, not in what is installed.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def types(session: nox.Session) -> None:
     session.run(sys.executable, "-m", "mypy", "--strict", "megatron_fp32_router", "_megatron_fp32_router_startup.py")
     for script in SCRIPTS:
         # One by one: every one of them is a module named __main__.
-        session.run(sys.executable, "-m", "mypy", "--strict", script, env={"MYPYPATH": "scripts"})
+        session.run(sys.executable, "-m", "mypy", "--strict", script, env={"MYPYPATH": os.pathsep.join(("scripts", "tests"))})
 
 
 @nox.session
