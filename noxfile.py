@@ -43,7 +43,9 @@ def types(session: nox.Session) -> None:
     session.run(sys.executable, "-m", "mypy", "--strict", "megatron_fp32_router", "_megatron_fp32_router_startup.py")
     for script in SCRIPTS:
         # One by one: every one of them is a module named __main__.
-        session.run(sys.executable, "-m", "mypy", "--strict", script, env={"MYPYPATH": os.pathsep.join(("scripts", "tests"))})
+        session.run(
+            sys.executable, "-m", "mypy", "--strict", script, env={"MYPYPATH": os.pathsep.join(("scripts", "tests"))}
+        )
 
 
 @nox.session
