@@ -26,8 +26,10 @@ SCRIPTS = [
     str(path.relative_to(ROOT)) for path in sorted((ROOT / "scripts").iterdir()) if path.is_file() and not path.suffix
 ]
 
-#: Files that are measured in seconds do not wait for each other: whoever is free takes the next test.
-PYTEST = ("-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", "--durations", "5", "--disable-warnings")
+#: Files that are measured in seconds do not wait for each other: whoever is free takes the next test. scripts/test
+#: says how many processes there are to be.
+WORKERS = os.environ.get("TEST_WORKERS", "2")
+PYTEST = ("-m", "pytest", "-q", "-n", WORKERS, "--dist", "worksteal", "--durations", "5", "--disable-warnings")
 
 
 @nox.session
