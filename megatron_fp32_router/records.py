@@ -32,6 +32,8 @@ class Patch:
         until: the first release that no longer has it, None while it lives.
         parameters: parameters of the target that the replacement relies on, in order.
         inherited: whether the target may come from a base class (torch's own method).
+        supersedes: whether the replacement works without the original. Somebody else's function in the target's place
+            is then left there, as it would be if it had come after ours.
     """
 
     id: str
@@ -45,6 +47,7 @@ class Patch:
     until: str | None = None
     parameters: tuple[str, ...] = ()
     inherited: bool = False
+    supersedes: bool = False
 
     @property
     def target(self) -> str:
@@ -95,6 +98,7 @@ PATCHES: Final = (
         issue=f"{_ISSUES}/issues/1421",
         remove_when="gating computes fp32 logits from an fp32 weight without TF32",
         parameters=("self", "input"),
+        supersedes=True,
     ),
     Patch(
         id="router-output",
@@ -137,6 +141,7 @@ PATCHES: Final = (
         issue=f"{_ISSUES}/pull/7081",
         remove_when="counts are integers through the all-reduce and the comparison",
         parameters=("tokens_per_expert", "expert_bias", "expert_bias_update_rate"),
+        supersedes=True,
     ),
     Patch(
         id="bias-rule-in-finalize",
@@ -147,6 +152,7 @@ PATCHES: Final = (
         issue=f"{_ISSUES}/pull/7081",
         remove_when="the bias-rule patch goes",
         parameters=("tokens_per_expert", "expert_bias", "expert_bias_update_rate"),
+        supersedes=True,
     ),
     Patch(
         id="bias-update",
@@ -157,6 +163,7 @@ PATCHES: Final = (
         issue=f"{_ISSUES}/pull/7081",
         remove_when="counts are integers and layers are grouped by their number of experts",
         parameters=("model", "config"),
+        supersedes=True,
     ),
     Patch(
         id="counter-reset",
@@ -168,6 +175,7 @@ PATCHES: Final = (
         remove_when="upstream skips routers without a bias",
         since="0.15",
         parameters=("config", "model"),
+        supersedes=True,
     ),
     Patch(
         id="wrap-check",

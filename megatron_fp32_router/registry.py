@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import itertools
 import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any, Final, Literal
 
 import wrapt
@@ -142,10 +143,14 @@ def _problem(patch: Patch, module: ModuleType, megatron: Megatron) -> str | None
         return "does not exist"
     target = wrapt.resolve_path(module, patch.path)[2]
     try:
-        found = list(inspect.signature(target).parameters)
+        signature = inspect.signature(target).parameters.values()
     except (TypeError, ValueError):
         return "has no readable signature"
-    if tuple(found[: len(patch.parameters)]) != patch.parameters:
+    found = [parameter.name for parameter in signature]
+    # Somebody else's wrapper may take (self, *args, **kwargs) and hand on what it gets.
+    named = list(itertools.takewhile(lambda parameter: parameter.kind is not parameter.VAR_POSITIONAL, signature))
+    needed = patch.parameters[: len(named)] if len(named) < len(found) else patch.parameters
+    if tuple(found[: len(needed)]) != needed:
         return f"takes ({', '.join(found)}) where ({', '.join(patch.parameters)}, …) was expected"
     return None
 
@@ -154,6 +159,8 @@ def _apply(patch: Patch, module: ModuleType, megatron: Megatron) -> None:
     registry.problems.pop(patch.id, None)
     if _not_in_this_release(patch, megatron):
         return
+    if _left_to_somebody_else(patch, module):
+        return  # status() says so, and a line in the log when a model is wrapped
     problem = _problem(patch, module, megatron)
     if problem == "does not exist" and megatron.is_prerelease_of(patch.since):
         return
@@ -168,7 +175,7 @@ def _apply(patch: Patch, module: ModuleType, megatron: Megatron) -> None:
         return
     current = wrapt.resolve_path(module, patch.path)[2]
     for entry in wrapt.wrapper_chain(current):
-        if getattr(entry, _MARK, None) is entry:
+        if is_ours(entry):
             # Ours already, maybe below somebody else's: the hook fired twice, or the name was imported from a module
             # that is patched.
             registry.replacements[patch.id] = entry
@@ -193,12 +200,48 @@ def _position(patch: Patch, module: ModuleType) -> tuple[Literal["outermost", "b
     except wrapt.PathResolutionError:
         return "gone", "nothing"
     replacement = registry.replacements[patch.id]
-    above = f"{getattr(current, '__module__', '?')}.{getattr(current, '__qualname__', type(current).__name__)}"
+    above = _name(current)
     if current is replacement:
         return "outermost", ""
     if any(entry is replacement for entry in wrapt.wrapper_chain(current)):
         return "below", above
     return "gone", above
+
+
+def is_ours(function: Any) -> bool:
+    """Whether `function` is a replacement of ours, and not somebody else's wrapper around one."""
+    return getattr(function, _MARK, None) is function
+
+
+def _megatrons_own(function: Any) -> bool:
+    """Whether Megatron itself defines `function`, asked of its globals: functools.wraps copies everything else.
+
+    Torch's own decorators (no_grad) around Megatron's function are Megatron's doing.
+    """
+    if not isinstance(function, FunctionType):
+        return False
+    home = str(function.__globals__.get("__name__"))
+    if home.startswith("torch.") and hasattr(function, "__wrapped__"):
+        return _megatrons_own(function.__wrapped__)
+    return home.startswith("megatron.core.")
+
+
+def somebody_elses(function: Any) -> bool:
+    """Whether `function` is neither ours nor Megatron's."""
+    return not (is_ours(function) or _megatrons_own(function))
+
+
+def _left_to_somebody_else(patch: Patch, module: ModuleType) -> bool:
+    """Whether we keep our hands off: the target had been replaced before the plugin could."""
+    try:
+        current = wrapt.resolve_path(module, patch.path)[2]
+    except wrapt.PathResolutionError:
+        return False
+    return patch.supersedes and not any(is_ours(f) for f in wrapt.wrapper_chain(current)) and somebody_elses(current)
+
+
+def _name(function: Any) -> str:
+    return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__name__)}"
 
 
 def undo_all() -> None:
@@ -239,6 +282,9 @@ def _status(patch: Patch) -> tuple[State, str]:
     if reason is not None:
         return "native", reason
     if patch.id not in registry.replacements:
+        if _left_to_somebody_else(patch, module):
+            name = _name(wrapt.resolve_path(module, patch.path)[2])
+            return "displaced", f"replaced by {name} before the plugin was active"
         return "drifted", "was not applied"
     position, above = _position(patch, module)
     if position == "outermost":
