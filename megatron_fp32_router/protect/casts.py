@@ -31,8 +31,12 @@ def _is_topk_router(module: Any) -> bool:
 
 
 def protects_parameters() -> bool:
-    """Whether weight and bias are ours to protect (protect="all")."""
-    return registry.settings.protect == "all"
+    """Whether weight and bias are ours to protect (protect="all").
+
+    Not where gating could not be patched and the user chose to go on: upstream's own may take no fp32 weight beside
+    a bf16 input (0.11 and 0.12 do not).
+    """
+    return registry.settings.protect == "all" and "gating" not in registry.problems
 
 
 def _fp32_view(config: Any) -> Any:

@@ -105,9 +105,10 @@ def _report(module: torch.nn.Module, config: Any) -> None:
             f"{PREFIX}_ON_MISMATCH=warn trains on as it is.",
         )
     elif found.routers:
+        protected = "all" if protects_parameters() else "buffers"
         say(
             logging.INFO,
-            f"megatron-fp32-router {__version__} on {release}{chunk}: {found} (protect={registry.settings.protect})",
+            f"megatron-fp32-router {__version__} on {release}{chunk}: {found} (protect={protected})",
             threshold=registry.settings.log,
         )
         _say_what_is_displaced()
