@@ -3,8 +3,8 @@
 A test says `@pytest.mark.shows("D6")` where the defect is to be seen with the plugin off, and
 `@pytest.mark.repairs("D6")` where it is to be gone with the plugin on. On a release that has none of the
 defects a test names, it is not collected at all: nothing is ever skipped. Nor is a dear test collected elsewhere that
-says `@pytest.mark.on_lines("0.11", "0.19")`: it covers all release lines by those that differ. scripts/test keeps one ledger file
-per release, and test_matrix.py reads them at the end. conftest.py imports the hooks below.
+says `@pytest.mark.on_lines("0.11", "0.19")`: it covers all release lines by those that differ. scripts/test keeps one
+ledger file per release, and test_matrix.py reads them at the end. conftest.py imports the hooks below.
 """
 
 from __future__ import annotations
