@@ -33,3 +33,7 @@ class CheckpointRefusedError(Fp32RouterError):
 
 class ModelInUseError(Fp32RouterError):
     """protect_model() was called after DDP or an optimizer took hold of the parameters."""
+
+
+class CheckpointUnreadableError(Fp32RouterError):
+    """A file of a checkpoint is missing, truncated, garbled, of an unknown format, or asks for what is refused."""

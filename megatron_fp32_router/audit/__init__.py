@@ -1,0 +1,42 @@
+"""What a checkpoint on disk says about its routers: read without a GPU, without Megatron, without torch.
+
+    from megatron_fp32_router.audit import audit, open_checkpoint
+
+    found = audit(open_checkpoint("path/to/iter_0001000"))
+    found.verdict          # "good", "problem" or "unknown"
+    found.findings         # one record per tensor and question
+
+NumPy, ml_dtypes (bfloat16 for NumPy) and safetensors are what it needs beside the core: the `audit` extra. torch is
+not used even for torch's own files: their tensors are byte ranges of an uncompressed zip archive, and reading only
+the ranges that hold routers is the point. Nothing in a checkpoint is executed: see `pickles`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_fp32_router.audit.findings import Audit, Finding, audit
+    from megatron_fp32_router.audit.formats import open_checkpoint
+    from megatron_fp32_router.audit.tensors import Checkpoint, RouterTensor
+
+_HOMES = {
+    "Audit": "findings",
+    "Checkpoint": "tensors",
+    "Finding": "findings",
+    "RouterTensor": "tensors",
+    "audit": "findings",
+    "open_checkpoint": "formats",
+}
+
+__all__ = ["Audit", "Checkpoint", "Finding", "RouterTensor", "audit", "open_checkpoint"]
+
+
+def __getattr__(name: str) -> Any:
+    """Fetch a public name from the file it lives in, on first use: NumPy is an extra."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

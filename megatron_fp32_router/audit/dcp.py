@@ -1,0 +1,179 @@
+"""torch.distributed.checkpoint (DCP): `.metadata` says which bytes of which `.distcp` file hold which tensor.
+
+Megatron's torch_dist and fsdp_dtensor formats are DCP; torch_dist adds `common.pt` (iteration, arguments) and stores
+homogeneous layers as one tensor. Every item in a `.distcp` file is an archive of its own, as torch.save writes it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from megatron_fp32_router.audit.main_copies import Flat, Piece
+from megatron_fp32_router.audit.pickles import Dtype, Opaque, TensorRef, load
+from megatron_fp32_router.audit.source import MAX_TENSOR, Meter, inside, read_small, unreadable
+from megatron_fp32_router.audit.tensors import PARAMETERS, Checkpoint, RouterTensor, kind_of
+from megatron_fp32_router.audit.torch_zip import NUMPY_DTYPES, Archive
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+#: About 100 bytes for every piece of every tensor: a million pieces fit.
+MAX_METADATA: Final = 1 << 28
+
+#: Optimizer state that is a parameter's main copy, with the parameter's own name in it, in the formats that name it.
+_NAMED_MAIN: Final = (
+    re.compile(r"^(?:.*\.)?optimizer\.state\.(?:fp32_param|param|master_param|main_param)\.(?P<of>.+)$"),
+    re.compile(r"^(?:.*\.)?optimizer\.state\.(?P<of>.+)\.(?:fp32_param|param|master_param|main_param)$"),
+)
+
+#: Main copies of many parameters in one buffer, in the formats that do not name them.
+_FLAT_MAIN: Final = re.compile(r"^(?:.*\.)?optimizer\.distributed\..*gbuf_idx_\d+\..*\.(?:param|master_param)$")
+
+
+class DcpReader:
+    """The tensors of one folder, without their values.
+
+    Raises:
+        CheckpointUnreadableError: `.metadata` is damaged or not DCP's.
+    """
+
+    def __init__(self, folder: Path, meter: Meter) -> None:
+        self.folder, self.meter, self.path = folder, meter, folder / ".metadata"
+        root = load(read_small(self.path, meter, MAX_METADATA), self.path, "DCP's metadata")
+        if not isinstance(root, Opaque) or not root.of.endswith(".Metadata"):
+            raise unreadable(self.path, "DCP's Metadata", type(root).__name__)
+        tensors, where = root.field("state_dict_metadata"), root.field("storage_data")
+        if not isinstance(tensors, dict) or not isinstance(where, dict):
+            raise unreadable(self.path, "state_dict_metadata and storage_data", "a Metadata without them")
+        self.tensors: dict[str, Opaque] = {
+            name: entry
+            for name, entry in tensors.items()
+            if isinstance(name, str) and isinstance(entry, Opaque) and entry.of.endswith(".TensorStorageMetadata")
+        }
+        self._where: dict[tuple[str, tuple[int, ...]], Opaque] = {}
+        for index, info in where.items():
+            if isinstance(index, Opaque) and isinstance(info, Opaque):
+                name, offset = index.field("fqn"), index.field("offset")
+                if isinstance(name, str) and isinstance(offset, tuple):
+                    self._where[name, offset] = info
+
+    def describe(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """(dtype, shape)."""
+        entry = self.tensors[name]
+        properties = entry.field("properties")
+        state = properties.state if isinstance(properties, Opaque) else None
+        dtype = state[0] if isinstance(state, tuple) and state else properties and properties.field("dtype")
+        shape = entry.field("size")
+        if not isinstance(dtype, Dtype) or not isinstance(shape, tuple) or len(shape) > 8:
+            raise unreadable(self.path, f"dtype and shape of {name}", repr((dtype, shape))[:200])
+        return dtype.name, self._naturals(name, shape)
+
+    def chunks(self, name: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """(offset, shape) of the pieces in which a tensor is stored."""
+        entries, found = self.tensors[name].field("chunks"), []
+        for entry in entries if isinstance(entries, list) else []:
+            offsets = entry.field("offsets") if isinstance(entry, Opaque) else None
+            sizes = entry.field("sizes") if isinstance(entry, Opaque) else None
+            if not isinstance(offsets, tuple) or not isinstance(sizes, tuple) or len(offsets) != len(sizes):
+                raise unreadable(self.path, f"pieces of {name}", repr((offsets, sizes))[:200])
+            found.append((self._naturals(name, offsets), self._naturals(name, sizes)))
+        return found
+
+    def _naturals(self, name: str, values: tuple[Any, ...]) -> tuple[int, ...]:
+        if any(type(value) is not int or not 0 <= value < 1 << 62 for value in values):
+            raise unreadable(self.path, f"sizes of {name}", repr(values)[:200])
+        return values
+
+    def open_chunk(self, name: str, offset: tuple[int, ...]) -> tuple[Archive, TensorRef]:
+        """The archive that holds one piece, open, and the tensor in it."""
+        info = self._where.get((name, offset))
+        if info is None:
+            raise unreadable(self.path, f"where {name} at {offset} is stored", "nothing: unknown or damaged layout")
+        start, length = info.field("offset"), info.field("length")
+        if info.field("transform_descriptors"):
+            raise unreadable(self.path, f"{name} stored as it is", "a compressed or otherwise transformed piece")
+        if type(start) is not int or type(length) is not int:
+            raise unreadable(self.path, f"the place of {name}", repr((start, length))[:200])
+        file = inside(self.folder, info.field("relative_path"), self.path)
+        archive = Archive(file, self.meter, start, length)
+        if not isinstance(archive.root, TensorRef):
+            archive.close()
+            raise unreadable(file, f"the tensor {name}", type(archive.root).__name__)
+        return archive, archive.root
+
+    def read(self, name: str) -> NDArray[Any]:
+        """A router's tensor, put together from its pieces."""
+        dtype, shape = self.describe(name)
+        if dtype not in NUMPY_DTYPES:
+            raise unreadable(self.path, "a dtype that NumPy can hold", f"{dtype} of {name}")
+        numpy_dtype = NUMPY_DTYPES[dtype]
+        if math.prod(shape) * numpy_dtype.itemsize > MAX_TENSOR:
+            raise unreadable(self.path, f"a router's tensor of at most {MAX_TENSOR} bytes", f"{name}, shape {shape}")
+        whole, seen = np.empty(shape, numpy_dtype), np.zeros(shape, bool)
+        for offset, size in self.chunks(name):
+            box = tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))
+            if len(box) != len(shape) or any(o + s > n for o, s, n in zip(offset, size, shape, strict=True)):
+                raise unreadable(self.path, f"pieces of {name} inside {shape}", f"{size} at {offset}")
+            archive, ref = self.open_chunk(name, offset)
+            with archive:
+                if ref.shape != size or ref.dtype != dtype:
+                    raise unreadable(archive.path, f"{dtype} {size} for {name}", f"{ref.dtype} {ref.shape}")
+                whole[box] = archive.tensor(ref)
+            seen[box] = True
+        if not seen.all():
+            raise unreadable(self.path, f"all of {name}", f"{int(seen.sum())} of {seen.size} elements")
+        return whole
+
+
+def read_dcp(folder: Path, meter: Meter) -> tuple[Checkpoint, list[Flat]]:
+    """Router tensors with the main copies that are stored by name; and the buffers where others may lie."""
+    reader = DcpReader(folder, meter)
+    checkpoint = Checkpoint(folder, "torch_dist (DCP)" if (folder / "metadata.json").exists() else "DCP")
+    mains = {}
+    for name in reader.tensors:
+        for pattern in _NAMED_MAIN:
+            found = pattern.match(name)
+            if found is not None and kind_of(found["of"]) in PARAMETERS:
+                mains[found["of"]] = name
+    for name in sorted(reader.tensors):
+        kind = kind_of(name)
+        if kind is None or name in mains.values() or re.search(r"(?:^|\.)optimizer\.", name):
+            continue
+        dtype, shape = reader.describe(name)
+        values = reader.read(name) if dtype in NUMPY_DTYPES else None
+        tensor = RouterTensor(name, kind, dtype, shape, values)
+        # FSDP's keys carry its wrappers on the model's side only.
+        main = mains.get(name) or next((m for of, m in mains.items() if name.endswith("." + of)), None)
+        if main is not None:
+            copy = reader.read(main)
+            if copy.shape == shape:
+                tensor = replace(tensor, main=copy, main_from=main)
+            else:
+                checkpoint.notes.append(f"{main} has shape {copy.shape}, not {shape}: not taken for a main copy")
+        checkpoint.tensors.append(tensor)
+    return checkpoint, [_flat(reader, name) for name in sorted(reader.tensors) if _FLAT_MAIN.match(name)]
+
+
+def _flat(reader: DcpReader, name: str) -> Flat:
+    dtype, shape = reader.describe(name)
+    if len(shape) != 1:
+        return Flat(name, dtype, [])
+
+    def piece(offset: tuple[int, ...], size: tuple[int, ...]) -> Piece:
+        def read(start: int, count: int) -> NDArray[Any]:
+            archive, ref = reader.open_chunk(name, offset)
+            with archive:
+                if ref.shape != size:
+                    raise unreadable(archive.path, f"{size} elements of {name}", ref.shape)
+                return archive.span(ref, start, count)
+
+        return Piece(size[0], read)
+
+    return Flat(name, dtype, [piece(offset, size) for offset, size in sorted(reader.chunks(name)) if len(size) == 1])

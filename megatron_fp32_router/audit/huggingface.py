@@ -1,0 +1,88 @@
+"""Hugging Face checkpoints: safetensors, in one file or in shards that `model.safetensors.index.json` lists."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any, Final
+
+# Lets NumPy know a dtype of the name "bfloat16", which safetensors then uses.
+import ml_dtypes  # noqa: F401
+from safetensors import SafetensorError, safe_open
+
+from megatron_fp32_router.audit.pickles import ITEMSIZE
+from megatron_fp32_router.audit.source import MAX_TENSOR, Meter, inside, open_regular, read_small, unreadable
+from megatron_fp32_router.audit.tensors import Checkpoint, RouterTensor, kind_of
+from megatron_fp32_router.errors import CheckpointUnreadableError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+#: The index of a model with 100,000 tensors has about 10 MB.
+MAX_INDEX: Final = 1 << 27
+
+_DTYPES: Final = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
+    "BOOL": "bool",
+}  # fmt: skip
+
+
+def read_safetensors(folder: Path, files: list[Path], meter: Meter) -> Checkpoint:
+    """Router tensors of some files, or of those that the folder's index names for routers.
+
+    Raises:
+        CheckpointUnreadableError: a file is damaged, or the index lists what is not there.
+    """
+    index = folder / "model.safetensors.index.json"
+    expected: dict[Path, set[str]] = {file: set() for file in files}
+    if not files:
+        for name, file in _index(index, meter).items():
+            if kind_of(name, hugging_face=True) is not None:
+                expected.setdefault(inside(folder, file, index), set()).add(name)
+    checkpoint = Checkpoint(folder, "safetensors")
+    for file in sorted(expected):
+        tensors = _read_file(file, meter)
+        lacking = expected[file] - {tensor.name for tensor in tensors}
+        if lacking:
+            raise unreadable(file, f"{min(lacking)}, as {index.name} says", "a file without it")
+        checkpoint.tensors += tensors
+    return checkpoint
+
+
+def _index(path: Path, meter: Meter) -> dict[str, Any]:
+    try:
+        root = json.loads(read_small(path, meter, MAX_INDEX))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointUnreadableError(f"{path}: expected JSON: {error}") from error
+    weights = root.get("weight_map") if isinstance(root, dict) else None
+    if not isinstance(weights, dict):
+        raise unreadable(path, "a weight_map", "none")
+    return weights
+
+
+def _read_file(path: Path, meter: Meter) -> list[RouterTensor]:
+    with open_regular(path) as file:
+        header = file.read(8)
+    found = []
+    try:
+        with safe_open(path, framework="numpy") as file:
+            meter.add(8 + int.from_bytes(header, "little"), path.name)
+            for name in file.keys():  # noqa: SIM118 - not a dictionary
+                kind = kind_of(name, hugging_face=True)
+                if kind is None:
+                    continue
+                part = file.get_slice(name)
+                shape, dtype = tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype())
+                size = math.prod(shape) * ITEMSIZE.get(dtype, 1)
+                if size > MAX_TENSOR:
+                    raise unreadable(path, f"a router's tensor of at most {MAX_TENSOR} bytes", f"{name}, shape {shape}")
+                # NumPy's side of the library has no 8-bit floats; their dtype says enough.
+                values = None if dtype.startswith("float8") or dtype not in ITEMSIZE else file.get_tensor(name)
+                meter.add(size if values is not None else 0, path.name)
+                found.append(RouterTensor(name, kind, dtype, shape, values))
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, CheckpointUnreadableError):
+            raise
+        raise CheckpointUnreadableError(f"{path}: not a whole safetensors file: {error}") from error
+    return found

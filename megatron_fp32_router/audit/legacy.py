@@ -1,0 +1,144 @@
+"""Megatron's `torch` format: one archive per model-parallel rank, `mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt`.
+
+A router is the same on every tensor- and expert-parallel rank; the first of each is read. Layers are numbered anew in
+every pipeline stage, so stages are counted through. `distrib_optim.pt`, where the distributed optimizer wrote one,
+holds main copies of all parameters without names.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+from megatron_fp32_router.audit.main_copies import Flat, Piece
+from megatron_fp32_router.audit.pickles import Opaque, TensorRef
+from megatron_fp32_router.audit.source import unreadable
+from megatron_fp32_router.audit.tensors import Checkpoint, RouterTensor, kind_of
+from megatron_fp32_router.audit.torch_zip import NUMPY_DTYPES, Archive
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from contextlib import ExitStack
+    from pathlib import Path
+
+    from megatron_fp32_router.audit.source import Meter
+
+_RANK: Final = re.compile(r"^mp_rank_(\d+)(?:_(\d+))?(?:_(\d+))?$")
+
+#: Containers that are looked into; a real checkpoint has thousands.
+_MAX_NODES: Final = 2_000_000
+
+
+def read_legacy(files: list[Path], meter: Meter, stack: ExitStack) -> tuple[Checkpoint, list[Flat]]:
+    """Router tensors of all pipeline stages, and where main copies may lie. Archives stay open in `stack`."""
+    stages: dict[tuple[int, int], tuple[Archive, dict[str, TensorRef]]] = {}
+    buffers: list[Flat] = []
+    checkpoint = Checkpoint(files[0].parent, "legacy torch")
+    seen: set[int] = set()
+    for file in sorted(files):
+        stage = _stage(file, None)
+        if stage in seen or not _first_copy(file):
+            continue
+        archive = stack.enter_context(Archive(file, meter))
+        root = archive.root
+        if not isinstance(root, dict):
+            raise unreadable(file, "a dictionary, as Megatron saves it", type(root).__name__)
+        read_arguments(checkpoint, root)
+        pipeline = _argument(root, "pipeline_model_parallel_size")
+        stage = _stage(file, pipeline)
+        if stage in seen:
+            continue
+        seen.add(stage)
+        for key, part in root.items():
+            found = re.match(r"^model(\d*)$", key) if isinstance(key, str) else None
+            if found is not None and isinstance(part, dict):
+                stages[int(found[1] or 0), stage] = archive, dict(_named(part))
+        buffers += _main_buffers(archive, root.get("optimizer"))
+        extra = file.parent / "distrib_optim.pt"
+        if extra.exists():
+            optimizer = stack.enter_context(Archive(extra, meter))
+            buffers += _main_buffers(optimizer, optimizer.root)
+    if not stages:
+        raise unreadable(files[0], "a `model` entry with Megatron's parameters", "none")
+    before = 0
+    for _, (archive, names) in sorted(stages.items()):
+        layers = {int(m[1]) for name in names if (m := re.search(r"(?:^|\.)layers\.(\d+)\.", name))}
+        for name, ref in names.items():
+            kind = kind_of(name)
+            if kind is not None:
+                values = archive.tensor(ref) if ref.dtype in NUMPY_DTYPES else None
+                shown = re.sub(r"((?:^|\.)layers\.)(\d+)", lambda m: f"{m[1]}{int(m[2]) + before}", name, count=1)
+                checkpoint.tensors.append(RouterTensor(shown, kind, ref.dtype, ref.shape, values))
+        before += max(layers) + 1 if layers else 0
+    return checkpoint, buffers
+
+
+def read_arguments(checkpoint: Checkpoint, root: dict[Any, Any]) -> None:
+    """Fill in iteration and rate from Megatron's common state."""
+    iteration, rate = root.get("iteration"), _argument(root, "moe_router_bias_update_rate")
+    if type(iteration) is int and checkpoint.iteration is None:
+        checkpoint.iteration = iteration
+    if isinstance(rate, float) and math.isfinite(rate) and rate > 0 and checkpoint.rate is None:
+        checkpoint.rate = rate
+
+
+def _argument(root: dict[Any, Any], name: str) -> Any:
+    """One of the command line's arguments; Megatron saves them whole, as a Namespace."""
+    args = root.get("args")
+    if isinstance(args, Opaque):
+        return args.field(name)
+    return args.get(name) if isinstance(args, dict) else None
+
+
+def _first_copy(file: Path) -> bool:
+    """Whether this is the first tensor-parallel rank; a file of another name is taken as it is."""
+    rank = _RANK.match(file.parent.name)
+    return rank is None or int(rank[1]) == 0
+
+
+def _stage(file: Path, pipeline: Any) -> int:
+    """The pipeline stage in a folder's name. One number may be an expert rank: the arguments say."""
+    rank = _RANK.match(file.parent.name)
+    if rank is None or rank[2] is None or (rank[3] is None and pipeline == 1):
+        return 0
+    return int(rank[2])
+
+
+def _named(root: dict[Any, Any]) -> Iterator[tuple[str, TensorRef]]:
+    """(dotted name, tensor) of a nested state dict."""
+    for path, value in _walk(root):
+        if isinstance(value, TensorRef) and all(isinstance(part, str) for part in path):
+            yield ".".join(path), value
+
+
+def _walk(root: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Every value below `root` with its path; a container that is reached twice is looked into once."""
+    todo, seen = [((), root)], set()
+    while todo:
+        path, value = todo.pop()
+        yield path, value
+        if not isinstance(value, dict | list | tuple) or id(value) in seen or len(path) > 64:
+            continue
+        seen.add(id(value))
+        if len(seen) > _MAX_NODES:
+            return
+        items = list(value.items()) if isinstance(value, dict) else list(enumerate(value))
+        todo += [((*path, key), item) for key, item in reversed(items)]
+
+
+def _main_buffers(archive: Archive, root: Any) -> Iterator[Flat]:
+    """fp32_from_fp16_params (one copy per parameter), and `param` of the distributed optimizer's flat buffers."""
+    for path, value in _walk(root):
+        if not isinstance(value, TensorRef) or value.dtype not in NUMPY_DTYPES:
+            continue
+        listed, flat = "fp32_from_fp16_params" in path, path[-1:] == ("param",) and len(value.shape) == 1
+        if not listed and not flat:
+            continue
+
+        def read(start: int, count: int, ref: TensorRef = value) -> Any:
+            return archive.span(ref, start, count)
+
+        name = f"{archive.path.name}: " + ".".join(str(p) if not isinstance(p, tuple) else "dtype" for p in path)
+        numel = math.prod(value.shape)
+        yield Flat(name, value.dtype, [Piece(numel, read)], value.shape if listed else None)

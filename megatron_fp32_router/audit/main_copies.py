@@ -1,0 +1,121 @@
+"""Main copies that have no name: found in the optimizer's buffers by what they are rounded to.
+
+The distributed optimizer's flat formats (dp_reshardable, distrib_optim.pt) and the legacy optimizer state list fp32
+copies of all parameters without saying which is whose. A copy that rounds, element by element, to a router's weight
+is that weight's: with hundreds of different values chance is out of the question.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from megatron_fp32_router.audit.torch_zip import NUMPY_DTYPES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    from megatron_fp32_router.audit.tensors import Checkpoint, RouterTensor
+
+#: Elements that are looked at in one go: 64 MB of fp32.
+_BLOCK: Final = 1 << 24
+
+#: A weight with fewer different values could be mistaken for another.
+_ENOUGH: Final = 16
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of `numel` elements; `read(start, count)` gives some of them."""
+
+    numel: int
+    read: Callable[[int, int], NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A buffer of main copies: its name, dtype and pieces in order. `shape`: set when it is one parameter's copy."""
+
+    name: str
+    dtype: str
+    pieces: list[Piece]
+    shape: tuple[int, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.numel for piece in self.pieces) * NUMPY_DTYPES[self.dtype].itemsize
+
+
+def find(checkpoint: Checkpoint, buffers: Sequence[Flat], limit: int) -> None:
+    """Give the low-precision weights of `checkpoint` the main copies that `buffers` hold, reading at most `limit` bytes."""
+    wanted = {
+        index: tensor
+        for index, tensor in enumerate(checkpoint.tensors)
+        if tensor.main is None and tensor.kind in ("weight", "bias") and _distinct(tensor) >= _ENOUGH
+    }
+    left = limit
+    skipped = 0
+    # Copies of one parameter first: they cost nothing when their shape is another.
+    for buffer in sorted(buffers, key=lambda b: b.shape is None):
+        fits = [tensor for tensor in wanted.values() if buffer.shape is None or buffer.shape == tensor.shape]
+        if not fits or buffer.dtype != "float32":
+            continue
+        if buffer.nbytes > left:
+            skipped += buffer.nbytes
+            continue
+        left -= buffer.nbytes
+        for index, copy in _search(buffer, wanted):
+            checkpoint.tensors[index] = replace(wanted.pop(index), main=copy, main_from=buffer.name)
+    if skipped and wanted:
+        checkpoint.notes.append(
+            f"main copies of {len(wanted)} tensors may lie in optimizer buffers that do not name them; "
+            f"{skipped / 1e9:.1f} GB of these were not searched (--search-limit)"
+        )
+
+
+def _distinct(tensor: RouterTensor) -> int:
+    if tensor.values is None or tensor.dtype not in ("bfloat16", "float16"):
+        return 0
+    return int(np.unique(tensor.values.astype(np.float32)).size)
+
+
+def _search(buffer: Flat, wanted: dict[int, RouterTensor]) -> list[tuple[int, NDArray[Any]]]:
+    """(index, copy) of each wanted tensor that lies in the buffer, in one pass."""
+    found: dict[int, NDArray[Any]] = {}
+    patterns = {
+        index: t.values.reshape(-1)
+        for index, t in wanted.items()
+        if t.values is not None and (buffer.shape is None or buffer.shape == t.shape)
+    }
+    if not patterns:
+        return []
+    overlap = max(pattern.size for pattern in patterns.values()) - 1
+    tail = np.empty(0, np.float32)
+    for block in _blocks(buffer):
+        joined = np.concatenate([tail, block])
+        rounded = {dtype: _bits(joined.astype(dtype)) for dtype in {p.dtype for p in patterns.values()}}
+        for index, pattern in patterns.items():
+            if index in found:
+                continue
+            bits, hay = _bits(pattern), rounded[pattern.dtype]
+            # The rarest start would be quicker; the first value alone leaves few places in practice.
+            for start in np.flatnonzero(hay[: max(0, hay.size - bits.size + 1)] == bits[0]):
+                if np.array_equal(hay[start : start + bits.size], bits):
+                    found[index] = joined[start : start + bits.size].reshape(wanted[index].shape).copy()
+                    break
+        tail = joined[max(0, joined.size - overlap) :] if overlap else joined[:0]
+    return list(found.items())
+
+
+def _blocks(buffer: Flat) -> Any:
+    for piece in buffer.pieces:
+        for start in range(0, piece.numel, _BLOCK):
+            yield piece.read(start, min(_BLOCK, piece.numel - start))
+
+
+def _bits(values: NDArray[Any]) -> NDArray[np.uint16]:
+    return np.ascontiguousarray(values).view(np.uint16)

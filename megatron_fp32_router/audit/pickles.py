@@ -1,0 +1,275 @@
+"""Pickles read as data: nothing is imported, nothing is called that is not in this file.
+
+DCP's `.metadata`, and `data.pkl` inside each of torch's archives, are pickles. Python's own advice is to override
+`find_class`; here it returns a stand-in for every name. A few names of the allow-list mean something (a dtype, a
+storage, how a tensor lies in it); every other becomes a class that remembers its name and state and does nothing.
+
+The unpickler is the standard library's pure Python one: the C one allocates 16 bytes for every memo slot below the
+highest index that a file names, so that five bytes cost tens of gigabytes. Opcodes that no checkpoint needs are off.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import pickletools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from megatron_fp32_router.errors import CheckpointUnreadableError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+class Opaque:
+    """Stands for an instance of a class that was not imported. `state`: what its pickle says it holds."""
+
+    #: "module.Class", as the pickle names it.
+    of: str = ""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.args, self.state, self.items = args, None, {}  # type: ignore[var-annotated]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Opaque:
+        made = super().__new__(cls)
+        # A pickle may skip __init__ (NEWOBJ does).
+        made.args, made.state, made.items = args, None, {}
+        return made
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.items[key] = value
+
+    def append(self, value: Any) -> None:
+        """A list's subclass would keep it."""
+
+    add = append
+
+    def extend(self, values: Any) -> None:
+        """A list's subclass would keep them."""
+
+    def field(self, name: str) -> Any:
+        """A field of its state, or None."""
+        return self.state.get(name) if isinstance(self.state, dict) else None
+
+
+@dataclass(frozen=True)
+class Dtype:
+    """A torch dtype by name: "bfloat16"."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A run of elements in an archive: record `data/{key}`, `numel` elements of `dtype`."""
+
+    key: str
+    dtype: str
+    numel: int
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """Where a tensor lies in its storage; `offset` and `stride` count elements."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:
+        return self.storage.dtype
+
+
+class _Maker:
+    """A function of the allow-list: callable, and nothing else can be done to it."""
+
+    __slots__ = ("_make",)
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self._make = make
+
+    def __call__(self, *args: Any) -> Any:
+        return self._make(*args)
+
+
+#: Bytes per element of every dtype that a router's tensor may have on disk.
+ITEMSIZE: Final = {
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1,
+    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
+}  # fmt: skip
+
+_STORAGES: Final = {
+    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
+    "ByteStorage": "uint8", "BoolStorage": "bool", "UntypedStorage": "uint8",
+}  # fmt: skip
+
+_MAX_NDIM = 8
+
+
+def _natural(value: Any) -> int:
+    if type(value) is not int or value < 0 or value >= 1 << 62:
+        raise pickle.UnpicklingError(f"expected a size, found {repr(value)[:80]}")
+    return value
+
+
+def _naturals(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, tuple | list) or len(values) > _MAX_NDIM:
+        raise pickle.UnpicklingError(f"expected at most {_MAX_NDIM} sizes, found {repr(values)[:80]}")
+    return tuple(_natural(value) for value in values)
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, dtype: str | None = None) -> TensorRef:
+    if not isinstance(storage, Storage):
+        raise pickle.UnpicklingError(f"expected a storage below a tensor, found {repr(storage)[:80]}")
+    if dtype is not None:
+        # An untyped storage counts bytes.
+        size = ITEMSIZE.get(dtype, 1)
+        storage = Storage(storage.key, dtype, storage.numel * ITEMSIZE[storage.dtype] // size)
+    shape, stride = _naturals(shape), _naturals(stride)
+    if len(shape) != len(stride):
+        raise pickle.UnpicklingError("a tensor's shape and stride differ in length")
+    return TensorRef(storage, _natural(offset), shape, stride)
+
+
+def _rebuild_v2(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> TensorRef:
+    return _tensor(storage, offset, shape, stride)
+
+
+def _rebuild_v3(storage: Any, offset: Any, shape: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *rest: Any) -> TensorRef:
+    if not isinstance(dtype, Dtype):
+        raise pickle.UnpicklingError("expected a dtype")
+    return _tensor(storage, offset, shape, stride, dtype.name)
+
+
+def _rebuild_type(function: Any, kind: Any, args: Any, *rest: Any) -> Any:
+    if not isinstance(function, _Maker) or not isinstance(args, tuple):
+        raise pickle.UnpicklingError("expected one of torch's rebuild functions")
+    return function(*args)
+
+
+def _size(*args: Any) -> tuple[int, ...]:
+    return _naturals(args[0]) if len(args) == 1 and isinstance(args[0], tuple | list) else _naturals(args)
+
+
+class _Ordered(dict[Any, Any]):
+    """Stands for an OrderedDict. torch's state dicts hang attributes on theirs, which are of no use here."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__()
+        if args:
+            raise pickle.UnpicklingError("an OrderedDict with arguments, as no protocol since 2 writes it")
+
+
+
+
+_ALLOWED: Final[dict[tuple[str, str], Any]] = {
+    ("collections", "OrderedDict"): _Ordered,
+    ("torch", "Size"): _Maker(_size),
+    ("torch._utils", "_rebuild_tensor_v2"): _Maker(_rebuild_v2),
+    ("torch._utils", "_rebuild_tensor_v3"): _Maker(_rebuild_v3),
+    ("torch._utils", "_rebuild_parameter"): _Maker(lambda tensor, *rest: tensor),
+    ("torch._utils", "_rebuild_parameter_with_state"): _Maker(lambda tensor, *rest: tensor),
+    ("torch._tensor", "_rebuild_from_type_v2"): _Maker(_rebuild_type),
+    **{("torch", name): Dtype(name) for name in ITEMSIZE},
+    **{("torch", name): Dtype(dtype) for name, dtype in _STORAGES.items()},
+    ("torch.storage", "UntypedStorage"): Dtype("uint8"),
+}
+
+_REFUSED_OPCODES: Final = (
+    "EXT1", "EXT2", "EXT4", "INST", "OBJ", "PERSID", "BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER", "NEWOBJ_EX",
+)  # fmt: skip
+
+
+def _check_key(key: Any) -> None:
+    """Only keys whose hash is cheap: nested tuples can be made to take for ever."""
+    plain = (str, bytes, int, float, bool, type(None), Dtype, Opaque)
+    if not isinstance(key, plain) and not (isinstance(key, tuple) and all(isinstance(k, plain) for k in key)):
+        raise pickle.UnpicklingError(f"a key of a kind that no checkpoint has: {type(key).__name__}")
+
+
+class _Unpickler(pickle._Unpickler):
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data))
+        self._classes: dict[tuple[str, str], type[Opaque]] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """A stand-in; never an import."""
+        if (module, name) in _ALLOWED:
+            return _ALLOWED[module, name]
+        if (module, name) not in self._classes:
+            self._classes[module, name] = type("Opaque", (Opaque,), {"of": f"{module}.{name}"})
+        return self._classes[module, name]
+
+    def get_extension(self, code: int) -> Any:
+        raise pickle.UnpicklingError("extension codes are refused")
+
+    def persistent_load(self, saved: Any) -> Any:
+        """("storage", type, key, location, number of elements), as torch.save writes it."""
+        if not isinstance(saved, tuple) or len(saved) != 5 or saved[0] != "storage":
+            raise pickle.UnpicklingError(f"expected a storage, found {repr(saved)[:80]}")
+        kind, key = saved[1], saved[2]
+        if not isinstance(kind, Dtype) or not isinstance(key, str):
+            # A storage of a kind that routers do not have (quantised, complex): nothing to read there.
+            kind, key = Dtype("uint8"), str(key)[:80]
+        return Storage(key, kind.name, _natural(saved[4]))
+
+
+def _keyed(name: str, opcode: bytes) -> None:
+    """Check keys before the original opcode hashes them."""
+    original = pickle._Unpickler.dispatch[opcode[0]]
+
+    def checked(self: Any) -> None:
+        if name == "SETITEM":
+            _check_key(self.stack[-2])
+        elif name in ("SETITEMS", "DICT"):
+            for key in self.stack[::2]:
+                _check_key(key)
+        else:
+            for key in self.stack:
+                _check_key(key)
+        original(self)
+
+    _Unpickler.dispatch[opcode[0]] = checked
+
+
+def _load_build(self: Any) -> None:
+    """State goes to stand-ins only: what is in this file is not a pickle's to change."""
+    state = self.stack.pop()
+    if isinstance(self.stack[-1], Opaque):
+        self.stack[-1].state = state
+    elif not isinstance(self.stack[-1], _Ordered):
+        raise pickle.UnpicklingError(f"state for a {type(self.stack[-1]).__name__}")
+
+
+_Unpickler.dispatch[pickle.BUILD[0]] = _load_build
+for _name in ("SETITEM", "SETITEMS", "DICT", "ADDITEMS", "FROZENSET"):
+    _keyed(_name, getattr(pickle, _name))
+for _name in _REFUSED_OPCODES:
+    _Unpickler.dispatch.pop(getattr(pickle, _name)[0], None)
+
+
+def load(data: bytes, path: Path, what: str) -> Any:
+    """The object graph of a pickle, made of plain values and the stand-ins of this file.
+
+    Raises:
+        CheckpointUnreadableError: not a pickle, truncated, garbled, or asking for what is refused.
+    """
+    try:
+        return _Unpickler(data).load()
+    except CheckpointUnreadableError:
+        raise
+    except KeyError as error:
+        code = error.args[0] if error.args else None
+        known = isinstance(code, int) and bytes([code & 255]).decode("latin-1") in pickletools.code2op
+        said = "an opcode that is refused" if known else "something that is no pickle"
+        raise CheckpointUnreadableError(f"{path}: expected {what}, found {said} ({error!r})") from error
+    except Exception as error:
+        # Whatever a garbled pickle trips over: every kind of error is possible, none may escape as a traceback.
+        raise CheckpointUnreadableError(f"{path}: {what} is truncated or garbled: {type(error).__name__}: {str(error)[:200]}") from error

@@ -1,0 +1,147 @@
+"""Reading from files of unknown origin: regular files only, inside the checkpoint, in bounded pieces, counted."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, BinaryIO, Final
+
+from megatron_fp32_router.errors import CheckpointUnreadableError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+#: No single read is larger, whatever a header says: the directory of an archive with a million entries is smaller.
+MAX_READ: Final = 1 << 28
+
+#: Largest tensor that is taken for a router's. DeepSeek-V3's 61 layers in one tensor would be 450 MB of fp32.
+MAX_TENSOR: Final = 1 << 30
+
+
+def unreadable(path: Path | str, expected: str, found: object) -> CheckpointUnreadableError:
+    """The error for a file that is not what it should be."""
+    return CheckpointUnreadableError(f"{path}: expected {expected}, found {found}")
+
+
+def inside(folder: Path, name: object, where: Path) -> Path:
+    """The path of file `name`, as named by the file `where`, below `folder`.
+
+    Raises:
+        CheckpointUnreadableError: the name is absolute, climbs out of the folder, or is no name at all.
+    """
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise unreadable(where, "the name of a file of this checkpoint", repr(name)[:200])
+    # Read by both conventions, so that the verdict does not depend on the machine.
+    parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
+    if PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor or ".." in parts:
+        raise unreadable(where, "the name of a file inside the checkpoint's folder", repr(name)[:200])
+    return folder / name
+
+
+class Meter:
+    """Counts bytes that were read, and passes them on to whoever shows progress."""
+
+    def __init__(self, progress: Callable[[int, str], None] | None = None) -> None:
+        self.bytes = 0
+        self._progress = progress
+
+    def add(self, size: int, what: str) -> None:
+        """`size` more bytes were read, of the file or tensor `what`."""
+        self.bytes += size
+        if self._progress is not None:
+            self._progress(self.bytes, what)
+
+
+class Window(io.RawIOBase):
+    """A read-only, seekable, counted view of `length` bytes of a file from `start` on.
+
+    Raises:
+        CheckpointUnreadableError: no regular file, or one that is too short.
+    """
+
+    def __init__(self, path: Path, meter: Meter, start: int = 0, length: int | None = None) -> None:
+        super().__init__()
+        self.path, self._meter = path, meter
+        self._file = open_regular(path)
+        try:
+            size = os.fstat(self._file.fileno()).st_size
+            length = size - start if length is None else length
+            if start < 0 or length < 0 or start + length > size:
+                raise unreadable(path, f"{length} bytes from byte {start} on", f"{size} bytes: truncated?")
+        except BaseException:
+            self._file.close()
+            raise
+        self.start, self.length, self._at = start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.length}[whence]
+        if base + offset < 0:
+            raise OSError(f"seek before the start of {self.path}")
+        self._at = base + offset
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, self.length - self._at)
+        size = left if size is None or size < 0 else min(size, left)
+        if size > MAX_READ:
+            raise unreadable(self.path, f"pieces of at most {MAX_READ} bytes", f"one of {size}")
+        self._file.seek(self.start + self._at)
+        data = self._file.read(size)
+        self._at += len(data)
+        self._meter.add(len(data), self.path.name)
+        return data
+
+    def exactly(self, offset: int, size: int, what: str) -> bytes:
+        """`size` bytes from `offset` on, or an error that names `what`; sizes above MAX_READ come in pieces."""
+        if offset < 0 or size < 0 or offset + size > self.length:
+            raise unreadable(self.path, f"{size} bytes of {what} at byte {offset}", f"{self.length} bytes: truncated?")
+        self.seek(offset)
+        parts = [self.read(min(MAX_READ, size - done)) for done in range(0, size, MAX_READ)]
+        data = parts[0] if len(parts) == 1 else b"".join(parts)
+        if len(data) != size:
+            raise unreadable(self.path, f"{size} bytes of {what}", len(data))
+        return data
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+    def __enter__(self) -> Window:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading; a folder, pipe or device is refused before it can block."""
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            raise unreadable(path, "a regular file", "a folder" if stat.S_ISDIR(mode) else "something else")
+        return path.open("rb", buffering=0)  # type: ignore[return-value]
+    except (OSError, ValueError) as error:
+        raise CheckpointUnreadableError(f"{path}: cannot be opened: {error}") from error
+
+
+def read_small(path: Path, meter: Meter, limit: int) -> bytes:
+    """A whole file, of at most `limit` bytes."""
+    with Window(path, meter) as window:
+        if window.length > limit:
+            raise unreadable(path, f"at most {limit} bytes", window.length)
+        return window.exactly(0, window.length, "the file")

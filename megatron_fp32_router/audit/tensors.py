@@ -1,0 +1,115 @@
+"""What a reader hands over: router tensors with their values, their main copies, and how they are called."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+#: Parameters, which PROTECT=buffers leaves to Megatron; everything else is a buffer.
+PARAMETERS: Final = ("weight", "bias")
+
+_BUFFERS = "expert_bias|local_tokens_per_expert|global_tokens_per_expert|ga_steps|qb_beta|qb_beta_accum|qb_beta_count"
+
+#: Megatron: TopKRouter is `router` of every MoE layer.
+_MEGATRON: Final = re.compile(rf"(?:^|\.)router\.(?P<kind>weight|bias|{_BUFFERS})$")
+
+#: Hugging Face: (pattern of the end of a name, kind). Models known by each are in docs/audit.md.
+_HUGGING_FACE: Final = tuple(
+    (re.compile(rf"(?:^|\.){pattern}$"), kind)
+    for pattern, kind in (
+        (r"(?:mlp|moe|ffn|feed_forward|block_sparse_moe|mixer)\.gate(?:\.wg)?\.weight", "weight"),
+        (r"(?:mlp|moe|ffn|feed_forward|block_sparse_moe)\.gate\.bias", "bias"),
+        (r"(?:mlp|feed_forward|moe|block_sparse_moe)\.router(?:\.gate|\.classifier|\.layer)?\.weight", "weight"),
+        (r"(?:mlp|feed_forward|moe|block_sparse_moe)\.router(?:\.gate|\.classifier)?\.bias", "bias"),
+        (r"(?:[\w]+\.)?(?:gate|router|moe_statics|mlp|block_sparse_moe|mixer)\.e_score_correction_bias", "expert_bias"),
+        (r"(?:mlp|moe|feed_forward|block_sparse_moe)\.(?:gate\.)?expert_bias", "expert_bias"),
+        (r"moe\.router_bias", "expert_bias"),
+    )
+)
+
+_LAYER: Final = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
+
+
+def kind_of(name: str, hugging_face: bool = False) -> str | None:
+    """What router tensor this name stands for, or None: "weight", "bias", "expert_bias", …"""
+    found = _MEGATRON.search(name)
+    if found is not None:
+        return found["kind"]
+    if hugging_face:
+        return next((kind for pattern, kind in _HUGGING_FACE if pattern.search(name)), None)
+    return None
+
+
+@dataclass(frozen=True)
+class RouterTensor:
+    """One router's tensor. `values` has the dtype on disk: float32 [experts, hidden] for a weight, or bfloat16, …"""
+
+    name: str
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    #: None: of a dtype that cannot be read into NumPy; `dtype` says which.
+    values: NDArray[Any] | None
+    #: The optimizer's own copy of a parameter, same shape, and where it was found.
+    main: NDArray[Any] | None = None
+    main_from: str = ""
+
+    @property
+    def key(self) -> tuple[str, int, str]:
+        """The same for one router in a Megatron and in a Hugging Face checkpoint: (stack, layer, kind)."""
+        layer = _LAYER.search(self.name)
+        stack = "mtp" if re.search(r"(?:^|\.)mtp\.", self.name) else "encoder" if ".encoder." in self.name else "decoder"
+        return stack, int(layer[1]) if layer else -1, self.kind
+
+
+@dataclass
+class Checkpoint:
+    """What was read of one checkpoint."""
+
+    path: Path
+    #: For people: "torch_dist (DCP)", "legacy torch", "safetensors".
+    format: str
+    tensors: list[RouterTensor] = field(default_factory=list)
+    #: Training steps, where the checkpoint or its folder says.
+    iteration: int | None = None
+    #: moe_router_bias_update_rate, where the checkpoint holds Megatron's arguments.
+    rate: float | None = None
+    #: What could not be looked at, as sentences for people.
+    notes: list[str] = field(default_factory=list)
+    bytes_read: int = 0
+    bytes_on_disk: int = 0
+
+
+def split_layers(name: str, kind: str, ndim: int) -> str | None:
+    """The name pattern for the layers of a stacked tensor ("…layers.{}.mlp…"), or None when it is one router's.
+
+    torch_dist stores homogeneous layers as one tensor with the layer in front: "decoder.layers.mlp.router.weight",
+    [layers, experts, hidden].
+    """
+    if ndim != (3 if kind == "weight" else 2) or not re.search(r"(?:^|\.)layers\.(?!\d)", name):
+        return None
+    return re.sub(r"(^|\.)layers\.(?!\d)", r"\1layers.{}.", name, count=1)
+
+
+def unstack(tensor: RouterTensor) -> list[RouterTensor]:
+    """One tensor per router."""
+    pattern = split_layers(tensor.name, tensor.kind, len(tensor.shape))
+    if pattern is None:
+        return [tensor]
+    return [
+        RouterTensor(
+            pattern.format(layer),
+            tensor.kind,
+            tensor.dtype,
+            tensor.shape[1:],
+            None if tensor.values is None else tensor.values[layer],
+            None if tensor.main is None else tensor.main[layer],
+            tensor.main_from,
+        )
+        for layer in range(tensor.shape[0])
+    ]
