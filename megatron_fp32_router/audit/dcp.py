@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from megatron_fp32_router.audit.main_copies import Flat, Piece
+from megatron_fp32_router.audit.main_copies import Flat, Piece, buffers_in
 from megatron_fp32_router.audit.pickles import Dtype, Opaque, TensorRef, load
 from megatron_fp32_router.audit.source import MAX_TENSOR, Meter, inside, read_small, unreadable
 from megatron_fp32_router.audit.tensors import PARAMETERS, Checkpoint, RouterTensor, kind_of
 from megatron_fp32_router.audit.torch_zip import NUMPY_DTYPES, Archive
 
 if TYPE_CHECKING:
+    from contextlib import ExitStack
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -33,7 +34,8 @@ _NAMED_MAIN: Final = (
     re.compile(r"^(?:.*\.)?optimizer\.state\.(?P<of>.+)\.(?:fp32_param|param|master_param|main_param)$"),
 )
 
-#: Main copies of many parameters in one buffer, in the formats that do not name them.
+#: Main copies of many parameters in one buffer (dp_reshardable) or object (dp_zero_gather_scatter), without names.
+_OBJECT_MAIN: Final = re.compile(r"^(?:.*\.)?optimizer\.distributed\..*\.param_state/shard_\d+_\d+$")
 _FLAT_MAIN: Final = re.compile(r"^(?:.*\.)?optimizer\.distributed\..*gbuf_idx_\d+\..*\.(?:param|master_param)$")
 
 
@@ -57,11 +59,17 @@ class DcpReader:
             for name, entry in tensors.items()
             if isinstance(name, str) and isinstance(entry, Opaque) and entry.of.endswith(".TensorStorageMetadata")
         }
-        self._where: dict[tuple[str, tuple[int, ...]], Opaque] = {}
+        #: Whole objects that torch.save wrote, not tensors.
+        self.objects = sorted(
+            name
+            for name, entry in tensors.items()
+            if isinstance(name, str) and isinstance(entry, Opaque) and entry.of.endswith(".BytesStorageMetadata")
+        )
+        self._where: dict[tuple[str, tuple[int, ...] | None], Opaque] = {}
         for index, info in where.items():
             if isinstance(index, Opaque) and isinstance(info, Opaque):
                 name, offset = index.field("fqn"), index.field("offset")
-                if isinstance(name, str) and isinstance(offset, tuple):
+                if isinstance(name, str) and isinstance(offset, tuple | None):
                     self._where[name, offset] = info
 
     def describe(self, name: str) -> tuple[str, tuple[int, ...]]:
@@ -91,8 +99,8 @@ class DcpReader:
             raise unreadable(self.path, f"sizes of {name}", repr(values)[:200])
         return values
 
-    def open_chunk(self, name: str, offset: tuple[int, ...]) -> tuple[Archive, TensorRef]:
-        """The archive that holds one piece, open, and the tensor in it."""
+    def open_archive(self, name: str, offset: tuple[int, ...] | None = None) -> Archive:
+        """The archive, open, that holds an object, or the piece of a tensor at `offset`."""
         info = self._where.get((name, offset))
         if info is None:
             raise unreadable(self.path, f"where {name} at {offset} is stored", "nothing: unknown or damaged layout")
@@ -101,11 +109,14 @@ class DcpReader:
             raise unreadable(self.path, f"{name} stored as it is", "a compressed or otherwise transformed piece")
         if type(start) is not int or type(length) is not int:
             raise unreadable(self.path, f"the place of {name}", repr((start, length))[:200])
-        file = inside(self.folder, info.field("relative_path"), self.path)
-        archive = Archive(file, self.meter, start, length)
+        return Archive(inside(self.folder, info.field("relative_path"), self.path), self.meter, start, length)
+
+    def open_chunk(self, name: str, offset: tuple[int, ...]) -> tuple[Archive, TensorRef]:
+        """The archive that holds one piece, open, and the tensor in it."""
+        archive = self.open_archive(name, offset)
         if not isinstance(archive.root, TensorRef):
             archive.close()
-            raise unreadable(file, f"the tensor {name}", type(archive.root).__name__)
+            raise unreadable(archive.path, f"the tensor {name}", type(archive.root).__name__)
         return archive, archive.root
 
     def read(self, name: str) -> NDArray[Any]:
@@ -132,8 +143,11 @@ class DcpReader:
         return whole
 
 
-def read_dcp(folder: Path, meter: Meter) -> tuple[Checkpoint, list[Flat]]:
-    """Router tensors with the main copies that are stored by name; and the buffers where others may lie."""
+def read_dcp(folder: Path, meter: Meter, stack: ExitStack) -> tuple[Checkpoint, list[Flat]]:
+    """Router tensors with the main copies that are stored by name; and the buffers where others may lie.
+
+    Archives that buffers need stay open in `stack`.
+    """
     reader = DcpReader(folder, meter)
     checkpoint = Checkpoint(folder, "torch_dist (DCP)" if (folder / "metadata.json").exists() else "DCP")
     mains = {}
@@ -152,13 +166,29 @@ def read_dcp(folder: Path, meter: Meter) -> tuple[Checkpoint, list[Flat]]:
         # FSDP's keys carry its wrappers on the model's side only.
         main = mains.get(name) or next((m for of, m in mains.items() if name.endswith("." + of)), None)
         if main is not None:
-            copy = reader.read(main)
+            copy = _unflattened(reader.read(main), shape)
             if copy.shape == shape:
                 tensor = replace(tensor, main=copy, main_from=main)
             else:
                 checkpoint.notes.append(f"{main} has shape {copy.shape}, not {shape}: not taken for a main copy")
         checkpoint.tensors.append(tensor)
-    return checkpoint, [_flat(reader, name) for name in sorted(reader.tensors) if _FLAT_MAIN.match(name)]
+    buffers = [_flat(reader, name) for name in sorted(reader.tensors) if _FLAT_MAIN.match(name)]
+    for name in filter(_OBJECT_MAIN.match, reader.objects):
+        archive = stack.enter_context(reader.open_archive(name))
+        buffers += buffers_in(archive, archive.root)
+    return checkpoint, buffers
+
+
+def _unflattened(copy: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """Undo what Megatron up to 0.15 does to main copies in fully_sharded_model_space.
+
+    It stores [layers, experts, hidden] as [layers, 1, 1, experts * hidden]: the ones count the pieces into which
+    tensor parallelism cuts a parameter, and it never cuts a router's.
+    """
+    front = tuple(length for length in copy.shape[:-1] if length != 1)
+    if copy.ndim == len(shape) + 1 and copy.size == math.prod(shape) and shape[: len(front)] == front:
+        return copy.reshape(shape)
+    return copy
 
 
 def _flat(reader: DcpReader, name: str) -> Flat:

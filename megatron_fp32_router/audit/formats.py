@@ -66,7 +66,7 @@ def _read(path: Path, meter: Meter, stack: ExitStack) -> tuple[Checkpoint, list[
     if not path.is_dir():
         raise unreadable(path, "a checkpoint", "no such file or folder")
     if (path / ".metadata").exists():
-        checkpoint, buffers = read_dcp(path, meter)
+        checkpoint, buffers = read_dcp(path, meter, stack)
         common = path / "common.pt"
         if common.exists():
             with Archive(common, meter) as archive:

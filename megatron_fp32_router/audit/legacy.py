@@ -11,7 +11,7 @@ import math
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from megatron_fp32_router.audit.main_copies import Flat, Piece
+from megatron_fp32_router.audit.main_copies import Flat, buffers_in, walk
 from megatron_fp32_router.audit.pickles import Opaque, TensorRef
 from megatron_fp32_router.audit.source import unreadable
 from megatron_fp32_router.audit.tensors import Checkpoint, RouterTensor, kind_of
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from megatron_fp32_router.audit.source import Meter
 
 _RANK: Final = re.compile(r"^mp_rank_(\d+)(?:_(\d+))?(?:_(\d+))?$")
-
-#: Containers that are looked into; a real checkpoint has thousands.
-_MAX_NODES: Final = 2_000_000
 
 
 def read_legacy(files: list[Path], meter: Meter, stack: ExitStack) -> tuple[Checkpoint, list[Flat]]:
@@ -54,11 +51,11 @@ def read_legacy(files: list[Path], meter: Meter, stack: ExitStack) -> tuple[Chec
             found = re.match(r"^model(\d*)$", key) if isinstance(key, str) else None
             if found is not None and isinstance(part, dict):
                 stages[int(found[1] or 0), stage] = archive, dict(_named(part))
-        buffers += _main_buffers(archive, root.get("optimizer"))
+        buffers += buffers_in(archive, root.get("optimizer"))
         extra = file.parent / "distrib_optim.pt"
         if extra.exists():
             optimizer = stack.enter_context(Archive(extra, meter))
-            buffers += _main_buffers(optimizer, optimizer.root)
+            buffers += buffers_in(optimizer, optimizer.root)
     if not stages:
         raise unreadable(files[0], "a `model` entry with Megatron's parameters", "none")
     before = 0
@@ -107,38 +104,6 @@ def _stage(file: Path, pipeline: Any) -> int:
 
 def _named(root: dict[Any, Any]) -> Iterator[tuple[str, TensorRef]]:
     """(dotted name, tensor) of a nested state dict."""
-    for path, value in _walk(root):
+    for path, value in walk(root):
         if isinstance(value, TensorRef) and all(isinstance(part, str) for part in path):
             yield ".".join(path), value
-
-
-def _walk(root: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Every value below `root` with its path; a container that is reached twice is looked into once."""
-    todo, seen = [((), root)], set()
-    while todo:
-        path, value = todo.pop()
-        yield path, value
-        if not isinstance(value, dict | list | tuple) or id(value) in seen or len(path) > 64:
-            continue
-        seen.add(id(value))
-        if len(seen) > _MAX_NODES:
-            return
-        items = list(value.items()) if isinstance(value, dict) else list(enumerate(value))
-        todo += [((*path, key), item) for key, item in reversed(items)]
-
-
-def _main_buffers(archive: Archive, root: Any) -> Iterator[Flat]:
-    """fp32_from_fp16_params (one copy per parameter), and `param` of the distributed optimizer's flat buffers."""
-    for path, value in _walk(root):
-        if not isinstance(value, TensorRef) or value.dtype not in NUMPY_DTYPES:
-            continue
-        listed, flat = "fp32_from_fp16_params" in path, path[-1:] == ("param",) and len(value.shape) == 1
-        if not listed and not flat:
-            continue
-
-        def read(start: int, count: int, ref: TensorRef = value) -> Any:
-            return archive.span(ref, start, count)
-
-        name = f"{archive.path.name}: " + ".".join(str(p) if not isinstance(p, tuple) else "dtype" for p in path)
-        numel = math.prod(value.shape)
-        yield Flat(name, value.dtype, [Piece(numel, read)], value.shape if listed else None)

@@ -7,22 +7,28 @@ is that weight's: with hundreds of different values chance is out of the questio
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from megatron_fp32_router.audit.pickles import TensorRef
 from megatron_fp32_router.audit.torch_zip import NUMPY_DTYPES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
     from megatron_fp32_router.audit.tensors import Checkpoint, RouterTensor
+    from megatron_fp32_router.audit.torch_zip import Archive
 
 #: Elements that are looked at in one go: 64 MB of fp32.
 _BLOCK: Final = 1 << 24
+
+#: Containers that are looked into; a real checkpoint has thousands.
+_MAX_NODES: Final = 2_000_000
 
 #: A weight with fewer different values could be mistaken for another.
 _ENOUGH: Final = 16
@@ -119,3 +125,36 @@ def _blocks(buffer: Flat) -> Any:
 
 def _bits(values: NDArray[Any]) -> NDArray[np.uint16]:
     return np.ascontiguousarray(values).view(np.uint16)
+
+
+def walk(root: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Every value below `root` with its path; a container that is reached twice is looked into once."""
+    todo, seen = [((), root)], set()
+    while todo:
+        path, value = todo.pop()
+        yield path, value
+        if not isinstance(value, dict | list | tuple) or id(value) in seen or len(path) > 64:
+            continue
+        seen.add(id(value))
+        if len(seen) > _MAX_NODES:
+            return
+        items = list(value.items()) if isinstance(value, dict) else list(enumerate(value))
+        todo += [((*path, key), item) for key, item in reversed(items)]
+
+
+def buffers_in(archive: Archive, root: Any) -> Iterator[Flat]:
+    """What may hold main copies in an optimizer's state: fp32_from_fp16_params (one per parameter),
+    and `param` of the distributed optimizer's flat buffers. The archive must stay open while they are searched."""
+    for path, value in walk(root):
+        if not isinstance(value, TensorRef) or value.dtype not in NUMPY_DTYPES:
+            continue
+        listed, flat = "fp32_from_fp16_params" in path, path[-1:] == ("param",) and len(value.shape) == 1
+        if not listed and not flat:
+            continue
+
+        def read(start: int, count: int, ref: TensorRef = value) -> Any:
+            return archive.span(ref, start, count)
+
+        name = f"{archive.path.name}: " + ".".join(str(p) if not isinstance(p, tuple) else "dtype" for p in path)
+        numel = math.prod(value.shape)
+        yield Flat(name, value.dtype, [Piece(numel, read)], value.shape if listed else None)

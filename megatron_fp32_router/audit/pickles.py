@@ -140,7 +140,9 @@ def _rebuild_v2(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) 
     return _tensor(storage, offset, shape, stride)
 
 
-def _rebuild_v3(storage: Any, offset: Any, shape: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *rest: Any) -> TensorRef:
+def _rebuild_v3(
+    storage: Any, offset: Any, shape: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *rest: Any
+) -> TensorRef:
     if not isinstance(dtype, Dtype):
         raise pickle.UnpicklingError("expected a dtype")
     return _tensor(storage, offset, shape, stride, dtype.name)
@@ -163,8 +165,6 @@ class _Ordered(dict[Any, Any]):
         super().__init__()
         if args:
             raise pickle.UnpicklingError("an OrderedDict with arguments, as no protocol since 2 writes it")
-
-
 
 
 _ALLOWED: Final[dict[tuple[str, str], Any]] = {
@@ -272,4 +272,6 @@ def load(data: bytes, path: Path, what: str) -> Any:
         raise CheckpointUnreadableError(f"{path}: expected {what}, found {said} ({error!r})") from error
     except Exception as error:
         # Whatever a garbled pickle trips over: every kind of error is possible, none may escape as a traceback.
-        raise CheckpointUnreadableError(f"{path}: {what} is truncated or garbled: {type(error).__name__}: {str(error)[:200]}") from error
+        raise CheckpointUnreadableError(
+            f"{path}: {what} is truncated or garbled: {type(error).__name__}: {str(error)[:200]}"
+        ) from error

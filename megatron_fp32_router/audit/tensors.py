@@ -63,7 +63,9 @@ class RouterTensor:
     def key(self) -> tuple[str, int, str]:
         """The same for one router in a Megatron and in a Hugging Face checkpoint: (stack, layer, kind)."""
         layer = _LAYER.search(self.name)
-        stack = "mtp" if re.search(r"(?:^|\.)mtp\.", self.name) else "encoder" if ".encoder." in self.name else "decoder"
+        stack = (
+            "mtp" if re.search(r"(?:^|\.)mtp\.", self.name) else "encoder" if ".encoder." in self.name else "decoder"
+        )
         return stack, int(layer[1]) if layer else -1, self.kind
 
 
