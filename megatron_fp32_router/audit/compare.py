@@ -1,0 +1,90 @@
+"""Two checkpoints: what moved between them, what did not, and by which steps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron_fp32_router.audit import bias, lattice
+from megatron_fp32_router.audit.findings import Finding
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from megatron_fp32_router.audit.findings import Verdict
+    from megatron_fp32_router.audit.tensors import Checkpoint, RouterTensor
+
+
+def identical(one: RouterTensor, other: RouterTensor) -> bool:
+    """Whether two tensors have the same dtype and the same bits."""
+    if one.values is None or other.values is None or one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return one.values.tobytes() == other.values.tobytes()
+
+
+def questions(one: Checkpoint, other: Checkpoint, known: Sequence[float]) -> list[Finding]:
+    """One answer per router tensor of either checkpoint."""
+    others, found = {tensor.key: tensor for tensor in other.tensors}, []
+    between = None
+    if one.iteration is not None and other.iteration is not None:
+        between = abs(one.iteration - other.iteration)
+    for tensor in one.tensors:
+        partner = others.pop(tensor.key, None)
+        if partner is None:
+            found.append(Finding(tensor.name, "against", "unknown", f"{other.path} has no such tensor"))
+        elif tensor.values is None or partner.values is None or tensor.shape != partner.shape:
+            text = f"cannot be compared: {tensor.dtype} {tensor.shape} here, {partner.dtype} {partner.shape} there"
+            found.append(Finding(tensor.name, "against", "unknown", text))
+        else:
+            found.append(_moved(tensor, partner, between, known))
+    found += [Finding(t.name, "against", "unknown", f"{one.path} has no such tensor") for t in others.values()]
+    return found
+
+
+def _moved(one: RouterTensor, other: RouterTensor, between: int | None, known: Sequence[float]) -> Finding:
+    assert one.values is not None
+    assert other.values is not None
+    a, b = one.values.astype(np.float64), other.values.astype(np.float64)
+    moved = int((a != b).sum())
+    largest = float(np.abs(a - b).max(initial=0.0))
+    data: dict[str, Any] = {"moved": moved, "of": a.size, "largest": largest, "iterations": between}
+    over = "" if between is None else f" in {between} iterations"
+
+    def found(verdict: Verdict, text: str) -> Finding:
+        return Finding(one.name, "against", verdict, text, data)
+
+    if one.dtype != other.dtype:
+        low, high = sorted((one, other), key=lambda t: t.dtype in ("float32", "float64"))
+        assert low.values is not None
+        assert high.values is not None
+        if np.array_equal(high.values.astype(low.values.dtype), low.values):
+            data["rounded"] = low.dtype
+            return found("problem", f"the same values, rounded from {high.dtype} to {low.dtype} in one of the two")
+        return found("note", f"{moved:,} of {a.size:,} values moved{over}, by up to {largest:.3g}; dtypes differ")
+    if between == 0 or one.kind != "expert_bias":
+        if moved:
+            return found("note", f"{moved:,} of {a.size:,} values moved{over}, by up to {largest:.3g}")
+        return found("note", f"none of {a.size:,} values moved{over}: frozen?")
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return found("unknown", "cannot tell: not every value is finite")
+    rates = [*known, *(rate for rate in lattice.USUAL_RATES if rate not in known)]
+    if not moved:
+        stuck = int(lattice.swallowed(one.values, lattice.rounded(rates[0], "float32")).all(axis=0).sum())
+        data["swallowing"] = stuck
+        if stuck:
+            text = f"no bias moved{over}: at this size {one.dtype} swallows a step of {rates[0]:g} whole in {stuck} of {a.size}"
+            return found("problem", text)
+        return found("unknown", f"no bias moved{over}: updates were off, or had no effect")
+    if one.dtype != "float32":
+        return found(
+            "note", f"{moved} of {a.size} biases moved{over}, by up to {largest:.3g}, on {one.dtype}'s own grid"
+        )
+    fit = lattice.best(one.values, rates, since=other.values)
+    verdict, text = bias.judge(fit, a.size, known, data)
+    count = np.abs(lattice.steps(one.values, fit.step) - lattice.steps(other.values, fit.step))
+    data["net_steps"] = float(np.nan_to_num(count).max(initial=0.0))
+    text = f"{moved} of {a.size} biases moved{over}, by up to {round(data['net_steps'])} steps; {text}"
+    if fit.exact and between is not None and round(data["net_steps"]) > between:
+        return found("problem", f"{text}; but that is more steps than iterations")
+    return found(verdict, text)

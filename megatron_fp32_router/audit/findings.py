@@ -1,0 +1,258 @@
+"""The questions that are asked of every router tensor, and their answers with reasons."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import numpy as np
+
+from megatron_fp32_router.audit import bias, bits
+from megatron_fp32_router.audit.tensors import PARAMETERS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from megatron_fp32_router.audit.tensors import Checkpoint, RouterTensor
+
+#: "note": true and worth knowing, but no verdict.
+Verdict = Literal["good", "problem", "unknown", "note"]
+
+#: The audit's whole vocabulary of questions; docs/audit.md has a section on each.
+CHECKS: Final = ("dtype", "finite", "laundered", "updates", "room", "main copy", "against")
+
+LOW: Final = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One answer. `data`: the figures behind `text`, for programs."""
+
+    tensor: str
+    check: str
+    verdict: Verdict
+    text: str
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Audit:
+    """All answers for one checkpoint."""
+
+    checkpoint: Checkpoint
+    findings: list[Finding]
+    #: The one it was compared with.
+    against: Checkpoint | None = None
+
+    @property
+    def verdict(self) -> Verdict:
+        """ "problem" if there is one; "unknown" if something could not be told, or there is no router; else "good"."""
+        verdicts = {finding.verdict for finding in self.findings}
+        if "problem" in verdicts:
+            return "problem"
+        return "unknown" if "unknown" in verdicts or not self.checkpoint.tensors else "good"
+
+    @property
+    def exit_code(self) -> int:
+        """0 good, 1 a problem was found, 2 could not tell."""
+        return {"good": 0, "problem": 1, "unknown": 2, "note": 2}[self.verdict]
+
+    def of(self, tensor: str) -> list[Finding]:
+        """The answers for one tensor."""
+        return [finding for finding in self.findings if finding.tensor == tensor]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values: what `audit --json` prints."""
+        return {
+            "checkpoint": _describe(self.checkpoint),
+            "against": None if self.against is None else _describe(self.against),
+            "verdict": self.verdict,
+            "tensors": [
+                {
+                    "name": tensor.name,
+                    "kind": tensor.kind,
+                    "layer": tensor.key[1],
+                    "dtype": tensor.dtype,
+                    "shape": list(tensor.shape),
+                    "main_copy": tensor.main_from or None,
+                    "findings": [
+                        {k: v for k, v in asdict(finding).items() if k != "tensor"} for finding in self.of(tensor.name)
+                    ],
+                }
+                for tensor in self.checkpoint.tensors
+            ],
+            "other_findings": [
+                asdict(finding)
+                for finding in self.findings
+                if finding.tensor not in {tensor.name for tensor in self.checkpoint.tensors}
+            ],
+        }
+
+
+def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "path": str(checkpoint.path),
+        "format": checkpoint.format,
+        "iteration": checkpoint.iteration,
+        "rate": checkpoint.rate,
+        "bytes_read": checkpoint.bytes_read,
+        "bytes_on_disk": checkpoint.bytes_on_disk,
+        "notes": checkpoint.notes,
+    }
+
+
+def audit(
+    checkpoint: Checkpoint,
+    against: Checkpoint | None = None,
+    *,
+    rates: Sequence[float] = (),
+    protect: Literal["all", "buffers"] = "all",
+) -> Audit:
+    """Ask every question of every router tensor.
+
+    Args:
+        checkpoint: from `open_checkpoint`.
+        against: an earlier or later checkpoint of the same run, or an export of it.
+        rates: moe_router_bias_update_rate, where the checkpoint does not say; several if it changed.
+        protect: "buffers": parameters in low precision are what was asked for, and no problem.
+    """
+    from megatron_fp32_router.audit import compare
+
+    others = {} if against is None else {tensor.key: tensor for tensor in against.tensors}
+    findings: list[Finding] = []
+    known = list(rates) or [c.rate for c in (checkpoint, against) if c is not None and c.rate is not None][:1]
+    for tensor in checkpoint.tensors:
+        other = others.get(tensor.key)
+        same = other is not None and compare.identical(tensor, other)
+        findings.append(_dtype(tensor, protect))
+        if tensor.values is None:
+            continue
+        finite = _finite(tensor)
+        if finite is not None:
+            findings.append(finite)
+            continue
+        if tensor.dtype in ("float32", "float64") and tensor.kind in ("weight", "bias", "expert_bias", "qb_beta"):
+            findings.append(_laundered(tensor, known, same))
+        if tensor.kind == "expert_bias":
+            findings += bias.questions(tensor, known, checkpoint.iteration)
+        if tensor.main is not None:
+            findings.append(_main_copy(tensor))
+    if against is not None:
+        findings += compare.questions(checkpoint, against, known)
+    if not checkpoint.tensors:
+        findings.append(
+            Finding("", "dtype", "unknown", "no tensor here has the name of a router's: nothing was looked at")
+        )
+    findings += [Finding("", "main copy", "note", note) for note in checkpoint.notes]
+    return Audit(checkpoint, findings, against)
+
+
+def _dtype(tensor: RouterTensor, protect: str) -> Finding:
+    """Is it stored in fp32 or better?"""
+    data = {"dtype": tensor.dtype, "shape": list(tensor.shape)}
+
+    def found(verdict: Verdict, text: str) -> Finding:
+        return Finding(tensor.name, "dtype", verdict, text, data)
+
+    parameter = tensor.kind in PARAMETERS
+    if tensor.dtype in LOW:
+        if parameter and protect == "buffers":
+            return found("note", f"{tensor.dtype} on disk, as PROTECT=buffers leaves parameters")
+        kept = "; its fp32 main copy is in this checkpoint" if tensor.main is not None else ""
+        return found("problem", f"{tensor.dtype} on disk: every value is rounded{kept}")
+    if tensor.dtype in ("float32", "float64") or (tensor.dtype.startswith("int") and not parameter):
+        return found("good", f"{tensor.dtype} on disk")
+    return found("unknown", f"{tensor.dtype} on disk: not a dtype that a router is kept in; quantised?")
+
+
+def _finite(tensor: RouterTensor) -> Finding | None:
+    values = tensor.values
+    assert values is not None
+    broken = int(values.size - np.isfinite(values.astype(np.float64)).sum())
+    if not broken:
+        return None
+    text = f"{broken} of {values.size} values are NaN or infinite; nothing else was asked of it"
+    return Finding(tensor.name, "finite", "problem", text, {"not_finite": broken})
+
+
+def _laundered(tensor: RouterTensor, rates: Sequence[float], same: bool) -> Finding:
+    """Is it fp32 in name only: has every value been through bf16 or fp16?"""
+    values = tensor.values
+    assert values is not None
+    counts = [bits.fitting(values, dtype) for dtype in bits.CASTS]
+    data: dict[str, Any] = {"counts": [{**asdict(c), "log2_chance": c.log2_chance} for c in counts]}
+
+    def found(verdict: Verdict, text: str) -> Finding:
+        return Finding(tensor.name, "laundered", verdict, text, data)
+
+    if counts[0].nonzero == 0:
+        return found("unknown", "cannot tell: every value is zero, which every dtype holds")
+    count = next((c for c in counts if c.all_fit), None)
+    if count is None:
+        partly = next((c for c in counts if c.distinct_fitting >= bits.ENOUGH and c.log2_chance < -30), None)
+        if partly is not None:
+            share = f"{partly.fitting:,} of {partly.nonzero:,} values fit {partly.dtype}"
+            text = f"not laundered as a whole, but {share}: these went through the cast and have not moved since"
+            return found("note", text)
+        return found(
+            "good", f"{counts[0].nonzero - counts[0].fitting:,} of {counts[0].nonzero:,} values need more than bfloat16"
+        )
+    chance = f"chance: 2^{count.log2_chance:.0f}"
+    if count.distinct < bits.ENOUGH:
+        text = f"cannot tell: all values fit {count.dtype}, but only {count.distinct} differ in size ({chance})"
+        return found("unknown", text)
+    if same:
+        return found(
+            "unknown", f"cannot tell: all values fit {count.dtype}, but they are the same in the other checkpoint"
+        )
+    if tensor.kind == "expert_bias" and any(
+        bits.fitting(np.array([r]), count.dtype).all_fit for r in map(np.float32, rates)
+    ):
+        return found(
+            "unknown", f"cannot tell: all values fit {count.dtype}, and so does the rate they are multiples of"
+        )
+    text = f"{tensor.dtype} in name only: all {count.nonzero:,} nonzero values fit {count.dtype} ({chance}), so they went through that cast"
+    return found("problem", text)
+
+
+def _main_copy(tensor: RouterTensor) -> Finding:
+    """The optimizer's copy and the model's: which is the truth, and how far apart are they?"""
+    values, main = tensor.values, tensor.main
+    assert values is not None
+    assert main is not None
+    gap = np.abs(main.astype(np.float64) - values.astype(np.float64))
+    apart, largest = int((gap > 0).sum()), float(gap.max(initial=0.0))
+    data: dict[str, Any] = {"main_copy": tensor.main_from, "differ": apart, "largest": largest}
+
+    def found(verdict: Verdict, text: str) -> Finding:
+        return Finding(tensor.name, "main copy", verdict, text, data)
+
+    hidden = _through(main, values.dtype)
+    far = f"{apart:,} of {gap.size:,} values differ, by up to {largest:.3g}"
+    cast = next(
+        (c for c in (bits.fitting(main, d) for d in bits.CASTS) if c.all_fit and c.distinct >= bits.ENOUGH), None
+    )
+    data["main_laundered"] = None if cast is None else cast.dtype
+    if cast is not None and main.dtype == np.float32:
+        return found("problem", f"the main copy itself fits {cast.dtype}: it was made from a rounded weight; {far}")
+    if not apart:
+        return found("good", "the main copy and the model's weight are the same, bit for bit")
+    if tensor.dtype in LOW and np.array_equal(hidden, values):
+        return found("note", f"the main copy is the truth, the model holds it rounded: {far}; --repair writes it")
+    for dtype in bits.CASTS:
+        if np.array_equal(_through(main, np.dtype(bits.CASTS[dtype][0])).astype(np.float64), values.astype(np.float64)):
+            return found(
+                "problem",
+                f"the model's {tensor.dtype} weight is the main copy rounded to {dtype}: {far}; the main copy is the truth",
+            )
+    return found(
+        "problem",
+        f"neither comes from the other by rounding: {far}; resuming takes the main copy or the weight, depending on the release",
+    )
+
+
+def _through(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    with np.errstate(over="ignore"):
+        return values.astype(dtype)

@@ -1,0 +1,162 @@
+"""Which values an expert's bias can have: those that additions of ±rate in fp32 reach.
+
+Megatron adds `sign(error) * rate` to every bias once per step. In fp32, within one binade [2^e, 2^(e+1)) each addition
+moves the bias by exactly q(e): the rate rounded to that binade's spacing. So the number of steps between two values of
+one chain is an integer when each binade is measured in its own q, whatever order the steps came in; crossing into a
+larger binade rounds once, by less than half its spacing, and the way back undoes nothing. `steps` computes that
+number, and rounding needs no further allowance than `allowance`: 200,000 steps of 1e-3 end at 200.45 instead of 200,
+and are 200,000 steps here.
+
+A bias that went through bf16 or fp16, or was moved by something else, has steps between integers. A counter in bf16
+leaves a trace of its own: `sign(bf16) * rate` is the rate *rounded to bf16*, 0.0009994507 instead of 0.001
+(https://github.com/NVIDIA/Megatron-LM/pull/7081), so that the chain fits that rate and not the true one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import ml_dtypes
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+#: Rates that are tried when neither the user nor the checkpoint says: Megatron's default first, then its likes.
+USUAL_RATES: Final = (1e-3, 1e-4, 1e-2, 5e-4, 2e-3, 5e-3, 2e-4)
+
+#: A value whose steps are further than this from an integer is off the lattice; chance puts 1 in 10 within it.
+TOLERANCE: Final = 0.05
+
+#: Megatron's step may have been rounded on its way to the bias by the dtype of the counter.
+ROUNDINGS: Final[dict[str, Any]] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+
+
+def rounded(rate: float, dtype: str) -> float:
+    """The rate as a tensor of that dtype holds it, then in fp32."""
+    return float(np.float32(ROUNDINGS[dtype](rate)))
+
+
+def steps(bias: NDArray[Any], rate: float) -> NDArray[np.float64]:
+    """How many additions of `rate` in fp32 lead from 0 to each value: [experts]; NaN where none can.
+
+    Args:
+        bias: finite, of any shape.
+        rate: positive, exactly representable in fp32.
+    """
+    size = np.abs(bias.astype(np.float64))
+    total = np.zeros_like(size)
+    # Below this the spacing of fp32 is under 1e-10 of the rate.
+    low = 2.0 ** (math.floor(math.log2(rate)) - 8)
+    total += np.minimum(size, low) / rate
+    top, edge = float(size.max(initial=0.0)), low
+    while edge < top:
+        q = _step_in_binade(edge, rate)
+        inside = np.clip(size - edge, 0.0, edge)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            total += np.where(inside > 0, inside / q if q else np.nan, 0.0)
+        edge *= 2
+    return np.copysign(total, bias.astype(np.float64))
+
+
+def _step_in_binade(edge: float, rate: float) -> float:
+    """What an addition of `rate` to a value in [edge, 2 * edge) amounts to; 0: it is swallowed."""
+    spacing = edge * 2.0**-23
+    return float(np.round(rate / spacing)) * spacing
+
+
+def allowance(bias: NDArray[Any], rate: float) -> float:
+    """How far, in steps, honest rounding may put a value of the chain from an integer."""
+    largest = float(np.abs(bias.astype(np.float64)).max(initial=0.0))
+    # One rounding for each binade crossed, half a spacing each: together below one spacing of the largest.
+    return 2 * float(np.spacing(np.float32(largest))) / rate + 1e-6
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well the biases of one router fit the chain of one step size."""
+
+    rate: float
+    #: What the rate was rounded to: "float32", "bfloat16" or "float16".
+    rounding: str
+    #: The step in use: `rate` rounded.
+    step: float
+    #: Distance of each value from the chain, in steps: [experts], at most 0.5.
+    off: NDArray[np.float64]
+    #: What honest rounding explains of it.
+    allowed: float
+
+    @property
+    def worst(self) -> float:
+        return float(self.off.max(initial=0.0))
+
+    @property
+    def exact(self) -> bool:
+        """Whether rounding explains every distance."""
+        return self.worst <= self.allowed
+
+    @property
+    def share(self) -> float:
+        """Share of values on the chain."""
+        return float(np.mean(self.off <= max(TOLERANCE, self.allowed)))
+
+
+def fit(bias: NDArray[Any], rate: float, rounding: str, since: NDArray[Any] | None = None) -> Fit:
+    """Fit one router's biases to one step size.
+
+    The chain may start anywhere, since a common start and a subtracted mean (Moonlight, torchtitan) move all experts
+    alike. With `since`, an earlier state, every expert has moved by whole steps from there.
+    """
+    step = rounded(rate, rounding)
+    count = steps(bias, step)
+    reference = bias
+    if since is not None:
+        count = count - steps(since, step)
+        reference = np.concatenate([bias.ravel(), since.ravel()])
+        offset = 0.0
+    else:
+        offset = _common_offset(count)
+    distance = np.abs((count - offset + 0.5) % 1.0 - 0.5)
+    return Fit(rate, rounding, step, np.nan_to_num(distance, nan=0.5), allowance(reference, step))
+
+
+def _common_offset(count: NDArray[np.float64]) -> float:
+    """The fractional part that most values share, if it is one: the middle of the closest group on a circle."""
+    fraction = np.sort(count[np.isfinite(count)] % 1.0)
+    if fraction.size < 2:
+        return float(fraction[0]) if fraction.size else 0.0
+    # The shortest arc that holds half of the values.
+    half = fraction.size // 2 + 1
+    circle = np.concatenate([fraction, fraction + 1.0])
+    width = circle[half - 1 : half - 1 + fraction.size] - circle[: fraction.size]
+    start = int(width.argmin())
+    return float(np.median(circle[start : start + half]))
+
+
+def best(bias: NDArray[Any], rates: Sequence[float], since: NDArray[Any] | None = None) -> Fit:
+    """The step size that fits: the first that rounding explains wholly, else the one with most values on its chain.
+
+    `rates` come in order of belief, and each unrounded before rounded: where few steps fit several, nothing speaks
+    for a defect.
+    """
+    fits = [fit(bias, rate, rounding, since) for rate in rates for rounding in ROUNDINGS]
+    return next((f for f in fits if f.exact), None) or max(fits, key=lambda f: (f.share, -f.worst))
+
+
+def chance(experts: int) -> float:
+    """How likely all of `experts` random values lie on a chain whose start is fitted."""
+    return float(min(1.0, experts * (2 * TOLERANCE) ** max(0, experts - 1)))
+
+
+def swallowed(bias: NDArray[Any], rate: float) -> NDArray[np.bool_]:
+    """Which biases, held in the dtype of `bias`, cannot take a step of `rate`: (up, down), [2, experts].
+
+    As torch adds a low-precision tensor and a scaled sign: in fp32, then rounded.
+    """
+    wide = bias.astype(np.float32)
+    step = np.float32(rate if bias.dtype == np.float32 else bias.dtype.type(rate))
+    return np.stack([(wide + step).astype(bias.dtype) == bias, (wide - step).astype(bias.dtype) == bias])
