@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
     from megatron_fp32_router.audit.findings import Finding
     from megatron_fp32_router.audit.tensors import RouterTensor
+
+#: Different values on one chain before chance is out of the question: one fixes its start, two confirm it.
+ENOUGH: Final = 3
 
 
 def questions(tensor: RouterTensor, known: Sequence[float], iteration: int | None) -> list[Finding]:
@@ -75,26 +78,26 @@ def judge(
     fit: lattice.Fit, experts: int, known: Sequence[float], data: dict[str, Any], iteration: int | None = None
 ) -> Any:
     """(verdict, text) for the fit of one router's biases to a step size; figures go into `data`."""
-    count = lattice.steps(np.array([1.0]), fit.step)
-    on = int(round(fit.share * experts))
+    on = round(fit.share * experts)
     data.update(
         rate=fit.rate, rounding=fit.rounding, step=fit.step, on_lattice=on, worst=fit.worst, allowed=fit.allowed,
-        log10_chance=float(np.log10(lattice.chance(experts))), steps_to_one=float(count[0]),
+        chance=fit.chance, fits_as_well=list(fit.alike),
     )  # fmt: skip
-    sure = f"chance: {lattice.chance(experts):.1g}"
+    sure = f"chance: {fit.chance:.1g}"
     if fit.allowed > 0.2:
         return "unknown", f"cannot tell: at this size fp32 itself rounds a step of {fit.rate:g} too much"
-    if fit.exact and experts >= 4:
+    if fit.exact and fit.distinct >= ENOUGH:
         if fit.rounding == "float32":
             said = "" if fit.rate in known or not known else f", not of {known[0]:g}, which was to be expected"
-            return "good", f"whole steps of {fit.rate:g} apart{said}, fp32 rounding allowed for ({sure})"
+            alike = f"; at this size steps rounded to {fit.alike[0]} would look the same" if fit.alike else ""
+            return "good", f"whole steps of {fit.rate:g} apart{said}, fp32 rounding allowed for ({sure}){alike}"
         text = (
             f"the steps are {fit.step:.7g}, which is {fit.rate:g} rounded to {fit.rounding}: the token counter was "
             f"{fit.rounding} when the updates were made, so counts were rounded and signs may be wrong ({sure})"
         )
         return "problem", text
-    if fit.exact or experts < 4:
-        return "unknown", f"cannot tell: {experts} biases are too few"
+    if fit.distinct < ENOUGH:
+        return "unknown", f"cannot tell: {fit.distinct} different values are too few"
     if fit.share == 1.0:
         text = f"near whole steps of {fit.rate:g}, but off by up to {fit.worst:.3g} of a step: updates of several sizes"
         return "unknown", text

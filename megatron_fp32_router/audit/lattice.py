@@ -15,7 +15,7 @@ leaves a trace of its own: `sign(bf16) * rate` is the rate *rounded to bf16*, 0.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import ml_dtypes
@@ -89,6 +89,10 @@ class Fit:
     off: NDArray[np.float64]
     #: What honest rounding explains of it.
     allowed: float
+    #: Different values (or moves) that the fit rests on.
+    distinct: int
+    #: Roundings of the same rate that explain the values as well: at a size where they come to the same step.
+    alike: tuple[str, ...] = ()
 
     @property
     def worst(self) -> float:
@@ -104,6 +108,12 @@ class Fit:
         """Share of values on the chain."""
         return float(np.mean(self.off <= max(TOLERANCE, self.allowed)))
 
+    @property
+    def chance(self) -> float:
+        """How likely as many random values are all this close to some chain; its start took one of them."""
+        width = 2 * max(self.allowed, self.worst, 1e-9)
+        return float(min(1.0, self.distinct * min(1.0, width) ** max(0, self.distinct - 1)))
+
 
 def fit(bias: NDArray[Any], rate: float, rounding: str, since: NDArray[Any] | None = None) -> Fit:
     """Fit one router's biases to one step size.
@@ -113,15 +123,14 @@ def fit(bias: NDArray[Any], rate: float, rounding: str, since: NDArray[Any] | No
     """
     step = rounded(rate, rounding)
     count = steps(bias, step)
-    reference = bias
-    if since is not None:
-        count = count - steps(since, step)
-        reference = np.concatenate([bias.ravel(), since.ravel()])
-        offset = 0.0
+    if since is None:
+        reference, offset, distinct = bias, _common_offset(count), np.unique(bias).size
     else:
-        offset = _common_offset(count)
-    distance = np.abs((count - offset + 0.5) % 1.0 - 0.5)
-    return Fit(rate, rounding, step, np.nan_to_num(distance, nan=0.5), allowance(reference, step))
+        reference, offset = np.concatenate([bias.ravel(), since.ravel()]), 0.0
+        distinct = np.unique(bias.astype(np.float64) - since.astype(np.float64)).size
+        count = count - steps(since, step)
+    distance = np.nan_to_num(np.abs((count - offset + 0.5) % 1.0 - 0.5), nan=0.5)
+    return Fit(rate, rounding, step, distance, allowance(reference, step), int(distinct))
 
 
 def _common_offset(count: NDArray[np.float64]) -> float:
@@ -144,12 +153,11 @@ def best(bias: NDArray[Any], rates: Sequence[float], since: NDArray[Any] | None 
     for a defect.
     """
     fits = [fit(bias, rate, rounding, since) for rate in rates for rounding in ROUNDINGS]
-    return next((f for f in fits if f.exact), None) or max(fits, key=lambda f: (f.share, -f.worst))
-
-
-def chance(experts: int) -> float:
-    """How likely all of `experts` random values lie on a chain whose start is fitted."""
-    return float(min(1.0, experts * (2 * TOLERANCE) ** max(0, experts - 1)))
+    chosen = next((f for f in fits if f.exact), None)
+    if chosen is None:
+        return max(fits, key=lambda f: (f.share, -f.worst))
+    alike = tuple(f.rounding for f in fits if f.exact and f.rate == chosen.rate and f is not chosen)
+    return replace(chosen, alike=alike)
 
 
 def swallowed(bias: NDArray[Any], rate: float) -> NDArray[np.bool_]:

@@ -1,0 +1,118 @@
+"""`megatron-fp32-router audit PATH …`"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_fp32_router.errors import Fp32RouterError
+
+#: `open_checkpoint` has the same default; this file must be importable without the `audit` extra.
+_SEARCH_LIMIT = 2 << 30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `audit`."""
+    parser.add_argument("path", nargs="+", type=Path, metavar="PATH", help="a checkpoint's folder, or one file of it")
+    parser.add_argument("--against", type=Path, metavar="B", help="another checkpoint of the same run, or its export")
+    parser.add_argument(
+        "--rate",
+        type=_rate,
+        action="append",
+        default=[],
+        help="moe_router_bias_update_rate, where the checkpoint does not say; repeat it if it changed",
+    )
+    parser.add_argument(
+        "--protect",
+        choices=("all", "buffers"),
+        default="all",
+        help="buffers: router parameters in low precision are no problem (default: all)",
+    )
+    parser.add_argument("--json", action="store_true", help="everything, as JSON, instead of the table")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write one page that needs no network")
+    parser.add_argument("--repair", type=Path, metavar="OUT", help="write what can be restored into a new folder")
+    parser.add_argument(
+        "--search-limit",
+        type=float,
+        default=_SEARCH_LIMIT / 1e9,
+        metavar="GB",
+        help="how much of optimizer buffers without names to search for main copies (default: 2.1)",
+    )
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and 1e-12 < value < 1e6):
+        raise argparse.ArgumentTypeError(f"expected a positive rate such as 1e-3, found {text!r}")
+    return value
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Audit, print, and return the exit code: 0 good, 1 a problem was found, 2 could not tell or bad input."""
+    try:
+        return _main(arguments)
+    except ImportError as error:
+        if error.name not in ("numpy", "ml_dtypes", "safetensors"):
+            raise
+        print(
+            f"megatron-fp32-router audit: {error.name} is not installed: pip install 'megatron-fp32-router[audit]'",
+            file=sys.stderr,
+        )
+        return 2
+    except Fp32RouterError as error:
+        print(f"megatron-fp32-router audit: {error}", file=sys.stderr)
+        return 2
+
+
+def _main(arguments: argparse.Namespace) -> int:
+    from megatron_fp32_router.audit import audit, open_checkpoint, report
+
+    if len(arguments.path) > 1 and (arguments.repair or arguments.html):
+        print("megatron-fp32-router audit: --html and --repair take one PATH", file=sys.stderr)
+        return 2
+    limit = int(max(0.0, arguments.search_limit) * 1e9)
+    against = None
+    if arguments.against is not None:
+        against = open_checkpoint(arguments.against, search_limit=0, progress=report.progress(sys.stderr))
+        against.notes.clear()
+    codes: list[int] = []
+    printed: list[dict[str, Any]] = []
+    for path in arguments.path:
+        try:
+            checkpoint = open_checkpoint(path, search_limit=limit, progress=report.progress(sys.stderr))
+        except Fp32RouterError as error:
+            # The other paths still have their say.
+            print(f"megatron-fp32-router audit: {error}", file=sys.stderr)
+            printed.append({"checkpoint": {"path": str(path)}, "verdict": "unknown", "error": str(error)})
+            codes.append(2)
+            continue
+        found = audit(checkpoint, against, rates=arguments.rate, protect=arguments.protect)
+        codes.append(found.exit_code)
+        result = found.to_json()
+        if arguments.html is not None:
+            from megatron_fp32_router.audit.page import page
+
+            arguments.html.write_text(page(found), encoding="utf-8")
+        if not arguments.json:
+            report.show(found, sys.stdout)
+        if arguments.repair is not None:
+            from megatron_fp32_router.audit.repair import repair
+
+            result["repair"] = done = repair(found, arguments.repair)
+            if not arguments.json:
+                _show_repair(done, arguments.repair)
+        printed.append(result)
+    if arguments.json:
+        print(json.dumps(printed[0] if len(printed) == 1 else printed, indent=2, allow_nan=False))
+    return 1 if 1 in codes else max(codes)
+
+
+def _show_repair(done: dict[str, Any], out: Path) -> None:
+    count = len(done["restored"])
+    print(f"repair: {count} tensors restored exactly, in {out / 'router.safetensors'}" if count else "repair: nothing")
+    for name, why in done["not_restored"].items():
+        print(f"repair: not restored: {name}: {why}")

@@ -1,0 +1,83 @@
+"""Write router tensors anew where the checkpoint still holds their exact values."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron_fp32_router.audit import bits
+from megatron_fp32_router.audit.findings import LOW
+from megatron_fp32_router.errors import Fp32RouterError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from megatron_fp32_router.audit.findings import Audit
+
+
+class RepairRefusedError(Fp32RouterError):
+    """Something is already where the repaired tensors were to go."""
+
+
+def repair(found: Audit, out: Path) -> dict[str, Any]:
+    """Write `router.safetensors` and `repair.json` into a new folder; the checkpoint stays as it is.
+
+    A tensor is written when its values on disk are rounded and the optimizer's main copy, fp32 and not itself
+    rounded, rounds to exactly these values. Names are those of the checkpoint's audit, one per router.
+
+    Returns:
+        What repair.json says: {"restored": {name: how}, "not_restored": {name: why}, "untouched": [name]}.
+
+    Raises:
+        RepairRefusedError: `out` exists and is not an empty folder.
+    """
+    from safetensors.numpy import save_file
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RepairRefusedError(f"{out}: expected no such folder, or an empty one; nothing was written")
+    restored: dict[str, str] = {}
+    not_restored: dict[str, str] = {}
+    untouched: list[str] = []
+    tensors: dict[str, Any] = {}
+    for tensor in found.checkpoint.tensors:
+        verdicts = {f.check: f.verdict for f in found.of(tensor.name)}
+        damaged = tensor.dtype in LOW or "problem" in (verdicts.get("laundered"), verdicts.get("main copy"))
+        if not damaged and "problem" not in (verdicts.get("updates"), verdicts.get("finite")):
+            untouched.append(tensor.name)
+            continue
+        why = _why_not(tensor.values, tensor.main)
+        if not damaged:
+            why = "its updates went wrong; which values they should have led to, no checkpoint holds"
+        if why is None:
+            assert tensor.main is not None
+            tensors[tensor.name] = np.ascontiguousarray(tensor.main)
+            restored[tensor.name] = f"from {tensor.main_from}"
+        else:
+            not_restored[tensor.name] = why
+    out.mkdir(parents=True, exist_ok=True)
+    if tensors:
+        save_file(tensors, out / "router.safetensors", metadata={"format": "pt"})
+    report = {
+        "checkpoint": str(found.checkpoint.path),
+        "restored": restored,
+        "not_restored": not_restored,
+        "untouched": untouched,
+    }
+    (out / "repair.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def _why_not(values: Any, main: Any) -> str | None:
+    """Why a main copy cannot stand in for rounded values, or None."""
+    if main is None:
+        return "no main copy of it in this checkpoint: buffers have none, and model-only checkpoints keep none"
+    if main.dtype != np.float32:
+        return f"its main copy is {main.dtype}"
+    if any(c.all_fit and c.distinct >= bits.ENOUGH for c in (bits.fitting(main, dtype) for dtype in bits.CASTS)):
+        return "its main copy was made from rounded values"
+    with np.errstate(over="ignore"):
+        casts = [values.dtype, *(np.dtype(cast) for cast, _ in bits.CASTS.values())]
+        same = any(np.array_equal(main.astype(cast).astype(np.float64), values.astype(np.float64)) for cast in casts)
+    return None if same else "its main copy does not round to the model's values: which is newer cannot be told"

@@ -1,0 +1,129 @@
+"""The audit for people: a table in the terminal, plain when rich is not there."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Final, TextIO
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from megatron_fp32_router.audit.findings import Audit, Finding
+
+#: Tables of large models are cut here; --json and --html have everything.
+MAX_ROWS: Final = 400
+
+COLUMNS: Final = ("tensor", "question", "verdict", "answer")
+
+_STYLES: Final = {"good": "green", "problem": "bold red", "unknown": "yellow", "note": "dim"}
+
+_VERDICTS: Final = {
+    "good": "good: nothing speaks against these routers",
+    "problem": "PROBLEM: these routers were damaged, or are kept where they will be",
+    "unknown": "could not tell",
+    "note": "could not tell",
+}
+
+
+def rows(found: Audit) -> list[tuple[str, str, str, str]]:
+    """The table, as `COLUMNS` says: answers that are the same in many layers are said once."""
+    groups: dict[tuple[str, str, str, str], list[Finding]] = {}
+    for finding in found.findings:
+        groups.setdefault((_shape(finding.tensor), finding.check, finding.verdict, finding.text), []).append(finding)
+    table = []
+    for (shape, check, verdict, text), findings in groups.items():
+        layers = [_layer(finding.tensor) for finding in findings]
+        name = findings[0].tensor if len(findings) == 1 else shape.replace("*", _ranges([n for n in layers if n >= 0]))
+        table.append((name or "checkpoint", check, verdict, text))
+    return table
+
+
+def _layer(name: str) -> int:
+    return next((int(part) for part in name.split(".") if part.isdecimal()), -1)
+
+
+def _shape(name: str) -> str:
+    """A name with its layer left open."""
+    parts = name.split(".")
+    place = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    return name if place is None else ".".join([*parts[:place], "*", *parts[place + 1 :]])
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[3, 4, 5, 7] -> "{3-5,7}"."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return "{" + ",".join(f"{a}-{b}" if a != b else str(a) for a, b in runs) + "}"
+
+
+def summary(found: Audit) -> list[str]:
+    """What was read, and the verdict."""
+    checkpoint = found.checkpoint
+    step = "" if checkpoint.iteration is None else f", iteration {checkpoint.iteration:,}"
+    said = [
+        f"{checkpoint.path}: {checkpoint.format}{step}; {len(checkpoint.tensors)} router tensors; "
+        f"read {size(checkpoint.bytes_read)} of {size(checkpoint.bytes_on_disk)}"
+    ]
+    if found.against is not None:
+        other = found.against
+        step = "" if other.iteration is None else f", iteration {other.iteration:,}"
+        said.append(f"against {other.path}: {other.format}{step}; {len(other.tensors)} router tensors")
+    said.append(f"verdict: {_VERDICTS[found.verdict]}")
+    return said
+
+
+def size(count: int) -> str:
+    """Bytes for people: "1.2 GB"."""
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def show(found: Audit, out: TextIO) -> None:
+    """Print table and summary."""
+    table = rows(found)
+    shown = sorted(table, key=lambda row: ("problem", "unknown", "good", "note").index(row[2]))[:MAX_ROWS]
+    try:
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.table import Table
+    except ImportError:
+        for name, check, verdict, text in shown:
+            print(f"{verdict.upper():8} {name}: {check}: {text}", file=out)
+    else:
+        grid = Table(*COLUMNS, show_lines=False)
+        for name, check, verdict, text in shown:
+            grid.add_row(escape(name), check, f"[{_STYLES[verdict]}]{verdict}[/]", escape(text))
+        Console(file=out).print(grid)
+    if len(table) > len(shown):
+        print(f"… and {len(table) - len(shown)} more rows: see --json or --html", file=out)
+    for line in summary(found):
+        print(line, file=out)
+
+
+def progress(out: TextIO) -> Callable[[int, str], None]:
+    """Says how much was read: one line that is written over in a terminal, one line every 10 s in a log.
+
+    Nothing appears in the first 2 s.
+    """
+    start = last = time.monotonic()
+    terminal = out.isatty()
+
+    def tell(count: int, what: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - start < 2 or now - last < (0.2 if terminal else 10):
+            return
+        last = now
+        line = f"reading router tensors: {size(count)}, now {what}"
+        out.write(f"\r\x1b[2K{line}" if terminal else f"{line}\n")
+        out.flush()
+
+    return tell
