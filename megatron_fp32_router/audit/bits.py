@@ -12,7 +12,8 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-#: Different magnitudes that must fit before chance, and round numbers that people choose, are ruled out: 2^-64 for bf16.
+#: Different magnitudes that must fit before chance, and round numbers that people choose, are ruled out:
+#: 2^-64 for bf16.
 ENOUGH: Final = 4
 
 #: The cast, and how many low mantissa bits of an fp32 value it clears (fp16: for values of its own range).

@@ -73,7 +73,10 @@ def _moved(one: RouterTensor, other: RouterTensor, between: int | None, known: S
         stuck = int(lattice.swallowed(one.values, lattice.rounded(rates[0], "float32")).all(axis=0).sum())
         data["swallowing"] = stuck
         if stuck:
-            text = f"no bias moved{over}: at this size {one.dtype} swallows a step of {rates[0]:g} whole in {stuck} of {a.size}"
+            text = (
+                f"no bias moved{over}: at this size {one.dtype} swallows a step of {rates[0]:g} whole "
+                f"in {stuck} of {a.size}"
+            )
             return found("problem", text)
         return found("unknown", f"no bias moved{over}: updates were off, or had no effect")
     if one.dtype != "float32":

@@ -77,7 +77,10 @@ class DcpReader:
         entry = self.tensors[name]
         properties = entry.field("properties")
         state = properties.state if isinstance(properties, Opaque) else None
-        dtype = state[0] if isinstance(state, tuple) and state else properties and properties.field("dtype")
+        # A tuple, or a dictionary in torch before 2.1.
+        dtype = (
+            state[0] if isinstance(state, tuple) and state else state.get("dtype") if isinstance(state, dict) else None
+        )
         shape = entry.field("size")
         if not isinstance(dtype, Dtype) or not isinstance(shape, tuple) or len(shape) > 8:
             raise unreadable(self.path, f"dtype and shape of {name}", repr((dtype, shape))[:200])

@@ -213,7 +213,10 @@ def _laundered(tensor: RouterTensor, rates: Sequence[float], same: bool) -> Find
         return found(
             "unknown", f"cannot tell: all values fit {count.dtype}, and so does the rate they are multiples of"
         )
-    text = f"{tensor.dtype} in name only: all {count.nonzero:,} nonzero values fit {count.dtype} ({chance}), so they went through that cast"
+    text = (
+        f"{tensor.dtype} in name only: all {count.nonzero:,} nonzero values fit {count.dtype} ({chance}), "
+        "so they went through that cast"
+    )
     return found("problem", text)
 
 
@@ -241,16 +244,13 @@ def _main_copy(tensor: RouterTensor) -> Finding:
         return found("good", "the main copy and the model's weight are the same, bit for bit")
     if tensor.dtype in LOW and np.array_equal(hidden, values):
         return found("note", f"the main copy is the truth, the model holds it rounded: {far}; --repair writes it")
-    for dtype in bits.CASTS:
-        if np.array_equal(_through(main, np.dtype(bits.CASTS[dtype][0])).astype(np.float64), values.astype(np.float64)):
-            return found(
-                "problem",
-                f"the model's {tensor.dtype} weight is the main copy rounded to {dtype}: {far}; the main copy is the truth",
+    for dtype, (cast_to, _) in bits.CASTS.items():
+        if np.array_equal(_through(main, np.dtype(cast_to)).astype(np.float64), values.astype(np.float64)):
+            text = (
+                f"the model's {tensor.dtype} weight is the main copy rounded to {dtype}: {far}; the copy is the truth"
             )
-    return found(
-        "problem",
-        f"neither comes from the other by rounding: {far}; resuming takes the main copy or the weight, depending on the release",
-    )
+            return found("problem", text)
+    return found("problem", f"neither comes from the other by rounding, so one is stale: {far}")
 
 
 def _through(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:

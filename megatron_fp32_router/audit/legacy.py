@@ -65,10 +65,14 @@ def read_legacy(files: list[Path], meter: Meter, stack: ExitStack) -> tuple[Chec
             kind = kind_of(name)
             if kind is not None:
                 values = archive.tensor(ref) if ref.dtype in NUMPY_DTYPES else None
-                shown = re.sub(r"((?:^|\.)layers\.)(\d+)", lambda m: f"{m[1]}{int(m[2]) + before}", name, count=1)
-                checkpoint.tensors.append(RouterTensor(shown, kind, ref.dtype, ref.shape, values))
+                checkpoint.tensors.append(RouterTensor(_counted(name, before), kind, ref.dtype, ref.shape, values))
         before += max(layers) + 1 if layers else 0
     return checkpoint, buffers
+
+
+def _counted(name: str, before: int) -> str:
+    """A name with the number that its layer has in the whole model."""
+    return re.sub(r"((?:^|\.)layers\.)(\d+)", lambda found: f"{found[1]}{int(found[2]) + before}", name, count=1)
 
 
 def read_arguments(checkpoint: Checkpoint, root: dict[Any, Any]) -> None:

@@ -57,7 +57,7 @@ class Flat:
 
 
 def find(checkpoint: Checkpoint, buffers: Sequence[Flat], limit: int) -> None:
-    """Give the low-precision weights of `checkpoint` the main copies that `buffers` hold, reading at most `limit` bytes."""
+    """Give low-precision weights the main copies that `buffers` hold, reading at most `limit` bytes of them."""
     wanted = {
         index: tensor
         for index, tensor in enumerate(checkpoint.tensors)
@@ -109,7 +109,7 @@ def _search(buffer: Flat, wanted: dict[int, RouterTensor]) -> list[tuple[int, ND
                 continue
             bits, hay = _bits(pattern), rounded[pattern.dtype]
             # The rarest start would be quicker; the first value alone leaves few places in practice.
-            for start in np.flatnonzero(hay[: max(0, hay.size - bits.size + 1)] == bits[0]):
+            for start in np.flatnonzero(hay[: max(0, hay.size - bits.size + 1)] == bits[0]).tolist():
                 if np.array_equal(hay[start : start + bits.size], bits):
                     found[index] = joined[start : start + bits.size].reshape(wanted[index].shape).copy()
                     break
@@ -117,7 +117,7 @@ def _search(buffer: Flat, wanted: dict[int, RouterTensor]) -> list[tuple[int, ND
     return list(found.items())
 
 
-def _blocks(buffer: Flat) -> Any:
+def _blocks(buffer: Flat) -> Iterator[NDArray[Any]]:
     for piece in buffer.pieces:
         for start in range(0, piece.numel, _BLOCK):
             yield piece.read(start, min(_BLOCK, piece.numel - start))
@@ -129,7 +129,8 @@ def _bits(values: NDArray[Any]) -> NDArray[np.uint16]:
 
 def walk(root: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """Every value below `root` with its path; a container that is reached twice is looked into once."""
-    todo, seen = [((), root)], set()
+    todo: list[tuple[tuple[Any, ...], Any]] = [((), root)]
+    seen: set[int] = set()
     while todo:
         path, value = todo.pop()
         yield path, value

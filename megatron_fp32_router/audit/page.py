@@ -30,7 +30,8 @@ def page(found: Audit) -> str:
     said = "".join(f"<p>{escape(line)}</p>" for line in report.summary(found)[:-1])
     order = ("problem", "unknown", "good", "note")
     body = "".join(
-        f'<tr><td>{escape(name)}</td><td>{escape(check)}</td><td class="{verdict}">{verdict}</td><td>{escape(text)}</td></tr>'
+        f"<tr><td>{escape(name)}</td><td>{escape(check)}</td>"
+        f'<td class="{verdict}">{verdict}</td><td>{escape(text)}</td></tr>'
         for name, check, verdict, text in sorted(report.rows(found), key=lambda row: order.index(row[2]))
     )
     head = "".join(f"<th>{name}</th>" for name in report.COLUMNS)

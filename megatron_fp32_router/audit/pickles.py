@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import io
 import pickle
-import pickletools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from megatron_fp32_router.errors import CheckpointUnreadableError
 
@@ -193,7 +192,7 @@ def _check_key(key: Any) -> None:
 
 
 class _Unpickler(pickle._Unpickler):
-    dispatch = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data))
@@ -267,7 +266,7 @@ def load(data: bytes, path: Path, what: str) -> Any:
         raise
     except KeyError as error:
         code = error.args[0] if error.args else None
-        known = isinstance(code, int) and bytes([code & 255]).decode("latin-1") in pickletools.code2op
+        known = isinstance(code, int) and code in pickle._Unpickler.dispatch
         said = "an opcode that is refused" if known else "something that is no pickle"
         raise CheckpointUnreadableError(f"{path}: expected {what}, found {said} ({error!r})") from error
     except Exception as error:

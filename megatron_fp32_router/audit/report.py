@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import TYPE_CHECKING, Final, TextIO
 
@@ -25,15 +26,22 @@ _VERDICTS: Final = {
 }
 
 
-def rows(found: Audit) -> list[tuple[str, str, str, str]]:
-    """The table, as `COLUMNS` says: answers that are the same in many layers are said once."""
+def rows(found: Audit, brief: bool = False) -> list[tuple[str, str, str, str]]:
+    """The table, as `COLUMNS` says. Answers that are the same in many layers are said once.
+
+    `brief`: so are answers that differ in their figures only; the first layer's are shown.
+    """
     groups: dict[tuple[str, str, str, str], list[Finding]] = {}
     for finding in found.findings:
-        groups.setdefault((_shape(finding.tensor), finding.check, finding.verdict, finding.text), []).append(finding)
+        said = re.sub(r"[\d.,e+-]+", "#", finding.text) if brief else finding.text
+        groups.setdefault((_shape(finding.tensor), finding.check, finding.verdict, said), []).append(finding)
     table = []
-    for (shape, check, verdict, text), findings in groups.items():
-        layers = [_layer(finding.tensor) for finding in findings]
-        name = findings[0].tensor if len(findings) == 1 else shape.replace("*", _ranges([n for n in layers if n >= 0]))
+    for (shape, check, verdict, _), findings in groups.items():
+        layers = [layer for finding in findings if (layer := _layer(finding.tensor)) >= 0]
+        name = findings[0].tensor if len(findings) == 1 else shape.replace("*", _ranges(layers))
+        text, alike = findings[0].text, len({finding.text for finding in findings}) == 1
+        if not alike:
+            text = f"layer {_layer(findings[0].tensor)}: {text}"
         table.append((name or "checkpoint", check, verdict, text))
     return table
 
@@ -88,7 +96,7 @@ def size(count: int) -> str:
 
 def show(found: Audit, out: TextIO) -> None:
     """Print table and summary."""
-    table = rows(found)
+    table = rows(found, brief=True)
     shown = sorted(table, key=lambda row: ("problem", "unknown", "good", "note").index(row[2]))[:MAX_ROWS]
     try:
         from rich.console import Console
@@ -98,7 +106,9 @@ def show(found: Audit, out: TextIO) -> None:
         for name, check, verdict, text in shown:
             print(f"{verdict.upper():8} {name}: {check}: {text}", file=out)
     else:
-        grid = Table(*COLUMNS, show_lines=False)
+        grid = Table(show_edge=False)
+        for name in COLUMNS:
+            grid.add_column(name, overflow="fold")
         for name, check, verdict, text in shown:
             grid.add_row(escape(name), check, f"[{_STYLES[verdict]}]{verdict}[/]", escape(text))
         Console(file=out).print(grid)

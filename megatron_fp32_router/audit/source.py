@@ -134,7 +134,7 @@ def open_regular(path: Path) -> BinaryIO:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
             raise unreadable(path, "a regular file", "a folder" if stat.S_ISDIR(mode) else "something else")
-        return path.open("rb", buffering=0)  # type: ignore[return-value]
+        return path.open("rb", buffering=0)
     except (OSError, ValueError) as error:
         raise CheckpointUnreadableError(f"{path}: cannot be opened: {error}") from error
 

@@ -55,7 +55,7 @@ class Archive:
                 "something else: truncated, garbled, or older; torch.load and torch.save make it new",
             )
         try:
-            with zipfile.ZipFile(self._window) as archive:  # type: ignore[arg-type]
+            with zipfile.ZipFile(self._window) as archive:
                 # "NAME/data.pkl": the first part depends on the file's name at the time of saving.
                 return {info.filename.partition("/")[2]: info for info in archive.infolist()}
         except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, struct.error, UnicodeError) as error:
@@ -104,7 +104,8 @@ class Archive:
         if _contiguous(ref):
             return flat.reshape(ref.shape)
         strides = tuple(s * dtype.itemsize for s in ref.stride)
-        return np.lib.stride_tricks.as_strided(flat, ref.shape, strides, writeable=False).copy()
+        strided: NDArray[Any] = np.lib.stride_tricks.as_strided(flat, ref.shape, strides, writeable=False)
+        return strided.copy()
 
     def span(self, ref: TensorRef, start: int, count: int) -> NDArray[Any]:
         """`count` elements in memory order from `start` on, of a contiguous tensor of any size: [count]."""
