@@ -117,7 +117,7 @@ def _room(tensor: RouterTensor, known: Sequence[float]) -> list[Finding]:
     wide = values.astype(np.float64)
     after = {dtype: bits.distinct(values.astype(np.float32), dtype) for dtype in bits.CASTS}
     now, spread = bits.distinct(values), float(wide.max() - wide.min())
-    spacing = float(np.spacing(np.float32(np.abs(wide).max())))
+    spacing = float(np.spacing(np.float32(min(np.abs(wide).max(), 1e38))))
     data = {
         "distinct": now,
         "distinct_after": after,

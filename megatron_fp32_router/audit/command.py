@@ -58,22 +58,23 @@ def main(arguments: argparse.Namespace) -> int:
     except ImportError as error:
         if error.name not in ("numpy", "ml_dtypes", "safetensors"):
             raise
-        print(
-            f"megatron-fp32-router audit: {error.name} is not installed: pip install 'megatron-fp32-router[audit]'",
-            file=sys.stderr,
-        )
-        return 2
+        return _refuse(f"{error.name} is not installed: pip install 'megatron-fp32-router[audit]'")
     except Fp32RouterError as error:
-        print(f"megatron-fp32-router audit: {error}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
+
+
+def _refuse(why: str) -> int:
+    from megatron_fp32_router.audit.report import printable
+
+    print(f"megatron-fp32-router audit: {printable(why)}", file=sys.stderr)
+    return 2
 
 
 def _main(arguments: argparse.Namespace) -> int:
     from megatron_fp32_router.audit import audit, open_checkpoint, report
 
     if len(arguments.path) > 1 and (arguments.repair or arguments.html):
-        print("megatron-fp32-router audit: --html and --repair take one PATH", file=sys.stderr)
-        return 2
+        return _refuse("--html and --repair take one PATH")
     limit = int(max(0.0, arguments.search_limit) * 1e9)
     against = None
     if arguments.against is not None:
@@ -86,9 +87,8 @@ def _main(arguments: argparse.Namespace) -> int:
             checkpoint = open_checkpoint(path, search_limit=limit, progress=report.progress(sys.stderr))
         except Fp32RouterError as error:
             # The other paths still have their say.
-            print(f"megatron-fp32-router audit: {error}", file=sys.stderr)
             printed.append({"checkpoint": {"path": str(path)}, "verdict": "unknown", "error": str(error)})
-            codes.append(2)
+            codes.append(_refuse(str(error)))
             continue
         found = audit(checkpoint, against, rates=arguments.rate, protect=arguments.protect)
         codes.append(found.exit_code)
@@ -112,7 +112,9 @@ def _main(arguments: argparse.Namespace) -> int:
 
 
 def _show_repair(done: dict[str, Any], out: Path) -> None:
+    from megatron_fp32_router.audit.report import printable
+
     count = len(done["restored"])
     print(f"repair: {count} tensors restored exactly, in {out / 'router.safetensors'}" if count else "repair: nothing")
     for name, why in done["not_restored"].items():
-        print(f"repair: not restored: {name}: {why}")
+        print(f"repair: not restored: {printable(name)}: {why}")

@@ -84,6 +84,8 @@ class DcpReader:
         shape = entry.field("size")
         if not isinstance(dtype, Dtype) or not isinstance(shape, tuple) or len(shape) > 8:
             raise unreadable(self.path, f"dtype and shape of {name}", repr((dtype, shape))[:200])
+        if 0 in shape:
+            raise unreadable(self.path, f"elements in {name}", f"shape {shape}")
         return dtype.name, self._naturals(name, shape)
 
     def chunks(self, name: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -65,30 +66,42 @@ class Audit:
 
     def to_json(self) -> dict[str, Any]:
         """As plain values: what `audit --json` prints."""
-        return {
-            "checkpoint": _describe(self.checkpoint),
-            "against": None if self.against is None else _describe(self.against),
-            "verdict": self.verdict,
-            "tensors": [
-                {
-                    "name": tensor.name,
-                    "kind": tensor.kind,
-                    "layer": tensor.key[1],
-                    "dtype": tensor.dtype,
-                    "shape": list(tensor.shape),
-                    "main_copy": tensor.main_from or None,
-                    "findings": [
-                        {k: v for k, v in asdict(finding).items() if k != "tensor"} for finding in self.of(tensor.name)
-                    ],
-                }
-                for tensor in self.checkpoint.tensors
-            ],
-            "other_findings": [
-                asdict(finding)
-                for finding in self.findings
-                if finding.tensor not in {tensor.name for tensor in self.checkpoint.tensors}
-            ],
-        }
+        names = {tensor.name for tensor in self.checkpoint.tensors}
+        plain: dict[str, Any] = _plain(
+            {
+                "checkpoint": _describe(self.checkpoint),
+                "against": None if self.against is None else _describe(self.against),
+                "verdict": self.verdict,
+                "tensors": [
+                    {
+                        "name": tensor.name,
+                        "kind": tensor.kind,
+                        "layer": tensor.key[1],
+                        "dtype": tensor.dtype,
+                        "shape": list(tensor.shape),
+                        "main_copy": tensor.main_from or None,
+                        "findings": [
+                            {k: v for k, v in asdict(finding).items() if k != "tensor"}
+                            for finding in self.of(tensor.name)
+                        ],
+                    }
+                    for tensor in self.checkpoint.tensors
+                ],
+                "other_findings": [asdict(finding) for finding in self.findings if finding.tensor not in names],
+            }
+        )
+        return plain
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: no NumPy numbers, and null for what is not finite."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -129,13 +142,16 @@ def audit(
         findings.append(_dtype(tensor, protect))
         if tensor.values is None:
             continue
+        if tensor.values.size == 0:
+            findings.append(Finding(tensor.name, "dtype", "unknown", "it has no elements"))
+            continue
         finite = _finite(tensor)
         if finite is not None:
             findings.append(finite)
             continue
         if tensor.dtype in ("float32", "float64") and tensor.kind in ("weight", "bias", "expert_bias", "qb_beta"):
             findings.append(_laundered(tensor, known, same))
-        if tensor.kind == "expert_bias":
+        if tensor.kind == "expert_bias" and tensor.dtype in (*LOW, "float32"):
             findings += bias.questions(tensor, known, checkpoint.iteration)
         if tensor.main is not None:
             findings.append(_main_copy(tensor))
@@ -240,6 +256,8 @@ def _main_copy(tensor: RouterTensor) -> Finding:
     data["main_laundered"] = None if cast is None else cast.dtype
     if cast is not None and main.dtype == np.float32:
         return found("problem", f"the main copy itself fits {cast.dtype}: it was made from a rounded weight; {far}")
+    if not np.isfinite(main.astype(np.float64)).all():
+        return found("problem", "the main copy has values that are NaN or infinite")
     if not apart:
         return found("good", "the main copy and the model's weight are the same, bit for bit")
     if tensor.dtype in LOW and np.array_equal(hidden, values):

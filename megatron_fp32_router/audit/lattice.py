@@ -71,9 +71,10 @@ def _step_in_binade(edge: float, rate: float) -> float:
 
 def allowance(bias: NDArray[Any], rate: float) -> float:
     """How far, in steps, honest rounding may put a value of the chain from an integer."""
+    # A value beyond fp32's range is 0.5 steps off the chain in any case.
     largest = float(np.abs(bias.astype(np.float64)).max(initial=0.0))
     # One rounding for each binade crossed, half a spacing each: together below one spacing of the largest.
-    return 2 * float(np.spacing(np.float32(largest))) / rate + 1e-6
+    return 2 * float(np.spacing(np.float32(min(largest, 1e38)))) / rate + 1e-6
 
 
 @dataclass(frozen=True)

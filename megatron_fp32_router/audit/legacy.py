@@ -60,7 +60,7 @@ def read_legacy(files: list[Path], meter: Meter, stack: ExitStack) -> tuple[Chec
         raise unreadable(files[0], "a `model` entry with Megatron's parameters", "none")
     before = 0
     for _, (archive, names) in sorted(stages.items()):
-        layers = {int(m[1]) for name in names if (m := re.search(r"(?:^|\.)layers\.(\d+)\.", name))}
+        layers = {int(m[1]) for name in names if (m := re.search(r"(?:^|\.)layers\.(\d{1,9})\.", name))}
         for name, ref in names.items():
             kind = kind_of(name)
             if kind is not None:
@@ -72,13 +72,15 @@ def read_legacy(files: list[Path], meter: Meter, stack: ExitStack) -> tuple[Chec
 
 def _counted(name: str, before: int) -> str:
     """A name with the number that its layer has in the whole model."""
-    return re.sub(r"((?:^|\.)layers\.)(\d+)", lambda found: f"{found[1]}{int(found[2]) + before}", name, count=1)
+    return re.sub(
+        r"((?:^|\.)layers\.)(\d{1,9})(?=\.)", lambda found: f"{found[1]}{int(found[2]) + before}", name, count=1
+    )
 
 
 def read_arguments(checkpoint: Checkpoint, root: dict[Any, Any]) -> None:
     """Fill in iteration and rate from Megatron's common state."""
     iteration, rate = root.get("iteration"), _argument(root, "moe_router_bias_update_rate")
-    if type(iteration) is int and checkpoint.iteration is None:
+    if type(iteration) is int and 0 <= iteration < 1 << 62 and checkpoint.iteration is None:
         checkpoint.iteration = iteration
     if isinstance(rate, float) and math.isfinite(rate) and rate > 0 and checkpoint.rate is None:
         checkpoint.rate = rate

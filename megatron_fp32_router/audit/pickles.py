@@ -27,18 +27,17 @@ class Opaque:
 
     #: "module.Class", as the pickle names it.
     of: str = ""
+    state: Any = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.args, self.state, self.items = args, None, {}  # type: ignore[var-annotated]
+    def __new__(cls, *args: Any) -> Opaque:
+        # NEWOBJ passes arguments here and skips __init__; REDUCE passes them to both.
+        return super().__new__(cls)
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Opaque:
-        made = super().__new__(cls)
-        # A pickle may skip __init__ (NEWOBJ does).
-        made.args, made.state, made.items = args, None, {}
-        return made
+    def __init__(self, *args: Any) -> None:
+        """Arguments are of no use."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self.items[key] = value
+        """A dictionary's subclass would keep it."""
 
     def append(self, value: Any) -> None:
         """A list's subclass would keep it."""

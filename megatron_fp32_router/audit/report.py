@@ -47,13 +47,13 @@ def rows(found: Audit, brief: bool = False) -> list[tuple[str, str, str, str]]:
 
 
 def _layer(name: str) -> int:
-    return next((int(part) for part in name.split(".") if part.isdecimal()), -1)
+    return next((int(part) for part in name.split(".") if part.isdecimal() and len(part) < 10), -1)
 
 
 def _shape(name: str) -> str:
     """A name with its layer left open."""
     parts = name.split(".")
-    place = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    place = next((i for i, part in enumerate(parts) if part.isdecimal() and len(part) < 10), None)
     return name if place is None else ".".join([*parts[:place], "*", *parts[place + 1 :]])
 
 
@@ -97,6 +97,7 @@ def size(count: int) -> str:
 def show(found: Audit, out: TextIO) -> None:
     """Print table and summary."""
     table = rows(found, brief=True)
+    table = [(printable(name), check, verdict, printable(text)) for name, check, verdict, text in table]
     shown = sorted(table, key=lambda row: ("problem", "unknown", "good", "note").index(row[2]))[:MAX_ROWS]
     try:
         from rich.console import Console
@@ -115,7 +116,12 @@ def show(found: Audit, out: TextIO) -> None:
     if len(table) > len(shown):
         print(f"… and {len(table) - len(shown)} more rows: see --json or --html", file=out)
     for line in summary(found):
-        print(line, file=out)
+        print(printable(line), file=out)
+
+
+def printable(text: str) -> str:
+    """Without control characters: names in a file may hold what a terminal obeys."""
+    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def progress(out: TextIO) -> Callable[[int, str], None]:
@@ -132,7 +138,7 @@ def progress(out: TextIO) -> Callable[[int, str], None]:
         if now - start < 2 or now - last < (0.2 if terminal else 10):
             return
         last = now
-        line = f"reading router tensors: {size(count)}, now {what}"
+        line = f"reading router tensors: {size(count)}, now {printable(what)}"
         out.write(f"\r\x1b[2K{line}" if terminal else f"{line}\n")
         out.flush()
 

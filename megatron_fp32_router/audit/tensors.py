@@ -32,7 +32,7 @@ _HUGGING_FACE: Final = tuple(
     )
 )
 
-_LAYER: Final = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
+_LAYER: Final = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d{1,9})\.")
 
 
 def kind_of(name: str, hugging_face: bool = False) -> str | None:
@@ -87,25 +87,25 @@ class Checkpoint:
     bytes_on_disk: int = 0
 
 
-def split_layers(name: str, kind: str, ndim: int) -> str | None:
-    """The name pattern for the layers of a stacked tensor ("…layers.{}.mlp…"), or None when it is one router's.
+_STACKED: Final = re.compile(r"((?:^|\.)layers\.)(?!\d)")
+
+#: No model is deeper; a file that says so would fill the table with its own noise.
+_MAX_LAYERS: Final = 10_000
+
+
+def unstack(tensor: RouterTensor) -> list[RouterTensor]:
+    """One tensor per router.
 
     torch_dist stores homogeneous layers as one tensor with the layer in front: "decoder.layers.mlp.router.weight",
     [layers, experts, hidden].
     """
-    if ndim != (3 if kind == "weight" else 2) or not re.search(r"(?:^|\.)layers\.(?!\d)", name):
-        return None
-    return re.sub(r"(^|\.)layers\.(?!\d)", r"\1layers.{}.", name, count=1)
-
-
-def unstack(tensor: RouterTensor) -> list[RouterTensor]:
-    """One tensor per router."""
-    pattern = split_layers(tensor.name, tensor.kind, len(tensor.shape))
-    if pattern is None:
+    stacked = len(tensor.shape) == (3 if tensor.kind == "weight" else 2) and _STACKED.search(tensor.name)
+    if not stacked or tensor.shape[0] > _MAX_LAYERS:
         return [tensor]
+    front, back = tensor.name[: stacked.end()], tensor.name[stacked.end() :]
     return [
         RouterTensor(
-            pattern.format(layer),
+            f"{front}{layer}.{back}",
             tensor.kind,
             tensor.dtype,
             tensor.shape[1:],

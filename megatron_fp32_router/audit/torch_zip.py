@@ -124,7 +124,8 @@ class Archive:
             raise unreadable(self.path, f"a tensor inside its {ref.storage.numel} elements", first + count)
         size = dtype.itemsize
         raw = self.read(f"data/{ref.storage.key}", first * size, count * size, whole=True)
-        return np.frombuffer(raw, dtype=dtype)
+        elements: NDArray[Any] = np.frombuffer(raw, dtype=dtype)
+        return elements
 
     def close(self) -> None:
         self._window.close()
