@@ -101,11 +101,10 @@ def judge(
     if fit.share == 1.0:
         text = f"near whole steps of {fit.rate:g}, but off by up to {fit.worst:.3g} of a step: updates of several sizes"
         return "unknown", text
-    text = (
-        f"{experts - on} of {experts} biases are not whole steps of {fit.rate:g} apart: updates were rounded or "
-        "swallowed on the way, or another rule or rate moved them"
-    )
-    return ("problem" if known else "unknown"), text + ("" if known else " (give --rate to have it judged)")
+    apart = f"{experts - on} of {experts} biases are not whole steps of {fit.rate:g} apart"
+    if known:
+        return "problem", f"{apart}: updates were rounded or swallowed on the way, or another rule or rate moved them"
+    return "unknown", f"cannot tell: no usual rate fits ({apart}); --rate has it judged"
 
 
 def _room(tensor: RouterTensor, known: Sequence[float]) -> list[Finding]:

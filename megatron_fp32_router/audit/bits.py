@@ -46,18 +46,23 @@ class Fitting:
         return min(0.0, ways - bits * k)
 
 
+def rounded(values: NDArray[Any], dtype: Any) -> NDArray[Any]:
+    """A cast without warnings: whatever a file holds may overflow, and then it does not fit."""
+    with np.errstate(all="ignore"):
+        cast: NDArray[Any] = values.astype(dtype)
+        return cast
+
+
 def fitting(values: NDArray[Any], dtype: str) -> Fitting:
     """Count the values of an fp32 or fp64 tensor that `dtype` ("bfloat16" or "float16") holds exactly."""
     flat = np.abs(values.reshape(-1).astype(np.float64))
     flat = flat[flat != 0]
     magnitudes, inverse = np.unique(flat, return_inverse=True)
-    with np.errstate(over="ignore"):
-        fits = magnitudes.astype(CASTS[dtype][0]).astype(np.float64) == magnitudes
+    fits = rounded(magnitudes, CASTS[dtype][0]).astype(np.float64) == magnitudes
     return Fitting(dtype, flat.size, int(fits[inverse].sum()), magnitudes.size, int(fits.sum()))
 
 
 def distinct(values: NDArray[Any], dtype: str | None = None) -> int:
     """Different values in a tensor, as they are or after a cast."""
-    with np.errstate(over="ignore"):
-        cast = values if dtype is None else values.astype(CASTS[dtype][0])
+    cast = values if dtype is None else rounded(values, CASTS[dtype][0])
     return int(np.unique(cast.astype(np.float64)).size)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_fp32_router.audit import bias, lattice
+from megatron_fp32_router.audit import bias, bits, lattice
 from megatron_fp32_router.audit.findings import Finding
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ def _moved(one: RouterTensor, other: RouterTensor, between: int | None, known: S
     assert one.values is not None
     assert other.values is not None
     a, b = one.values.astype(np.float64), other.values.astype(np.float64)
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return Finding(one.name, "against", "unknown", "cannot tell: not every value is finite")
     moved = int((a != b).sum())
     largest = float(np.abs(a - b).max(initial=0.0))
     data: dict[str, Any] = {"moved": moved, "of": a.size, "largest": largest, "iterations": between}
@@ -58,7 +60,7 @@ def _moved(one: RouterTensor, other: RouterTensor, between: int | None, known: S
         low, high = sorted((one, other), key=lambda t: t.dtype in ("float32", "float64"))
         assert low.values is not None
         assert high.values is not None
-        if np.array_equal(high.values.astype(low.values.dtype), low.values):
+        if np.array_equal(bits.rounded(high.values, low.values.dtype), low.values):
             data["rounded"] = low.dtype
             return found("problem", f"the same values, rounded from {high.dtype} to {low.dtype} in one of the two")
         return found("note", f"{moved:,} of {a.size:,} values moved{over}, by up to {largest:.3g}; dtypes differ")
@@ -66,8 +68,6 @@ def _moved(one: RouterTensor, other: RouterTensor, between: int | None, known: S
         if moved:
             return found("note", f"{moved:,} of {a.size:,} values moved{over}, by up to {largest:.3g}")
         return found("note", f"none of {a.size:,} values moved{over}: frozen?")
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        return found("unknown", "cannot tell: not every value is finite")
     rates = [*known, *(rate for rate in lattice.USUAL_RATES if rate not in known)]
     if not moved:
         stuck = int(lattice.swallowed(one.values, lattice.rounded(rates[0], "float32")).all(axis=0).sum())

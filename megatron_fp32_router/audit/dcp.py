@@ -1,7 +1,8 @@
 """torch.distributed.checkpoint (DCP): `.metadata` says which bytes of which `.distcp` file hold which tensor.
 
-Megatron's torch_dist and fsdp_dtensor formats are DCP; torch_dist adds `common.pt` (iteration, arguments) and stores
-homogeneous layers as one tensor. Every item in a `.distcp` file is an archive of its own, as torch.save writes it.
+Megatron's torch_dist and fsdp_dtensor formats are DCP; torch_dist adds what is no tensor (iteration, arguments) and
+stores homogeneous layers as one tensor. Every item in a `.distcp` file is an archive of its own, as torch.save writes
+it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from megatron_fp32_router.audit.main_copies import Flat, Piece, buffers_in
 from megatron_fp32_router.audit.pickles import Dtype, Opaque, TensorRef, load
 from megatron_fp32_router.audit.source import MAX_TENSOR, Meter, inside, read_small, unreadable
-from megatron_fp32_router.audit.tensors import PARAMETERS, Checkpoint, RouterTensor, kind_of
+from megatron_fp32_router.audit.tensors import PARAMETERS, Checkpoint, RouterTensor, kind_of, read_arguments
 from megatron_fp32_router.audit.torch_zip import NUMPY_DTYPES, Archive
 
 if TYPE_CHECKING:
@@ -177,11 +178,28 @@ def read_dcp(folder: Path, meter: Meter, stack: ExitStack) -> tuple[Checkpoint, 
             else:
                 checkpoint.notes.append(f"{main} has shape {copy.shape}, not {shape}: not taken for a main copy")
         checkpoint.tensors.append(tensor)
+    _read_common(reader, checkpoint)
     buffers = [_flat(reader, name) for name in sorted(reader.tensors) if _FLAT_MAIN.match(name)]
     for name in filter(_OBJECT_MAIN.match, reader.objects):
         archive = stack.enter_context(reader.open_archive(name))
         buffers += buffers_in(archive, archive.root)
     return checkpoint, buffers
+
+
+def _read_common(reader: DcpReader, checkpoint: Checkpoint) -> None:
+    """Iteration and arguments: an object among the others from 0.19 on, a file `common.pt` before."""
+    common, file = "common_state/shard_0_1", reader.folder / "common.pt"
+    if common in reader.objects:
+        archive = reader.open_archive(common)
+    elif file.exists():
+        archive = Archive(file, reader.meter)
+    else:
+        return
+    with archive:
+        # An object's archive holds a list of one.
+        root = archive.root[0] if isinstance(archive.root, list) and archive.root else archive.root
+        if isinstance(root, dict):
+            read_arguments(checkpoint, root)
 
 
 def _unflattened(copy: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:

@@ -14,8 +14,6 @@ from megatron_fp32_router.audit.tensors import PARAMETERS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from numpy.typing import NDArray
-
     from megatron_fp32_router.audit.tensors import Checkpoint, RouterTensor
 
 #: "note": true and worth knowing, but no verdict.
@@ -241,6 +239,8 @@ def _main_copy(tensor: RouterTensor) -> Finding:
     values, main = tensor.values, tensor.main
     assert values is not None
     assert main is not None
+    if not np.isfinite(main.astype(np.float64)).all():
+        return Finding(tensor.name, "main copy", "problem", "the main copy has values that are NaN or infinite")
     gap = np.abs(main.astype(np.float64) - values.astype(np.float64))
     apart, largest = int((gap > 0).sum()), float(gap.max(initial=0.0))
     data: dict[str, Any] = {"main_copy": tensor.main_from, "differ": apart, "largest": largest}
@@ -248,7 +248,7 @@ def _main_copy(tensor: RouterTensor) -> Finding:
     def found(verdict: Verdict, text: str) -> Finding:
         return Finding(tensor.name, "main copy", verdict, text, data)
 
-    hidden = _through(main, values.dtype)
+    hidden = bits.rounded(main, values.dtype)
     far = f"{apart:,} of {gap.size:,} values differ, by up to {largest:.3g}"
     cast = next(
         (c for c in (bits.fitting(main, d) for d in bits.CASTS) if c.all_fit and c.distinct >= bits.ENOUGH), None
@@ -256,21 +256,14 @@ def _main_copy(tensor: RouterTensor) -> Finding:
     data["main_laundered"] = None if cast is None else cast.dtype
     if cast is not None and main.dtype == np.float32:
         return found("problem", f"the main copy itself fits {cast.dtype}: it was made from a rounded weight; {far}")
-    if not np.isfinite(main.astype(np.float64)).all():
-        return found("problem", "the main copy has values that are NaN or infinite")
     if not apart:
         return found("good", "the main copy and the model's weight are the same, bit for bit")
     if tensor.dtype in LOW and np.array_equal(hidden, values):
         return found("note", f"the main copy is the truth, the model holds it rounded: {far}; --repair writes it")
     for dtype, (cast_to, _) in bits.CASTS.items():
-        if np.array_equal(_through(main, np.dtype(cast_to)).astype(np.float64), values.astype(np.float64)):
+        if np.array_equal(bits.rounded(main, cast_to).astype(np.float64), values.astype(np.float64)):
             text = (
                 f"the model's {tensor.dtype} weight is the main copy rounded to {dtype}: {far}; the copy is the truth"
             )
             return found("problem", text)
     return found("problem", f"neither comes from the other by rounding, so one is stale: {far}")
-
-
-def _through(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    with np.errstate(over="ignore"):
-        return values.astype(dtype)

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Final
 from megatron_fp32_router.audit import main_copies
 from megatron_fp32_router.audit.dcp import read_dcp
 from megatron_fp32_router.audit.huggingface import read_safetensors
-from megatron_fp32_router.audit.legacy import read_arguments, read_legacy
+from megatron_fp32_router.audit.legacy import read_legacy
 from megatron_fp32_router.audit.source import Meter, read_small, unreadable
 from megatron_fp32_router.audit.tensors import Checkpoint, unstack
-from megatron_fp32_router.audit.torch_zip import Archive
 from megatron_fp32_router.errors import CheckpointUnreadableError
 
 if TYPE_CHECKING:
@@ -66,13 +65,7 @@ def _read(path: Path, meter: Meter, stack: ExitStack) -> tuple[Checkpoint, list[
     if not path.is_dir():
         raise unreadable(path, "a checkpoint", "no such file or folder")
     if (path / ".metadata").exists():
-        checkpoint, buffers = read_dcp(path, meter, stack)
-        common = path / "common.pt"
-        if common.exists():
-            with Archive(common, meter) as archive:
-                if isinstance(archive.root, dict):
-                    read_arguments(checkpoint, archive.root)
-        found = checkpoint, buffers
+        found = read_dcp(path, meter, stack)
     elif (path / "model.safetensors.index.json").exists():
         found = read_safetensors(path, [], meter), []
     elif shards := sorted(path.glob("*.safetensors")):

@@ -7,14 +7,13 @@ holds main copies of all parameters without names.
 
 from __future__ import annotations
 
-import math
 import re
 from typing import TYPE_CHECKING, Any, Final
 
 from megatron_fp32_router.audit.main_copies import Flat, buffers_in, walk
-from megatron_fp32_router.audit.pickles import Opaque, TensorRef
+from megatron_fp32_router.audit.pickles import TensorRef
 from megatron_fp32_router.audit.source import unreadable
-from megatron_fp32_router.audit.tensors import Checkpoint, RouterTensor, kind_of
+from megatron_fp32_router.audit.tensors import Checkpoint, RouterTensor, argument, kind_of, read_arguments
 from megatron_fp32_router.audit.torch_zip import NUMPY_DTYPES, Archive
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ def read_legacy(files: list[Path], meter: Meter, stack: ExitStack) -> tuple[Chec
         if not isinstance(root, dict):
             raise unreadable(file, "a dictionary, as Megatron saves it", type(root).__name__)
         read_arguments(checkpoint, root)
-        pipeline = _argument(root, "pipeline_model_parallel_size")
+        pipeline = argument(root, "pipeline_model_parallel_size")
         stage = _stage(file, pipeline)
         if stage in seen:
             continue
@@ -75,23 +74,6 @@ def _counted(name: str, before: int) -> str:
     return re.sub(
         r"((?:^|\.)layers\.)(\d{1,9})(?=\.)", lambda found: f"{found[1]}{int(found[2]) + before}", name, count=1
     )
-
-
-def read_arguments(checkpoint: Checkpoint, root: dict[Any, Any]) -> None:
-    """Fill in iteration and rate from Megatron's common state."""
-    iteration, rate = root.get("iteration"), _argument(root, "moe_router_bias_update_rate")
-    if type(iteration) is int and 0 <= iteration < 1 << 62 and checkpoint.iteration is None:
-        checkpoint.iteration = iteration
-    if isinstance(rate, float) and math.isfinite(rate) and rate > 0 and checkpoint.rate is None:
-        checkpoint.rate = rate
-
-
-def _argument(root: dict[Any, Any], name: str) -> Any:
-    """One of the command line's arguments; Megatron saves them whole, as a Namespace."""
-    args = root.get("args")
-    if isinstance(args, Opaque):
-        return args.field(name)
-    return args.get(name) if isinstance(args, dict) else None
 
 
 def _first_copy(file: Path) -> bool:

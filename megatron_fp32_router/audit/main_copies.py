@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from megatron_fp32_router.audit import bits
 from megatron_fp32_router.audit.pickles import TensorRef
 from megatron_fp32_router.audit.torch_zip import NUMPY_DTYPES
 
@@ -103,15 +104,15 @@ def _search(buffer: Flat, wanted: dict[int, RouterTensor]) -> list[tuple[int, ND
     tail = np.empty(0, np.float32)
     for block in _blocks(buffer):
         joined = np.concatenate([tail, block])
-        rounded = {dtype: _bits(joined.astype(dtype)) for dtype in {p.dtype for p in patterns.values()}}
+        rounded = {dtype: _bits(bits.rounded(joined, dtype)) for dtype in {p.dtype for p in patterns.values()}}
         for index, pattern in patterns.items():
             if index in found:
                 continue
-            bits, hay = _bits(pattern), rounded[pattern.dtype]
+            needle, hay = _bits(pattern), rounded[pattern.dtype]
             # The rarest start would be quicker; the first value alone leaves few places in practice.
-            for start in np.flatnonzero(hay[: max(0, hay.size - bits.size + 1)] == bits[0]).tolist():
-                if np.array_equal(hay[start : start + bits.size], bits):
-                    found[index] = joined[start : start + bits.size].reshape(wanted[index].shape).copy()
+            for start in np.flatnonzero(hay[: max(0, hay.size - needle.size + 1)] == needle[0]).tolist():
+                if np.array_equal(hay[start : start + needle.size], needle):
+                    found[index] = joined[start : start + needle.size].reshape(wanted[index].shape).copy()
                     break
         tail = joined[max(0, joined.size - overlap) :] if overlap else joined[:0]
     return list(found.items())

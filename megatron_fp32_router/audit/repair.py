@@ -77,7 +77,7 @@ def _why_not(values: Any, main: Any) -> str | None:
         return f"its main copy is {main.dtype}"
     if any(c.all_fit and c.distinct >= bits.ENOUGH for c in (bits.fitting(main, dtype) for dtype in bits.CASTS)):
         return "its main copy was made from rounded values"
-    with np.errstate(over="ignore"):
-        casts = [values.dtype, *(np.dtype(cast) for cast, _ in bits.CASTS.values())]
-        same = any(np.array_equal(main.astype(cast).astype(np.float64), values.astype(np.float64)) for cast in casts)
+    casts = [values.dtype, *(cast for cast, _ in bits.CASTS.values())]
+    exact = values.astype(np.float64)
+    same = any(np.array_equal(bits.rounded(main, cast).astype(np.float64), exact) for cast in casts)
     return None if same else "its main copy does not round to the model's values: which is newer cannot be told"

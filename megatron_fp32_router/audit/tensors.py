@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+
+from megatron_fp32_router.audit.pickles import Opaque
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -115,3 +118,20 @@ def unstack(tensor: RouterTensor) -> list[RouterTensor]:
         )
         for layer in range(tensor.shape[0])
     ]
+
+
+def read_arguments(checkpoint: Checkpoint, root: dict[Any, Any]) -> None:
+    """Fill in iteration and rate from Megatron's common state."""
+    iteration, rate = root.get("iteration"), argument(root, "moe_router_bias_update_rate")
+    if type(iteration) is int and 0 <= iteration < 1 << 62 and checkpoint.iteration is None:
+        checkpoint.iteration = iteration
+    if isinstance(rate, float) and math.isfinite(rate) and rate > 0 and checkpoint.rate is None:
+        checkpoint.rate = rate
+
+
+def argument(root: dict[Any, Any], name: str) -> Any:
+    """One of the command line's arguments; Megatron saves them whole, as a Namespace."""
+    args = root.get("args")
+    if isinstance(args, Opaque):
+        return args.field(name)
+    return args.get(name) if isinstance(args, dict) else None

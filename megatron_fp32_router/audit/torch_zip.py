@@ -104,8 +104,8 @@ class Archive:
         if _contiguous(ref):
             return flat.reshape(ref.shape)
         strides = tuple(s * dtype.itemsize for s in ref.stride)
-        strided: NDArray[Any] = np.lib.stride_tricks.as_strided(flat, ref.shape, strides, writeable=False)
-        return strided.copy()
+        copy: NDArray[Any] = np.array(np.lib.stride_tricks.as_strided(flat, ref.shape, strides, writeable=False))
+        return copy
 
     def span(self, ref: TensorRef, start: int, count: int) -> NDArray[Any]:
         """`count` elements in memory order from `start` on, of a contiguous tensor of any size: [count]."""

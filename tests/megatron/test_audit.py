@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import json
 from collections.abc import Iterator
@@ -115,7 +116,8 @@ def _distributed_state(room: Any, sharding: str) -> Any:
 def _save_dist(room: Any, folder: Path, iteration: int, more: dict[str, Any]) -> Path:
     target = folder / f"iter_{iteration:07d}"
     target.mkdir(parents=True)
-    state = {"iteration": iteration, "checkpoint_version": 3.0, "model": _model(room).sharded_state_dict(), **more}
+    args = argparse.Namespace(moe_router_bias_update_rate=room.recipe.bias_rate)
+    state = {"iteration": iteration, "args": args, "model": _model(room).sharded_state_dict(), **more}
     import_module("megatron.core.dist_checkpointing").save(state, str(target))
     return folder
 
@@ -141,6 +143,7 @@ def test_with_the_plugin_off_a_checkpoint_is_found_damaged_and_why(written: Any,
     assert found.verdict == "problem"
     assert len(found.checkpoint.tensors) == 4
     assert found.checkpoint.iteration == 2 * STEPS
+    assert found.checkpoint.rate == (None if form == "legacy" else 1e-3)
     assert told(found, "weight", "dtype") == {"problem"}
     assert told(found, "expert_bias", "updates") == {"problem"}
     texts = " ".join(finding.text for finding in found.findings)
