@@ -192,6 +192,27 @@ def test_values_that_are_not_finite_are_a_problem_and_stop_other_questions() -> 
         assert {f.check for f in found.findings} == {"dtype", "finite"}
 
 
+def test_an_fp32_bias_from_a_bf16_run_is_found_on_bf16s_grid_and_stuck_at_its_threshold() -> None:
+    bias = np.zeros(EXPERTS, BF16)
+    for step in range(900):
+        votes = np.where(np.arange(EXPERTS) < 12, 1, (-1) ** (step + np.arange(EXPERTS))).astype(BF16)
+        bias = bias + votes * BF16(1e-3)
+    assert bias[:12].tolist() == [0.5] * 12
+    bias[12:] += np.linspace(0.01, 0.3, EXPERTS - 12).astype(BF16)
+    found = audit(checkpoint(bias.astype(np.float32), rate=1e-3))
+    assert answer(found, "laundered")[0] == "problem"
+    verdict, text = answer(found, "updates")
+    assert (verdict, "held in bfloat16, 12 of 32 cannot take another step" in text) == ("problem", True)
+
+
+def test_a_rate_that_changed_during_the_run_is_no_damage_when_both_are_given() -> None:
+    bias = walk(300, 1e-3) + np.float32(0)
+    for _ in range(150):
+        bias = bias + np.sign(np.sin(np.arange(EXPERTS) * 7.0 + _)).astype(np.float32) * np.float32(1e-4)
+    assert answer(audit(checkpoint(bias), rates=[1e-3, 1e-4]), "updates")[0] == "good"
+    assert answer(audit(checkpoint(bias), rates=[1e-3]), "updates")[0] == "problem"
+
+
 # Main copies -----------------------------------------------------------------------------------------------------
 
 

@@ -70,6 +70,19 @@ def _updates(tensor: RouterTensor, known: Sequence[float], iteration: int | None
             f"an update of {rate} moves these biases by {step.min():.3g} to {step.max():.3g} in {tensor.dtype}{assumed}"
         )
         return found("problem" if step.max() > 1.01 * rates[0] or step.min() < 0.99 * rates[0] else "good", text)
+    grid = bits.fitting(values, "bfloat16")
+    if (
+        grid.all_fit
+        and grid.distinct >= bits.ENOUGH
+        and not bits.fitting(np.array(rates[:1], np.float32), "bfloat16").all_fit
+    ):
+        stuck = lattice.swallowed(bits.rounded(values, bits.CASTS["bfloat16"][0]), rates[0])
+        data.update(cannot_go_up=int(stuck[0].sum()), cannot_go_down=int(stuck[1].sum()))
+        text = (
+            f"every bias lies on bfloat16's grid, not on the steps of {rate}; held in bfloat16, "
+            f"{int(stuck.any(axis=0).sum())} of {values.size} cannot take another step{assumed}"
+        )
+        return found("problem", text)
     found_fit = lattice.best(values, rates)
     return found(*judge(found_fit, values.size, known, data, iteration))
 
@@ -98,6 +111,11 @@ def judge(
         return "problem", text
     if fit.distinct < ENOUGH:
         return "unknown", f"cannot tell: {fit.distinct} different values are too few"
+    if fit.share == 1.0 and len(known) > 1:
+        return (
+            "good",
+            f"whole steps of {fit.rate:g} apart to {fit.worst:.1g} of a step, as a change of rate leaves them",
+        )
     if fit.share == 1.0:
         text = f"near whole steps of {fit.rate:g}, but off by up to {fit.worst:.3g} of a step: updates of several sizes"
         return "unknown", text

@@ -173,10 +173,13 @@ def read_dcp(folder: Path, meter: Meter, stack: ExitStack) -> tuple[Checkpoint, 
         main = mains.get(name) or next((m for of, m in mains.items() if name.endswith("." + of)), None)
         if main is not None:
             copy = _unflattened(reader.read(main), shape)
-            if copy.shape == shape:
+            if copy.shape == shape and copy.dtype in (np.float32, np.float64):
                 tensor = replace(tensor, main=copy, main_from=main)
             else:
-                checkpoint.notes.append(f"{main} has shape {copy.shape}, not {shape}: not taken for a main copy")
+                found = f"{copy.dtype} {copy.shape}"
+                checkpoint.notes.append(
+                    f"{main} is no main copy that can be used: expected fp32 {shape}, found {found}"
+                )
         checkpoint.tensors.append(tensor)
     _read_common(reader, checkpoint)
     buffers = [_flat(reader, name) for name in sorted(reader.tensors) if _FLAT_MAIN.match(name)]

@@ -42,10 +42,13 @@ def open_checkpoint(
         CheckpointUnreadableError: nothing there is a checkpoint, or a file of it is damaged.
     """
     meter = Meter(progress)
-    with ExitStack() as stack:
-        checkpoint, buffers = _read(Path(path), meter, stack)
-        checkpoint.tensors = [part for tensor in checkpoint.tensors for part in unstack(tensor)]
-        main_copies.find(checkpoint, buffers, search_limit)
+    try:
+        with ExitStack() as stack:
+            checkpoint, buffers = _read(Path(path), meter, stack)
+            checkpoint.tensors = [part for tensor in checkpoint.tensors for part in unstack(tensor)]
+            main_copies.find(checkpoint, buffers, search_limit)
+    except OSError as error:
+        raise CheckpointUnreadableError(f"{path}: cannot be read: {error}") from error
     named = _ITERATION.match(checkpoint.path.name)
     if checkpoint.iteration is None and named is not None:
         checkpoint.iteration = int(named[1])
@@ -75,7 +78,7 @@ def _read(path: Path, meter: Meter, stack: ExitStack) -> tuple[Checkpoint, list[
         found[0].path = path
     else:
         return _read(_latest(path, meter), meter, stack)
-    found[0].bytes_on_disk = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    found[0].bytes_on_disk = sum(file.stat().st_size for file in [*path.glob("*"), *path.glob("*/*")] if file.is_file())
     return found
 
 

@@ -69,7 +69,11 @@ def find(checkpoint: Checkpoint, buffers: Sequence[Flat], limit: int) -> None:
     # Copies of one parameter first: they cost nothing when their shape is another.
     for buffer in sorted(buffers, key=lambda b: b.shape is None):
         fits = [tensor for tensor in wanted.values() if buffer.shape is None or buffer.shape == tensor.shape]
-        if not fits or buffer.dtype != "float32":
+        if not fits:
+            continue
+        if buffer.dtype != "float32":
+            # int16: TransformerEngine's store_param_remainders, the low halves of fp32 values.
+            checkpoint.notes.append(f"{buffer.name} holds main copies as {buffer.dtype}: not searched")
             continue
         if buffer.nbytes > left:
             skipped += buffer.nbytes

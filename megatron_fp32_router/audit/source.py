@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
-#: No single read is larger, whatever a header says: the directory of an archive with a million entries is smaller.
-MAX_READ: Final = 1 << 28
+#: No single read is larger, whatever a header says: the directory of an archive with 500,000 entries is smaller.
+MAX_READ: Final = 1 << 26
 
 #: Largest tensor that is taken for a router's. DeepSeek-V3's 61 layers in one tensor would be 450 MB of fp32.
 MAX_TENSOR: Final = 1 << 30
