@@ -207,10 +207,11 @@ def test_an_fp32_bias_from_a_bf16_run_is_found_on_bf16s_grid_and_stuck_at_its_th
 
 def test_a_rate_that_changed_during_the_run_is_no_damage_when_both_are_given() -> None:
     bias = walk(300, 1e-3) + np.float32(0)
-    for _ in range(150):
-        bias = bias + np.sign(np.sin(np.arange(EXPERTS) * 7.0 + _)).astype(np.float32) * np.float32(1e-4)
+    for step in range(150):
+        bias = bias + np.sign(np.sin(np.arange(EXPERTS) * 7.0 + step)).astype(np.float32) * np.float32(1e-4)
     assert answer(audit(checkpoint(bias), rates=[1e-3, 1e-4]), "updates")[0] == "good"
-    assert answer(audit(checkpoint(bias), rates=[1e-3]), "updates")[0] == "problem"
+    # 1e-4 is among the usual rates and fits; that it was used is a guess.
+    assert answer(audit(checkpoint(bias), rates=[1e-3]), "updates")[0] == "unknown"
 
 
 # Main copies -----------------------------------------------------------------------------------------------------

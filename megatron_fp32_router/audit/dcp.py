@@ -49,7 +49,8 @@ class DcpReader:
 
     def __init__(self, folder: Path, meter: Meter) -> None:
         self.folder, self.meter, self.path = folder, meter, folder / ".metadata"
-        root = load(read_small(self.path, meter, MAX_METADATA), self.path, "DCP's metadata")
+        data = read_small(self.path, meter, MAX_METADATA)
+        root = load(data, self.path, "DCP's metadata", lambda: meter.add(0, ".metadata"))
         if not isinstance(root, Opaque) or not root.of.endswith(".Metadata"):
             raise unreadable(self.path, "DCP's Metadata", type(root).__name__)
         tensors, where = root.field("state_dict_metadata"), root.field("storage_data")
@@ -176,9 +177,9 @@ def read_dcp(folder: Path, meter: Meter, stack: ExitStack) -> tuple[Checkpoint, 
             if copy.shape == shape and copy.dtype in (np.float32, np.float64):
                 tensor = replace(tensor, main=copy, main_from=main)
             else:
-                found = f"{copy.dtype} {copy.shape}"
+                holds = f"{copy.dtype} {copy.shape}"
                 checkpoint.notes.append(
-                    f"{main} is no main copy that can be used: expected fp32 {shape}, found {found}"
+                    f"{main} is no main copy that can be used: expected fp32 {shape}, found {holds}"
                 )
         checkpoint.tensors.append(tensor)
     _read_common(reader, checkpoint)
