@@ -16,6 +16,7 @@ _STYLE: Final = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem }
 table { border-collapse: collapse; width: 100% }
+td:nth-child(2) { white-space: nowrap }
 th, td { text-align: left; vertical-align: top; padding: .35rem .6rem; border-bottom: 1px solid var(--line) }
 td:first-child { font-family: ui-monospace, monospace; font-size: .85em; overflow-wrap: anywhere; width: 32% }
 .good, .problem, .unknown, .note { font-weight: 600 }
