@@ -13,6 +13,7 @@ import pickle
 import shutil
 import time
 import tracemalloc
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,12 @@ def test_pickle_bombs_cost_neither_time_nor_memory(name: str, data: bytes) -> No
     assert time.monotonic() - start < 20
 
 
+def test_opcodes_that_no_checkpoint_needs_are_refused() -> None:
+    for code in (pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.EXT1, pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX):
+        with pytest.raises(CheckpointUnreadableError, match="an opcode that is refused"):
+            pickles.load(b"\x80\x05" + code + bytes(8) + b".", HERE, "a pickle")
+
+
 def test_state_that_refers_to_itself_is_walked_once(tmp_path: Path) -> None:
     state: Any = {"model": {"decoder.layers.0.mlp.router.weight": torch.ones(2, 2)}}
     shared: list[Any] = []
@@ -209,6 +216,29 @@ def test_a_view_that_repeats_its_storage_without_end_is_refused(tmp_path: Path) 
         torch.save({"model": {"decoder.layers.0.mlp.router.weight": view}}, tmp_path / "model.pt")
         with pytest.raises(CheckpointUnreadableError, match="router's tensor of at most"):
             open_checkpoint(tmp_path / "model.pt")
+
+
+def test_a_view_that_spans_more_than_a_router_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    pickled = (
+        b"\x80\x02}X\x05\0\0\0model}X\x22\0\0\0decoder.layers.0.mlp.router.weightctorch._utils\n_rebuild_tensor_v2\n"
+        b"((X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpu\x8a\x06\0\0\0\0\0\x01tQ"
+        b"K\0K\x02K\x02\x86\x8a\x05\0\0\0\0\x01K\x01\x86\x89NtRss."
+    )
+    with zipfile.ZipFile(tmp_path / "model.pt", "w") as archive:
+        archive.writestr("model/data.pkl", pickled)
+        archive.writestr("model/data/0", bytes(64))
+    with pytest.raises(CheckpointUnreadableError, match="router's tensor within"):
+        open_checkpoint(tmp_path / "model.pt")
+
+
+def test_a_piece_that_is_missing_is_not_filled_with_anything(tmp_path: Path) -> None:
+    dcp.save({"decoder.layers.0.mlp.router.weight": torch.ones(2, 2)}, checkpoint_id=tmp_path, no_dist=True)
+    metadata = pickle.loads((tmp_path / ".metadata").read_bytes())
+    for entry in metadata.state_dict_metadata.values():
+        entry.size = torch.Size([4, 2])
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointUnreadableError, match="found 4 of 8 elements"):
+        open_checkpoint(tmp_path)
 
 
 def test_pipes_folders_and_devices_are_not_read(tmp_path: Path) -> None:
