@@ -169,33 +169,37 @@ def _wrap(recipe: Recipe, config: Any, model: Any, index: int) -> Any:
     distributed = import_module("megatron.core.distributed")
     if recipe.precision != "fp32":
         model = import_module("megatron.core.transformer.module").Float16Module(config, model)
-    ddp = distributed.DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=recipe.overlap,
-        use_distributed_optimizer=recipe.optimizer == "distributed",
-        overlap_param_gather=recipe.overlap and recipe.optimizer == "distributed",
-    )
+    fields = {
+        "grad_reduce_in_fp32": True,
+        "overlap_grad_reduce": recipe.overlap,
+        "use_distributed_optimizer": recipe.optimizer == "distributed",
+        "overlap_param_gather": recipe.overlap and recipe.optimizer == "distributed",
+        **recipe.ddp_extra,
+    }
+    ddp = distributed.DistributedDataParallelConfig(**fields)
     # As Megatron's training does: only the first chunk of a virtual pipeline is cut into buckets.
     return distributed.DistributedDataParallel(config, ddp, model, disable_bucketing=index > 0)
 
 
 def _optimizer(recipe: Recipe, config: Any, chunks: list[Any]) -> Any:
     optimizer = import_module("megatron.core.optimizer")
-    settings = optimizer.OptimizerConfig(
-        optimizer="adam",
-        lr=recipe.lr,
-        weight_decay=0.0,
-        clip_grad=recipe.clip_grad,
-        bf16=config.bf16,
-        fp16=config.fp16,
-        params_dtype=config.params_dtype,
-        initial_loss_scale=recipe.loss_scale,
-        use_distributed_optimizer=recipe.optimizer == "distributed",
+    fields = {
+        "optimizer": "adam",
+        "lr": recipe.lr,
+        "weight_decay": 0.0,
+        "clip_grad": recipe.clip_grad,
+        "bf16": config.bf16,
+        "fp16": config.fp16,
+        "params_dtype": config.params_dtype,
+        "initial_loss_scale": recipe.loss_scale,
+        "use_distributed_optimizer": recipe.optimizer == "distributed",
         **compat.signature_kwargs(
             optimizer.OptimizerConfig,
             overlap_param_gather=recipe.overlap and recipe.optimizer == "distributed",
         ),
-    )
+        **recipe.optimizer_extra,
+    }
+    settings = optimizer.OptimizerConfig(**fields)
     if not recipe.fused_adam:
         return optimizer.get_megatron_optimizer(settings, chunks)
     # Restored at once: Adam is looked up while the optimizer is made, and other builds want torch's own.
