@@ -180,6 +180,16 @@ PATCHES: Final = (
         parameters=("self", "config", "module"),
     ),
     Patch(
+        id="optimizer-mixed-groups",
+        module=_DISTRIBUTED_OPTIMIZER,
+        path="DistributedOptimizer.__init__",
+        factory="optim.distributed:repair_mixed_groups",
+        why="with fp32 router parameters, optimizer checkpoints silently hold another parameter's state, or fail",
+        issue=f"{_ISSUES}/issues/2777",
+        remove_when="the index map follows the groups and fp32 shards are detached (#5835); status() then says native",
+        parameters=("self", "optimizer", "config"),
+    ),
+    Patch(
         id="optimizer-checkpoint",
         module=_DISTRIBUTED_OPTIMIZER,
         path="DistributedOptimizer.sharded_state_dict",
