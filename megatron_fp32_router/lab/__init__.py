@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron_fp32_router.lab.compat import megatron_version
     from megatron_fp32_router.lab.launch import RankFailedError, RanksTimedOutError, run_ranks
-    from megatron_fp32_router.lab.model import make_config, make_router, parallel, prepare
+    from megatron_fp32_router.lab.model import layout, leave_layout, make_config, make_router, parallel, prepare
     from megatron_fp32_router.lab.recipe import LabError, Recipe
     from megatron_fp32_router.lab.text import text_batches
     from megatron_fp32_router.lab.train import Lab, Routing, build, build_model, wrap
@@ -40,6 +40,8 @@ _HOMES = {
     "Routing": "train",
     "build": "train",
     "build_model": "train",
+    "layout": "model",
+    "leave_layout": "model",
     "make_config": "model",
     "make_router": "model",
     "megatron_version": "compat",
@@ -59,6 +61,8 @@ __all__ = [
     "Routing",
     "build",
     "build_model",
+    "layout",
+    "leave_layout",
     "make_config",
     "make_router",
     "megatron_version",

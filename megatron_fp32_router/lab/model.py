@@ -97,9 +97,26 @@ def parallel(recipe: Recipe, *, rank: int = 0, store: Any = None, timeout: float
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=recipe.world_size, timeout=timedelta(seconds=timeout)
     )
-    state = None
     try:
-        state = import_module("megatron.core.parallel_state")
+        with layout(recipe):
+            yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        # init_process_group puts one more "[rank0]:" in front of tracebacks each time it is called.
+        sys.excepthook = excepthook
+        gc.collect()
+
+
+@contextlib.contextmanager
+def layout(recipe: Recipe) -> Iterator[None]:
+    """Megatron's groups for `recipe` among the ranks that are there, seeded; `parallel` is made of it.
+
+    Ranks that `parallel` started can go through several layouts of the same size, one after another: leave its own
+    with `leave_layout` first. Models of an earlier layout must not be used any more.
+    """
+    state = import_module("megatron.core.parallel_state")
+    try:
         compat.after_import()
         state.initialize_model_parallel(
             tensor_model_parallel_size=recipe.tensor_parallel,
@@ -110,16 +127,16 @@ def parallel(recipe: Recipe, *, rank: int = 0, store: Any = None, timeout: float
         _seed(recipe.seed)
         yield
     finally:
-        for chunk in list(chunks_in_training):
-            _let_go_of_groups(chunk)
-        if state is not None:
-            state.destroy_model_parallel()
-            _forget_groups(state)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        # init_process_group puts one more "[rank0]:" in front of tracebacks each time it is called.
-        sys.excepthook = excepthook
-        gc.collect()
+        leave_layout()
+
+
+def leave_layout() -> None:
+    """Take Megatron's groups down, and make chunks in training let go of them. Idempotent."""
+    for chunk in list(chunks_in_training):
+        _let_go_of_groups(chunk)
+    state = import_module("megatron.core.parallel_state")
+    state.destroy_model_parallel()
+    _forget_groups(state)
 
 
 def _let_go_of_groups(chunk: Any) -> None:

@@ -206,15 +206,18 @@ def _optimizer(recipe: Recipe, config: Any, chunks: list[Any]) -> Any:
     # distrib_optimizer: 0.11 asks there whether it was handed an Adam.
     modules = ("optimizer", "distrib_optimizer")
     candidates: list[Any] = [optimizer, *(getattr(optimizer, name, None) for name in modules)]
-    homes = [module for module in candidates if hasattr(module, "Adam")]
-    originals = [module.Adam for module in homes]
+    changes = [(module, "Adam", compat.FusedAdamLike) for module in candidates if hasattr(module, "Adam")]
+    # 0.15 and later take torch's own where neither TransformerEngine nor apex is there, whatever Adam is.
+    if hasattr(optimizer, "USING_PYTORCH_OPTIMIZER"):
+        changes.append((optimizer, "USING_PYTORCH_OPTIMIZER", False))
+    originals = [(module, name, getattr(module, name)) for module, name, _ in changes]
     try:
-        for module in homes:
-            module.Adam = compat.FusedAdamLike
+        for module, name, value in changes:
+            setattr(module, name, value)
         return optimizer.get_megatron_optimizer(settings, chunks)
     finally:
-        for module, original in zip(homes, originals, strict=True):
-            module.Adam = original
+        for module, name, value in originals:
+            setattr(module, name, value)
 
 
 def _connect(lab: Lab) -> None:
