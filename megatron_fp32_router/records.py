@@ -13,6 +13,7 @@ _ROUTER: Final = "megatron.core.transformer.moe.router"
 _MOE_UTILS: Final = "megatron.core.transformer.moe.moe_utils"
 _FINALIZE: Final = "megatron.core.distributed.finalize_model_grads"
 _DISTRIBUTED_OPTIMIZER: Final = "megatron.core.optimizer.distrib_optimizer"
+_OPTIMIZER: Final = "megatron.core.optimizer.optimizer"
 _ISSUES: Final = "https://github.com/NVIDIA/Megatron-LM"
 
 
@@ -208,6 +209,36 @@ PATCHES: Final = (
         issue=f"{_ISSUES}/issues/2777",
         remove_when="the index map follows the groups (#5835)",
         parameters=("self",),
+    ),
+    Patch(
+        id="float16-state",
+        module=_OPTIMIZER,
+        path="Float16OptimizerWithFloat16Params.state_dict",
+        factory="optim.float16:state_with_every_main_copy",
+        why="with fp32 router parameters, main copies are saved and loaded as another parameter's, or not at all",
+        issue=f"{_ISSUES}/pull/5929",
+        remove_when="fp32 parameters have an fp32_param in checkpoints too, so that the plugin can be turned on and off",
+        parameters=("self",),
+    ),
+    Patch(
+        id="float16-sharded-state",
+        module=_OPTIMIZER,
+        path="Float16OptimizerWithFloat16Params.sharded_state_dict",
+        factory="optim.float16:sharded_state_with_every_main_copy",
+        why="with fp32 router parameters, main copies are saved and loaded as another parameter's, or not at all",
+        issue=f"{_ISSUES}/pull/5929",
+        remove_when="fp32 parameters have an fp32_param in checkpoints too, so that the plugin can be turned on and off",
+        parameters=("self", "model_sharded_state_dict", "is_loading"),
+    ),
+    Patch(
+        id="float16-load",
+        module=_OPTIMIZER,
+        path="Float16OptimizerWithFloat16Params.load_state_dict",
+        factory="optim.float16:load_every_main_copy",
+        why="with fp32 router parameters, main copies are saved and loaded as another parameter's, or not at all",
+        issue=f"{_ISSUES}/pull/5929",
+        remove_when="fp32 parameters have an fp32_param in checkpoints too, so that the plugin can be turned on and off",
+        parameters=("self", "state_dict"),
     ),
     Patch(
         id="legacy-wrap-check",
