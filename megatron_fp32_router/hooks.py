@@ -59,6 +59,16 @@ def on_module(module: ModuleType) -> None:
     _wake("megatron.core.transformer.module", module)
 
 
+def on_dist_checkpointing(module: ModuleType) -> None:
+    """megatron.core.dist_checkpointing, the package: the name that programs call."""
+    _wake("megatron.core.dist_checkpointing", module)
+
+
+def on_serialization(module: ModuleType) -> None:
+    """megatron.core.dist_checkpointing.serialization: loading."""
+    _wake("megatron.core.dist_checkpointing.serialization", module)
+
+
 def on_distrib_optimizer(module: ModuleType) -> None:
     """megatron.core.optimizer.distrib_optimizer: its checkpoints."""
     _wake("megatron.core.optimizer.distrib_optimizer", module)
@@ -76,6 +86,8 @@ def on_legacy_module(module: ModuleType) -> None:
 
 #: The same table as the entry points in pyproject.toml.
 HOOKS: Final[dict[str, Callable[[ModuleType], None]]] = {
+    "megatron.core.dist_checkpointing": on_dist_checkpointing,
+    "megatron.core.dist_checkpointing.serialization": on_serialization,
     "megatron.core.distributed.finalize_model_grads": on_finalize_model_grads,
     "megatron.core.optimizer.distrib_optimizer": on_distrib_optimizer,
     "megatron.core.optimizer.optimizer": on_optimizer,

@@ -14,6 +14,7 @@ _MOE_UTILS: Final = "megatron.core.transformer.moe.moe_utils"
 _FINALIZE: Final = "megatron.core.distributed.finalize_model_grads"
 _DISTRIBUTED_OPTIMIZER: Final = "megatron.core.optimizer.distrib_optimizer"
 _OPTIMIZER: Final = "megatron.core.optimizer.optimizer"
+_DIST_CHECKPOINTING: Final = "megatron.core.dist_checkpointing"
 _ISSUES: Final = "https://github.com/NVIDIA/Megatron-LM"
 
 
@@ -211,13 +212,63 @@ PATCHES: Final = (
         parameters=("self",),
     ),
     Patch(
+        id="optimizer-load-legacy",
+        module=_DISTRIBUTED_OPTIMIZER,
+        path="DistributedOptimizer.load_parameter_state_from_dp_zero",
+        factory="optim.resume:refuse_other_buffers_legacy",
+        why="a checkpoint of a run without the plugin stops one rank with an opaque error while the others wait",
+        issue=f"{_ISSUES}/issues/2777",
+        remove_when="the legacy format goes",
+        parameters=("self", "state_dict"),
+    ),
+    Patch(
+        id="optimizer-load-apart",
+        module=_DISTRIBUTED_OPTIMIZER,
+        path="DistributedOptimizer.sharded_param_state_fs_model_space",
+        factory="optim.resume:read_apart_from_the_model",
+        why="a resume from a run without the plugin may take the router weight that was rounded to bf16",
+        issue=f"{_ISSUES}/pull/5835",
+        remove_when="fully_sharded_model_space goes",
+        parameters=("self", "model_sharded_state_dict", "is_loading"),
+    ),
+    Patch(
+        id="optimizer-load-spread",
+        module=_DISTRIBUTED_OPTIMIZER,
+        path="DistributedOptimizer.load_state_dict",
+        factory="optim.resume:spread_loaded_weights",
+        why="after a resume from a run without the plugin, ranks run their first forward with different router weights",
+        issue=f"{_ISSUES}/pull/5835",
+        remove_when="loading gathers fp32 parameters",
+        parameters=("self", "state_dict"),
+    ),
+    Patch(
+        id="checkpoint-load",
+        module=f"{_DIST_CHECKPOINTING}.serialization",
+        path="load",
+        factory="optim.resume:refuse_other_buffers",
+        why="a checkpoint of a run without the plugin stops with an opaque error, or after the model was overwritten",
+        issue=f"{_ISSUES}/issues/2777",
+        remove_when="optimizer state is stored by parameter name in every format",
+        parameters=("sharded_state_dict", "checkpoint_dir"),
+    ),
+    Patch(
+        id="checkpoint-load-in-package",
+        module=_DIST_CHECKPOINTING,
+        path="load",
+        factory="optim.resume:refuse_other_buffers",
+        why="a checkpoint of a run without the plugin stops with an opaque error, or after the model was overwritten",
+        issue=f"{_ISSUES}/issues/2777",
+        remove_when="optimizer state is stored by parameter name in every format",
+        parameters=("sharded_state_dict", "checkpoint_dir"),
+    ),
+    Patch(
         id="float16-state",
         module=_OPTIMIZER,
         path="Float16OptimizerWithFloat16Params.state_dict",
         factory="optim.float16:state_with_every_main_copy",
         why="with fp32 router parameters, main copies are saved and loaded as another parameter's, or not at all",
         issue=f"{_ISSUES}/pull/5929",
-        remove_when="fp32 parameters have an fp32_param in checkpoints too, so that the plugin can be turned on and off",
+        remove_when="fp32 parameters have an fp32_param in checkpoints too, to turn the plugin on and off",
         parameters=("self",),
     ),
     Patch(
@@ -227,7 +278,7 @@ PATCHES: Final = (
         factory="optim.float16:sharded_state_with_every_main_copy",
         why="with fp32 router parameters, main copies are saved and loaded as another parameter's, or not at all",
         issue=f"{_ISSUES}/pull/5929",
-        remove_when="fp32 parameters have an fp32_param in checkpoints too, so that the plugin can be turned on and off",
+        remove_when="fp32 parameters have an fp32_param in checkpoints too, to turn the plugin on and off",
         parameters=("self", "model_sharded_state_dict", "is_loading"),
     ),
     Patch(
@@ -237,7 +288,7 @@ PATCHES: Final = (
         factory="optim.float16:load_every_main_copy",
         why="with fp32 router parameters, main copies are saved and loaded as another parameter's, or not at all",
         issue=f"{_ISSUES}/pull/5929",
-        remove_when="fp32 parameters have an fp32_param in checkpoints too, so that the plugin can be turned on and off",
+        remove_when="fp32 parameters have an fp32_param in checkpoints too, to turn the plugin on and off",
         parameters=("self", "state_dict"),
     ),
     Patch(

@@ -206,7 +206,9 @@ def _optimizer(recipe: Recipe, config: Any, chunks: list[Any]) -> Any:
     # distrib_optimizer: 0.11 asks there whether it was handed an Adam.
     modules = ("optimizer", "distrib_optimizer")
     candidates: list[Any] = [optimizer, *(getattr(optimizer, name, None) for name in modules)]
-    changes = [(module, "Adam", compat.FusedAdamLike) for module in candidates if hasattr(module, "Adam")]
+    changes: list[tuple[Any, str, Any]] = [
+        (module, "Adam", compat.FusedAdamLike) for module in candidates if hasattr(module, "Adam")
+    ]
     # 0.15 and later take torch's own where neither TransformerEngine nor apex is there, whatever Adam is.
     if hasattr(optimizer, "USING_PYTORCH_OPTIMIZER"):
         changes.append((optimizer, "USING_PYTORCH_OPTIMIZER", False))
