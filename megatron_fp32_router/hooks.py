@@ -79,6 +79,11 @@ def on_optimizer(module: ModuleType) -> None:
     _wake("megatron.core.optimizer.optimizer", module)
 
 
+def on_hybrid_optimizer(module: ModuleType) -> None:
+    """megatron.core.optimizer.cpu_offloading.hybrid_optimizer: CPU offload."""
+    _wake("megatron.core.optimizer.cpu_offloading.hybrid_optimizer", module)
+
+
 def on_legacy_module(module: ModuleType) -> None:
     """megatron.legacy.model.module, which 0.11's own training wraps with; no wheel contains it."""
     _wake("megatron.legacy.model.module", module)
@@ -89,6 +94,7 @@ HOOKS: Final[dict[str, Callable[[ModuleType], None]]] = {
     "megatron.core.dist_checkpointing": on_dist_checkpointing,
     "megatron.core.dist_checkpointing.serialization": on_serialization,
     "megatron.core.distributed.finalize_model_grads": on_finalize_model_grads,
+    "megatron.core.optimizer.cpu_offloading.hybrid_optimizer": on_hybrid_optimizer,
     "megatron.core.optimizer.distrib_optimizer": on_distrib_optimizer,
     "megatron.core.optimizer.optimizer": on_optimizer,
     "megatron.core.transformer.module": on_module,

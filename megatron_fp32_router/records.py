@@ -15,6 +15,7 @@ _FINALIZE: Final = "megatron.core.distributed.finalize_model_grads"
 _DISTRIBUTED_OPTIMIZER: Final = "megatron.core.optimizer.distrib_optimizer"
 _OPTIMIZER: Final = "megatron.core.optimizer.optimizer"
 _DIST_CHECKPOINTING: Final = "megatron.core.dist_checkpointing"
+_HYBRID_OPTIMIZER: Final = "megatron.core.optimizer.cpu_offloading.hybrid_optimizer"
 _ISSUES: Final = "https://github.com/NVIDIA/Megatron-LM"
 
 
@@ -290,6 +291,50 @@ PATCHES: Final = (
         issue=f"{_ISSUES}/pull/5929",
         remove_when="fp32 parameters have an fp32_param in checkpoints too, to turn the plugin on and off",
         parameters=("self", "state_dict"),
+    ),
+    Patch(
+        id="offload-views",
+        module=_HYBRID_OPTIMIZER,
+        path="HybridDeviceOptimizer.__init__",
+        factory="optim.offload:accept_views",
+        why="CPU offload cannot take fp32 router parameters: can't optimize a non-leaf Tensor",
+        issue=f"{_ISSUES}/issues/6212",
+        remove_when="DistributedOptimizer detaches its fp32 shards (#6982)",
+        since="0.12",
+        parameters=("self", "params"),
+    ),
+    Patch(
+        id="offload-gradients",
+        module=_HYBRID_OPTIMIZER,
+        path="HybridDeviceOptimizer._set_sub_optimizer_grads",
+        factory="optim.offload:hand_on_gradients",
+        why="with CPU offload, fp32 router parameters that stay on the GPU are silently never updated",
+        issue=f"{_ISSUES}/issues/6212",
+        remove_when="decoupled_grad reaches GPU parameters that have no fp32 copy",
+        since="0.12",
+        parameters=("self",),
+    ),
+    Patch(
+        id="offload-load",
+        module=_HYBRID_OPTIMIZER,
+        path="HybridDeviceOptimizer._update_fp32_params_by_new_state",
+        factory="optim.offload:load_native",
+        why="with CPU offload, loading the state of fp32 router parameters fails, or leaves out their main copy",
+        issue=f"{_ISSUES}/pull/5929",
+        remove_when="a loaded main copy reaches parameters that have no fp32 copy (#5929 only skips them)",
+        since="0.12",
+        parameters=("self",),
+    ),
+    Patch(
+        id="offload-reload",
+        module=_HYBRID_OPTIMIZER,
+        path="HybridDeviceOptimizer.update_fp32_param_by_new_param",
+        factory="optim.offload:refresh_native",
+        why="with CPU offload, a model loaded without optimizer state gets its old router weights back",
+        issue=f"{_ISSUES}/issues/6212",
+        remove_when="update_fp32_param_by_new_param refreshes the CPU copies of fp32 parameters",
+        since="0.13",
+        parameters=("self",),
     ),
     Patch(
         id="legacy-wrap-check",
