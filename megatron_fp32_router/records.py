@@ -293,17 +293,6 @@ PATCHES: Final = (
         parameters=("self", "state_dict"),
     ),
     Patch(
-        id="offload-views",
-        module=_HYBRID_OPTIMIZER,
-        path="HybridDeviceOptimizer.__init__",
-        factory="optim.offload:accept_views",
-        why="CPU offload cannot take fp32 router parameters: can't optimize a non-leaf Tensor",
-        issue=f"{_ISSUES}/issues/6212",
-        remove_when="DistributedOptimizer detaches its fp32 shards (#6982)",
-        since="0.12",
-        parameters=("self", "params"),
-    ),
-    Patch(
         id="offload-gradients",
         module=_HYBRID_OPTIMIZER,
         path="HybridDeviceOptimizer._set_sub_optimizer_grads",

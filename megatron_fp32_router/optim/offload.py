@@ -1,51 +1,20 @@
 """CPU offload of the optimizer (HybridDeviceOptimizer, 0.12 and later) with native fp32 parameters.
 
 It gives every bf16 parameter an fp32 copy and works on those copies. A parameter that is fp32 already has none, and
-is forgotten in four places: upstream cannot take the distributed optimizer's fp32 shards (NVIDIA/Megatron-LM #6212),
-never hands their gradient on while they stay on the GPU, fails to load their state, and does not refresh their copy
-on the CPU when the model was loaded without optimizer state. All four are no-ops without native fp32 parameters.
+is forgotten: upstream never hands its gradient on while it stays on the GPU, fails to load its state, and does not
+refresh its copy on the CPU when the model was loaded without optimizer state. All of this does nothing where there
+are no native fp32 parameters. That their shards can be taken at all (NVIDIA/Megatron-LM #6212) is distributed.py's
+doing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from megatron_fp32_router.registry import replaces
-
-
-def accept_views(original: Callable[..., None]) -> Callable[..., None]:
-    """HybridDeviceOptimizer.__init__: take fp32 shards, which are views of parameters and no leaves.
-
-    torch's optimizers take a tensor that is no leaf when it keeps its own gradient, which is how this one is used:
-    its `grad` is assigned, never computed. The tensor stays the same object; DistributedOptimizer holds it too.
-    """
-
-    @replaces(original)
-    def __init__(self: Any, params: Any, *args: Any, **kwargs: Any) -> None:
-        params = list(params)
-        for tensor in _tensors(params):
-            if not tensor.is_leaf and not tensor.retains_grad:
-                tensor.retain_grad()
-        original(self, params, *args, **kwargs)
-
-    return __init__
-
-
-def _tensors(params: Iterable[Any]) -> Iterator[torch.Tensor]:
-    """The tensors in what a torch optimizer takes: tensors, (name, tensor) pairs, or groups of either."""
-    for item in params:
-        if isinstance(item, torch.Tensor):
-            yield item
-        elif isinstance(item, dict):
-            inner = item["params"]
-            # An iterator would be used up here; torch's constructor reads it after us.
-            item["params"] = inner if isinstance(inner, torch.Tensor) else list(inner)
-            yield from _tensors([inner] if isinstance(inner, torch.Tensor) else item["params"])
-        elif isinstance(item, tuple):
-            yield item[1]
 
 
 def hand_on_gradients(original: Callable[..., None]) -> Callable[..., None]:
