@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from defects import DEFECTS, defects_of
+from packaging.version import Version
 
 _MARKS = ("shows", "repairs")
 
@@ -27,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "shows(*defects): with the plugin off, these defects are to be seen")
     config.addinivalue_line("markers", "repairs(*defects): with the plugin on, these defects are gone")
+    config.addinivalue_line("markers", "since(release): what this is about came with that release")
     path = config.getoption("--ledger")
     if path and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Ledger(Path(path), config.getoption("--megatron")))
@@ -46,14 +48,16 @@ def release_of(tree: Path) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests of defects that the release does not have; note on the others which they are about."""
+    """Leave out tests of what the release does not have; note on the others which defects they are about."""
     tree = config.getoption("--megatron")
-    present = defects_of(release_of(Path(tree))) if tree else frozenset(DEFECTS)
+    release = release_of(Path(tree)) if tree else None
+    present = defects_of(release) if release else frozenset(DEFECTS)
     kept, left_out = [], []
     for item in items:
         named = {mark: _named(item, mark) for mark in _MARKS}
         about = set().union(*named.values())
-        if about and not about & present:
+        since = [Version(mark.args[0]) for mark in item.iter_markers("since")]
+        if (about and not about & present) or (release and since and Version(release) < max(since)):
             left_out.append(item)
             continue
         kept.append(item)

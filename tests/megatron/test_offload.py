@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 import wrapt
-from packaging.version import Version
 
-import megatron_fp32_router
 from megatron_fp32_router import lab
 from megatron_fp32_router.lab import cpu
 from megatron_fp32_router.records import PATCHES
 from megatron_fp32_router.registry import registry
+
+pytestmark = pytest.mark.since("0.12")
 
 #: 0: all on the GPU. 0.001: the first router on the CPU, the rest on the GPU. 1: all on the CPU.
 FRACTIONS = (0.0, 0.001, 0.5, 1.0)
