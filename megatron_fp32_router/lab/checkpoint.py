@@ -47,6 +47,7 @@ def save(room: Lab, folder: Path, checkpoint_format: str) -> None:
 
     `checkpoint_format` is one of `formats`. Every rank calls it.
     """
+    gather(room)
     with _step_kept_in_groups(room):
         if checkpoint_format == "torch":
             _save_legacy(room, folder)
@@ -69,6 +70,17 @@ def load(room: Lab, folder: Path, checkpoint_format: str) -> None:
         for name, model in _models(room):
             model.load_state_dict(loaded[name])
         room.optimizer.load_state_dict(loaded["optimizer"])
+
+
+def gather(room: Lab) -> None:
+    """Bring every parameter up to date on every rank, as Megatron's training does before it saves.
+
+    With overlap, what the last step changed in another rank's slice is gathered only in the next forward.
+    """
+    if room.recipe.overlap and room.recipe.optimizer == "distributed":
+        for chunk in room.chunks:
+            chunk.disable_forward_pre_hook()
+            chunk.enable_forward_pre_hook()
 
 
 def _models(room: Lab) -> list[tuple[str, Any]]:
@@ -142,12 +154,13 @@ def optimizers(room: Lab) -> list[Any]:
 
 
 def snapshot(room: Lab) -> dict[str, torch.Tensor]:
-    """Copies of everything that this rank's training goes on from, by name.
+    """Copies of everything that this rank's training goes on from, by name. Every rank calls it.
 
     "NAME" is a parameter or buffer of the model (float or integer, as it is); "NAME.main", "NAME.exp_avg" and so on
     what an optimizer holds for it; "NAME.range" which slice of it these are, [start, end), where the optimizer is
     distributed. Nothing here goes through Megatron's own look-ups, which a test may be about.
     """
+    gather(room)
     found: dict[str, torch.Tensor] = {}
     names: dict[Any, str] = {}
     for key, model in _models(room):
@@ -164,7 +177,8 @@ def snapshot(room: Lab) -> dict[str, torch.Tensor]:
             if hasattr(optimizer, "model_param_gbuf_map"):
                 part = optimizer._get_model_param_range_map(parameter)["param"]
                 found[f"{name}.range"] = torch.tensor([part.start, part.end])
-            for key, value in optimizer.optimizer.state[main].items():
+            # get(): looking a parameter up would start its state, and Megatron asks whether there is any.
+            for key, value in optimizer.optimizer.state.get(main, {}).items():
                 if isinstance(value, torch.Tensor):
                     found[f"{name}.{key}"] = value.detach().clone()
         for index, group in enumerate(optimizer.optimizer.param_groups):

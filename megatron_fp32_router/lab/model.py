@@ -124,7 +124,7 @@ def layout(recipe: Recipe) -> Iterator[None]:
             virtual_pipeline_model_parallel_size=recipe.virtual_pipeline,
             expert_model_parallel_size=recipe.expert_parallel,
         )
-        _seed(recipe.seed)
+        seed(recipe.seed)
         yield
     finally:
         leave_layout()
@@ -158,13 +158,14 @@ def _let_go_of_groups(chunk: Any) -> None:
                     setattr(owner, name, value.detach())
 
 
-def _seed(seed: int) -> None:
+def seed(value: int) -> None:
+    """Seed everything that a build draws from; two builds after the same seed are alike."""
     import numpy as np
 
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    import_module("megatron.core.tensor_parallel.random").model_parallel_cuda_manual_seed(seed)
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+    import_module("megatron.core.tensor_parallel.random").model_parallel_cuda_manual_seed(value)
 
 
 def _forget_groups(state: Any) -> None:
