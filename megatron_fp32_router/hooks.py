@@ -59,6 +59,11 @@ def on_module(module: ModuleType) -> None:
     _wake("megatron.core.transformer.module", module)
 
 
+def on_distributed_data_parallel(module: ModuleType) -> None:
+    """megatron.core.distributed.distributed_data_parallel: groups of buckets."""
+    _wake("megatron.core.distributed.distributed_data_parallel", module)
+
+
 def on_dist_checkpointing(module: ModuleType) -> None:
     """megatron.core.dist_checkpointing, the package: the name that programs call."""
     _wake("megatron.core.dist_checkpointing", module)
@@ -88,6 +93,7 @@ def on_legacy_module(module: ModuleType) -> None:
 HOOKS: Final[dict[str, Callable[[ModuleType], None]]] = {
     "megatron.core.dist_checkpointing": on_dist_checkpointing,
     "megatron.core.dist_checkpointing.serialization": on_serialization,
+    "megatron.core.distributed.distributed_data_parallel": on_distributed_data_parallel,
     "megatron.core.distributed.finalize_model_grads": on_finalize_model_grads,
     "megatron.core.optimizer.distrib_optimizer": on_distrib_optimizer,
     "megatron.core.optimizer.optimizer": on_optimizer,

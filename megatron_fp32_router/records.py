@@ -15,6 +15,7 @@ _FINALIZE: Final = "megatron.core.distributed.finalize_model_grads"
 _DISTRIBUTED_OPTIMIZER: Final = "megatron.core.optimizer.distrib_optimizer"
 _OPTIMIZER: Final = "megatron.core.optimizer.optimizer"
 _DIST_CHECKPOINTING: Final = "megatron.core.dist_checkpointing"
+_DDP: Final = "megatron.core.distributed.distributed_data_parallel"
 _ISSUES: Final = "https://github.com/NVIDIA/Megatron-LM"
 
 
@@ -180,6 +181,16 @@ PATCHES: Final = (
         issue=f"{_ISSUES}/issues/1482",
         remove_when="router-casts goes",
         parameters=("self", "config", "module"),
+    ),
+    Patch(
+        id="bucket-groups",
+        module=_DDP,
+        path="partition_buckets",
+        factory="optim.buckets:one_dtype_per_group",
+        why="in a virtual pipeline, fp32 and bf16 tensors share one coalesced collective: an error, or garbage weights",
+        issue="not reported upstream",
+        remove_when="a forced single group is cut by dtype",
+        parameters=("buffers", "force_single_bucket_group"),
     ),
     Patch(
         id="optimizer-mixed-groups",
