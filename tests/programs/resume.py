@@ -6,7 +6,6 @@ a launch share its ranks, one layout after another.
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +146,8 @@ def transplanted(recipe: Any, home: Path) -> dict[str, Any]:
     names: dict[Any, str] = {}
     with torch.no_grad():
         for chunk in room.chunks:
+            # Upstream makes expert_bias fp32 again, from 0.12, when it is first used or asked for.
+            chunk.module.state_dict()
             for name, parameter in chunk.module.named_parameters():
                 names[parameter] = name
                 parameter.copy_(state[f"{name}.main"].view_as(parameter))
@@ -172,5 +173,21 @@ def transplanted(recipe: Any, home: Path) -> dict[str, Any]:
     return {"middle": middle, "end": checkpoint.snapshot(room), "losses": losses}
 
 
-def router_class() -> Any:
-    return import_module("megatron.core.transformer.moe.router").TopKRouter
+def differences_from_whole(room: Any, home: Path) -> list[str]:
+    """What this rank holds and what the ranks before the save held together: names that differ, bit for bit.
+
+    For layouts in which slices are others. Megatron cuts parameters along tensor-parallel ranks; those are left out.
+    """
+    state, found = whole(home), checkpoint.snapshot(room)
+    different = []
+    for name, value in found.items():
+        base, _, kind = name.rpartition(".")
+        if kind == "range" or name not in state or ".local_tokens" in name:
+            continue
+        expected = state[name]
+        if f"{base}.range" in found and value.dim() > 0:
+            start, end = found[f"{base}.range"].tolist()
+            expected = expected[start:end]
+        if expected.numel() == value.numel() and not torch.equal(expected.view_as(value), value):
+            different.append(name)
+    return different
