@@ -169,9 +169,14 @@ def seed(value: int) -> None:
 
 
 def _forget_groups(state: Any) -> None:
-    """Let go of the groups that destroy_model_parallel keeps: each gloo group owns threads."""
+    """Let go of what destroy_model_parallel keeps: groups, each of which owns threads, and the ranks that were in one.
+
+    A rank that is in no such group in the next layout would still believe to be.
+    """
     for name, value in list(vars(state).items()):
-        if isinstance(value, dist.ProcessGroup) or (
+        if name.endswith("_GLOBAL_RANKS"):
+            setattr(state, name, None)
+        elif isinstance(value, dist.ProcessGroup) or (
             isinstance(value, list | tuple) and any(isinstance(v, dist.ProcessGroup) for v in value)
         ):
             setattr(state, name, None)
