@@ -174,11 +174,8 @@ def _forget_groups(state: Any) -> None:
     A rank that is in no such group in the next layout would still believe to be.
     """
     for name, value in list(vars(state).items()):
-        if name.endswith("_GLOBAL_RANKS"):
-            setattr(state, name, None)
-        elif isinstance(value, dist.ProcessGroup) or (
-            isinstance(value, list | tuple) and any(isinstance(v, dist.ProcessGroup) for v in value)
-        ):
+        several = isinstance(value, list | tuple) and any(isinstance(v, dist.ProcessGroup) for v in value)
+        if several or isinstance(value, dist.ProcessGroup) or name.endswith("_GLOBAL_RANKS"):
             setattr(state, name, None)
         elif isinstance(value, dict) and any(isinstance(v, dist.ProcessGroup) for v in value.values()):
             value.clear()

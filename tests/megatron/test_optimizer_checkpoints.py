@@ -22,7 +22,9 @@ BY_BUFFER = ("torch", "dp_zero_gather_scatter", "fully_sharded_bucket_space", "d
 
 
 def recipe_of(kind: str, **fields: Any) -> Any:
-    return lab.Recipe(**{**resume.TINY, **(DISTRIBUTED if kind == "distributed" else {}), **fields})
+    # Without the plugin a load rounds expert_bias, in the releases in which it does (see the defects D4 and D5).
+    distributed = DISTRIBUTED if kind == "distributed" else {}
+    return lab.Recipe(**{**resume.TINY, **distributed, "expert_bias": False, **fields})
 
 
 def status(name: str) -> Any:
@@ -108,7 +110,8 @@ def test_state_that_is_stored_by_gradient_buffer_is_refused_across_on_and_off(
                 direction = f"{before}->{after}"
                 if after == "off":
                     # Nobody of ours is there to say why.
-                    assert failure and "Fp32RouterError" not in failure, (name, failure)
+                    assert failure
+                    assert not failure.startswith("CheckpointRefusedError"), name
                     resume_record("DistributedOptimizer", name, direction, "upstream refuses")
                     continue
                 assert failure.startswith("CheckpointRefusedError"), (name, direction, failure)

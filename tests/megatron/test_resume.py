@@ -16,6 +16,8 @@ DISTRIBUTED: dict[str, Any] = {"optimizer": "distributed", "fused_adam": True}
 CLASSES = {"distributed": "DistributedOptimizer", "plain": "Float16OptimizerWithFloat16Params"}
 #: Formats that store optimizer state by parameter name, so that it fits whatever the dtypes are.
 BY_NAME = ("torch_dist", "fully_sharded_model_space", "fully_reshardable")
+#: Without the plugin a load rounds expert_bias, in the releases in which it does (see the defects D4 and D5).
+NO_BIAS: dict[str, Any] = {"expert_bias": False}
 #: The oldest release, the newest, and the one whose checkpoint formats are new: 0.15 replaced bucket space.
 FULL = ("0.11", "0.15", "0.19")
 
@@ -29,7 +31,7 @@ def usable(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 
 def upstream_failures(kind: str, folder: Path) -> dict[str, str]:
     """Format -> why it cannot be saved and loaded, or "", with the plugin off and one rank."""
-    recipe = lab.Recipe(**resume.TINY, **(DISTRIBUTED if kind == "distributed" else {}))
+    recipe = lab.Recipe(**resume.TINY, **NO_BIAS, **(DISTRIBUTED if kind == "distributed" else {}))
     resume.turn("off")
     found = {}
     with lab.parallel(recipe):
@@ -57,8 +59,10 @@ def cases(usable: dict[str, list[str]], release: Version) -> list[dict[str, Any]
         case("DP=2", all_of_them, "on", "on", data_parallel=2, **biases, **DISTRIBUTED),
         case("DP=2, plain", plain, "on", "on", data_parallel=2, **biases),
         # Without overlap nothing but the plugin gathers what was loaded before the next forward.
-        case("DP=2, off", by_name, "off", "on", data_parallel=2, overlap=False, **biases, **DISTRIBUTED),
-        case("DP=2, off, plain", plain, "off", "on", data_parallel=2, **biases),
+        case("DP=2, off", by_name, "off", "on", data_parallel=2, overlap=False, **DISTRIBUTED, **NO_BIAS, **biases),
+        case("DP=2, off, plain", plain, "off", "on", data_parallel=2, **NO_BIAS, **biases),
+        case("DP=2, on", by_name, "on", "off", data_parallel=2, **DISTRIBUTED, **NO_BIAS, **biases),
+        case("DP=2, on, plain", plain, "on", "off", data_parallel=2, **NO_BIAS, **biases),
     ]
     if f"{release.major}.{release.minor}" in FULL:
         rough = {"overlap": False, "ddp_extra": {"grad_reduce_in_fp32": False}}
@@ -87,11 +91,8 @@ def test_a_resume_in_a_new_process_ends_on_the_bits_of_a_run_that_never_stopped(
         for name, result in rank.items():
             assert result["disturbed"] == [], f"{name}: saving changed the training"
             assert set(result["failures"].values()) <= {""}, (name, result["failures"])
-    # Off again: what a run with the plugin has left, and a run without it goes on from.
-    back = [{**one, "then": "off"} for one in wanted if one["name"] in ("DP=2", "DP=2, plain")]
-    back[0]["formats"] = [name for name in back[0]["formats"] if name in BY_NAME]
-    ranks = lab.run_ranks("resume:read", two, {"cases": wanted + back, "folder": str(tmp_path)}, **where)
-    for one in wanted + back:
+    ranks = lab.run_ranks("resume:read", two, {"cases": wanted, "folder": str(tmp_path)}, **where)
+    for one in wanted:
         for name in one["formats"]:
             for number, rank in enumerate(ranks):
                 found = rank[f"{one['name']} {one['then']}"][name]

@@ -121,7 +121,7 @@ def read_one(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     return results
 
 
-# The other setting's state, put in place by hand: what a resume across on and off has to equal --------------------------
+# The other setting's state, put in place by hand: what a resume across on and off has to equal ------------------------
 
 
 def whole(home: Path) -> dict[str, torch.Tensor]:
@@ -149,8 +149,6 @@ def transplanted(recipe: Any, home: Path) -> dict[str, Any]:
     names: dict[Any, str] = {}
     with torch.no_grad():
         for chunk in room.chunks:
-            # Upstream makes expert_bias fp32 again, from 0.12, when it is first used or asked for.
-            chunk.module.state_dict()
             for name, parameter in chunk.module.named_parameters():
                 names[parameter] = name
                 parameter.copy_(state[f"{name}.main"].view_as(parameter))
