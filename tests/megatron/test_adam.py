@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from docs_resume import bytes_per_parameter
 from programs import resume
 
 from megatron_fp32_router import lab
@@ -65,3 +66,29 @@ def test_a_router_weight_moves_as_plain_fp32_adam_moves_it(kind: str, plugin: An
         alone.grad = gradient
         kernel.step()
         assert torch.equal(alone.detach(), found)
+
+
+@pytest.mark.parametrize("grad_bytes", [4, 2])
+@pytest.mark.parametrize("kind", ["plain", "distributed"])
+def test_memory_is_the_arithmetic_that_the_documentation_states(kind: str, grad_bytes: int, plugin: Any) -> None:
+    for protect in ("all", "buffers"):
+        plugin(protect=protect)
+        extra = {"fused_adam": kind == "distributed", "ddp_extra": {"grad_reduce_in_fp32": grad_bytes == 4}}
+        recipe = lab.Recipe(**{**resume.TINY, "optimizer": kind, **extra})
+        with lab.parallel(recipe):
+            room = resume.build(recipe)
+            resume.train(room, 0)
+            _, router = room.routers()[0]
+            held = {
+                router.weight.data_ptr(): router.weight,
+                router.weight.main_grad.data_ptr(): router.weight.main_grad,
+            }
+            for one in checkpoint.optimizers(room):
+                for parameter, main in checkpoint._main_copies(one):
+                    if parameter is router.weight:
+                        held[main.data_ptr()] = main
+                        state = one.optimizer.state[main]
+                        held |= {state[key].data_ptr(): state[key] for key in ("exp_avg", "exp_avg_sq")}
+            found = sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+            expected = bytes_per_parameter(kind, fp32=protect == "all", grad_bytes=grad_bytes, ranks=1)
+            assert found == expected * router.weight.numel()
