@@ -185,8 +185,8 @@ def memory_table() -> str:
         f"Bytes per router parameter and rank. DeepSeek-V3's shape: {layers} MoE layers x {experts} experts x hidden "
         f"{hidden} = {count:,} router parameters. No rank holds all of them: with {stage} MoE layers on a pipeline "
         f"stage, {part:,} parameters, the distributed optimizer over 64 ranks takes {extra / 2**20:+.1f} MiB, the "
-        f"all-gather of parameters moves {2 * part / 2**20:.1f} MiB more a step, and the model's part of a checkpoint grows by "
-        f"{2 * count / 2**20:.0f} MiB in all.",
+        f"all-gather of parameters moves {2 * part / 2**20:.1f} MiB more a step, and the model's part of a checkpoint "
+        f"grows by {2 * count / 2**20:.0f} MiB in all.",
     ]
     return "\n".join(text)
 
