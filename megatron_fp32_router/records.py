@@ -186,10 +186,10 @@ PATCHES: Final = (
         id="bucket-groups",
         module=_DDP,
         path="partition_buckets",
-        factory="optim.buckets:one_dtype_per_group",
+        factory="optim.buckets:fp32_in_groups_of_their_own",
         why="in a virtual pipeline, fp32 and bf16 tensors share one coalesced collective: an error, or garbage weights",
         issue="not reported upstream",
-        remove_when="a forced single group is cut by dtype",
+        remove_when="groups of buckets are cut by dtype",
         parameters=("buffers", "force_single_bucket_group"),
     ),
     Patch(

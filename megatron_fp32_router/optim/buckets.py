@@ -1,9 +1,9 @@
-"""Communication of fp32 router parameters in model chunks without buckets.
+"""Communication of fp32 router parameters in groups of buckets that Megatron forms across dtypes.
 
-All chunks of a virtual pipeline but the first have one group of buckets for everything, whose collectives torch
-coalesces. Coalescing wants tensors of one dtype: an all-reduce of fp32 and bf16 gradients raises, and gloo's all-gather
-of fp32 and bf16 parameters returns garbage without a word. A group for each dtype costs one more collective a chunk, as
-the first chunk has it.
+All chunks of a virtual pipeline but the first have one group of buckets for everything, and quantized parameters share
+one with the unquantized. torch coalesces the collectives of a group, and wants one dtype for that: an all-reduce of fp32
+and bf16 gradients raises, and gloo's all-gather of fp32 and bf16 parameters returns garbage without a word. A group of
+their own costs one more collective a chunk, as the first chunk has it.
 """
 
 from __future__ import annotations
@@ -16,23 +16,21 @@ import torch
 from megatron_fp32_router.registry import replaces
 
 
-def one_dtype_per_group(original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-    """partition_buckets, as DistributedDataParallel calls it: a group for each parameter dtype where one was forced.
-
-    Quantized parameters are left to Megatron, which groups them on purpose.
-    """
+def fp32_in_groups_of_their_own(original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """partition_buckets, as DistributedDataParallel calls it: what Megatron groups, without fp32 parameters in it."""
 
     @replaces(original)
     def partition_buckets(
         buffers: list[Any], force_single_bucket_group: bool = False, *args: Any, **kwargs: Any
     ) -> list[Any]:
-        dtypes = list(dict.fromkeys(buffer.param_dtype for buffer in buffers))
-        if not force_single_bucket_group or len(dtypes) < 2 or torch.uint8 in dtypes:
+        fp32 = [buffer for buffer in buffers if buffer.param_dtype == torch.float32]
+        others = [buffer for buffer in buffers if buffer.param_dtype != torch.float32]
+        mixes = force_single_bucket_group or any(buffer.param_dtype == torch.uint8 for buffer in others)
+        if not (fp32 and others and mixes):
             return original(buffers, force_single_bucket_group, *args, **kwargs)
         return [
-            group
-            for dtype in dtypes
-            for group in original([b for b in buffers if b.param_dtype == dtype], True, *args, **kwargs)
+            *original(others, force_single_bucket_group, *args, **kwargs),
+            *original(fp32, force_single_bucket_group, *args, **kwargs),
         ]
 
     return partition_buckets

@@ -9,6 +9,7 @@ state by gradient buffer, one buffer a dtype, cannot: they are refused before an
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -27,8 +28,6 @@ _BY_BUFFER: Final = ("dp_zero_gather_scatter", "fully_sharded_bucket_space", "dp
 
 
 def _refuse(before: str, now: str) -> None:
-    import sys
-
     module = sys.modules["megatron.core.optimizer.distrib_optimizer"]
     if hasattr(module.DistributedOptimizer, "sharded_param_state_fully_reshardable"):
         flags = "--ckpt-format torch_dist --dist-ckpt-optim-fully-reshardable (sharding type fully_reshardable)"
