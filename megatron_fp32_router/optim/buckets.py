@@ -2,7 +2,7 @@
 
 All chunks of a virtual pipeline but the first have one group of buckets for everything, and quantized parameters share
 one with the unquantized. torch coalesces the collectives of a group, and wants one dtype for that: an all-reduce of
-fp32 and bf16 gradients raises, and gloo's all-gather of fp32 and bf16 parameters returns garbage without a word. A group
+fp32 and bf16 gradients raises, and an all-gather of fp32 and bf16 parameters returns garbage (gloo). A group
 of their own costs one more collective a chunk, as the first chunk has it.
 """
 
