@@ -83,10 +83,16 @@ def gather(room: Lab) -> None:
             chunk.enable_forward_pre_hook()
 
 
-def _models(room: Lab) -> list[tuple[str, Any]]:
-    """(key in a checkpoint, chunk without its DDP wrapper), named as Megatron's training names them."""
-    several = len(room.chunks) > 1
-    return [(f"model{index}" if several else "model", chunk.module) for index, chunk in enumerate(room.chunks)]
+def _models(room: Lab) -> Iterator[tuple[str, Any]]:
+    """(key in a checkpoint, chunk without its DDP wrapper), named as Megatron's training names them.
+
+    Older releases ask for the virtual pipeline's stage to find out which layers a chunk has.
+    """
+    state = import_module("megatron.core.parallel_state")
+    for index, chunk in enumerate(room.chunks):
+        if len(room.chunks) > 1:
+            state.set_virtual_pipeline_model_parallel_rank(index)
+        yield (f"model{index}" if len(room.chunks) > 1 else "model"), chunk.module
 
 
 def _sharded_state(room: Lab, checkpoint_format: str, *, loading: bool) -> dict[str, Any]:
