@@ -90,6 +90,7 @@ def test_a_resume_in_a_new_process_ends_on_the_bits_of_a_run_that_never_stopped(
     for rank in lab.run_ranks("resume:write", two, {"cases": wanted, "folder": str(tmp_path)}, **where):
         for name, result in rank.items():
             assert result["disturbed"] == [], f"{name}: saving changed the training"
+            assert result["losses"][-1] < result["losses"][0], f"{name} does not learn"
             assert set(result["failures"].values()) <= {""}, (name, result["failures"])
     ranks = lab.run_ranks("resume:read", two, {"cases": wanted, "folder": str(tmp_path)}, **where)
     for one in wanted:

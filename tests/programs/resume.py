@@ -84,7 +84,7 @@ def write_one(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         disturbed = checkpoint.differences(end, checkpoint.snapshot(room))
     kept = {"middle": middle, "end": end, "losses": losses}
     torch.save(kept, home / f"truth-{dist.get_rank()}.pt")
-    return {"failures": failures, "disturbed": disturbed}
+    return {"failures": failures, "disturbed": disturbed, "losses": losses}
 
 
 def read(recipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
