@@ -223,6 +223,17 @@ PATCHES: Final = (
         parameters=("self",),
     ),
     Patch(
+        id="optimizer-misplaced-state",
+        module=_DISTRIBUTED_OPTIMIZER,
+        path="DistributedOptimizer.sharded_param_state_fully_reshardable",
+        factory="optim.distributed:refuse_misplaced_state",
+        why="the format that allows to turn the plugin on and off saves wrong state behind a padded bucket",
+        issue=f"{_ISSUES}/pull/5077",
+        remove_when="padding between buckets is accounted for (#5077)",
+        since="0.15",
+        parameters=("self", "model_sharded_state_dict", "is_loading"),
+    ),
+    Patch(
         id="optimizer-load-legacy",
         module=_DISTRIBUTED_OPTIMIZER,
         path="DistributedOptimizer.load_parameter_state_from_dp_zero",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.version import Version
 from programs import resume, unrepaired
 
 import megatron_fp32_router
@@ -141,6 +142,30 @@ def test_the_user_can_choose_to_be_warned_and_then_meets_upstream(tmp_path: Path
     assert failure
     assert not failure.startswith("CheckpointRefusedError")
     assert any("stores optimizer state by gradient buffer" in record.getMessage() for record in caplog.records)
+
+
+def test_a_save_that_upstream_fills_from_the_wrong_places_is_refused(release: Version, tmp_path: Path) -> None:
+    """Padding between buckets, and the format fully_reshardable: silently wrong upstream, whatever the router is."""
+    name = "fully_reshardable"
+    if name not in checkpoint.formats("distributed"):
+        return  # before 0.15 there is no such format
+    padded = {"bucket_size": 3000, "pad_buckets_for_high_nccl_busbw": True}
+    recipe = recipe_of("distributed", ddp_extra=padded)
+    with lab.parallel(recipe):
+        resume.turn("off")
+        failure, wrong = resumes(recipe, name, tmp_path / "off")
+        assert not failure
+        resume.turn("on")
+        refusal = resumes(recipe, name, tmp_path / "on")
+        resume.turn("off")
+    if wrong:
+        assert any(changed.endswith("exp_avg") for changed in wrong)
+        assert refusal[0].startswith("CheckpointRefusedError")
+        assert "--ddp-bucket-size" in refusal[0]
+        assert "#5077" in refusal[0]
+    else:
+        assert release >= Version("0.20"), "repaired by #5077"
+        assert refusal == ("", [])
 
 
 @pytest.mark.parametrize("kind", list(CLASSES))
