@@ -72,6 +72,8 @@ def cases(usable: dict[str, list[str]], release: Version) -> list[dict[str, Any]
             case("DP=2, no overlap, bf16 gradients", few, "on", "on", data_parallel=2, **rough, **DISTRIBUTED),
             case("TP=2", few, "on", "on", tensor_parallel=2, **DISTRIBUTED),
             case("PP=2", few, "on", "on", pipeline_parallel=2, **DISTRIBUTED),
+            case("TP=2, plain", plain[-1:], "on", "on", tensor_parallel=2),
+            case("VPP=2, plain", plain[-1:], "on", "on", pipeline_parallel=2, virtual_pipeline=2, layers=4, **rough),
             case("EP=2", few, "on", "on", data_parallel=2, expert_parallel=2, **DISTRIBUTED),
         ]
     some.append(case("VPP=2", by_name, "on", "on", pipeline_parallel=2, virtual_pipeline=2, layers=4, **DISTRIBUTED))
