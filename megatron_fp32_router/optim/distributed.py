@@ -72,9 +72,9 @@ def repair_mixed_groups(original: Callable[..., None]) -> Callable[..., None]:
         build = self._build_model_and_main_param_groups
         undetached = False
 
-        def detaching(gbuf_ranges: Any, param_gbuf_map: Any, opt_group_ranges: Any, config: Any) -> Any:
+        def detaching(gbuf_ranges: Any, param_map: Any, opt_group_ranges: Any, config: Any, *rest: Any) -> Any:
             nonlocal undetached
-            groups = build(gbuf_ranges, param_gbuf_map, opt_group_ranges, config)
+            groups = build(gbuf_ranges, param_map, opt_group_ranges, config, *rest)
             for shards, group in zip(groups[_SHARD_FP32_GROUPS], opt_group_ranges, strict=True):
                 # fp32 training is not ours. A group of its own (another learning rate) may hold the router only.
                 if config.bf16 or config.fp16:

@@ -79,7 +79,7 @@ def refuse_other_buffers(original: Callable[..., Any]) -> Callable[..., Any]:
             if _ROUTER_PARAMETER.fullmatch(str(getattr(entry, "key", ""))) and isinstance(entry.data, torch.Tensor)
         }
         if routers and any(name == "param_state_sharding_type" and kind in _BY_BUFFER for name, kind in leaves):
-            saved = original.__globals__["load_tensors_metadata"](checkpoint_dir)
+            saved = sys.modules["megatron.core.dist_checkpointing.serialization"].load_tensors_metadata(checkpoint_dir)
             before = {key: saved[key].dtype for key in routers if key in saved}
             changed = [key for key in before if (before[key] == torch.float32) != (routers[key] == torch.float32)]
             if changed:
