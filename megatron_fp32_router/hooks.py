@@ -59,6 +59,11 @@ def on_module(module: ModuleType) -> None:
     _wake("megatron.core.transformer.module", module)
 
 
+def on_distributed_data_parallel(module: ModuleType) -> None:
+    """megatron.core.distributed.distributed_data_parallel: groups of buckets."""
+    _wake("megatron.core.distributed.distributed_data_parallel", module)
+
+
 def on_dist_checkpointing(module: ModuleType) -> None:
     """megatron.core.dist_checkpointing, the package: the name that programs call."""
     _wake("megatron.core.dist_checkpointing", module)
@@ -107,11 +112,6 @@ def on_megatron_fsdp(module: ModuleType) -> None:
 def on_refit_planner(module: ModuleType) -> None:
     """megatron.core.resharding.planner: refit compares dtypes."""
     _wake("megatron.core.resharding.planner", module)
-
-
-def on_distributed_data_parallel(module: ModuleType) -> None:
-    """megatron.core.distributed.distributed_data_parallel: groups of gradient buckets."""
-    _wake("megatron.core.distributed.distributed_data_parallel", module)
 
 
 def on_legacy_module(module: ModuleType) -> None:

@@ -18,6 +18,7 @@ _DIST_CHECKPOINTING: Final = "megatron.core.dist_checkpointing"
 _HYBRID_OPTIMIZER: Final = "megatron.core.optimizer.cpu_offloading.hybrid_optimizer"
 _OPTIMIZERS: Final = "megatron.core.optimizer"
 _DISTRIBUTED: Final = "megatron.core.distributed"
+_DDP: Final = "megatron.core.distributed.distributed_data_parallel"
 _ISSUES: Final = "https://github.com/NVIDIA/Megatron-LM"
 
 
@@ -185,6 +186,16 @@ PATCHES: Final = (
         parameters=("self", "config", "module"),
     ),
     Patch(
+        id="bucket-groups",
+        module=_DDP,
+        path="partition_buckets",
+        factory="optim.buckets:fp32_in_groups_of_their_own",
+        why="in a virtual pipeline, fp32 and bf16 tensors share one coalesced collective: an error, or garbage weights",
+        issue="not reported upstream",
+        remove_when="groups of buckets are cut by dtype",
+        parameters=("buffers", "force_single_bucket_group"),
+    ),
+    Patch(
         id="optimizer-mixed-groups",
         module=_DISTRIBUTED_OPTIMIZER,
         path="DistributedOptimizer.__init__",
@@ -213,6 +224,17 @@ PATCHES: Final = (
         issue=f"{_ISSUES}/issues/2777",
         remove_when="the index map follows the groups (#5835)",
         parameters=("self",),
+    ),
+    Patch(
+        id="optimizer-misplaced-state",
+        module=_DISTRIBUTED_OPTIMIZER,
+        path="DistributedOptimizer.sharded_param_state_fully_reshardable",
+        factory="optim.distributed:refuse_misplaced_state",
+        why="the format that allows to turn the plugin on and off saves wrong state behind a padded bucket",
+        issue=f"{_ISSUES}/pull/5077",
+        remove_when="padding between buckets is accounted for (#5077)",
+        since="0.15",
+        parameters=("self", "model_sharded_state_dict", "is_loading"),
     ),
     Patch(
         id="optimizer-load-legacy",
@@ -414,16 +436,6 @@ PATCHES: Final = (
         remove_when="refit converts dtypes of parameters",
         since="0.16",
         parameters=("src_meta_list", "dst_metadata", "dst_rank"),
-    ),
-    Patch(
-        id="bucket-groups",
-        module=f"{_DISTRIBUTED}.distributed_data_parallel",
-        path="partition_buckets",
-        factory="optim.refusals:one_bucket_group_per_dtype",
-        why="one all-reduce over fp32 router gradients and bf16 ones fails in a virtual pipeline",
-        issue=f"{_ISSUES}/pull/5929",
-        remove_when="buckets are grouped by the dtype of their gradients",
-        parameters=("buffers", "force_single_bucket_group"),
     ),
     Patch(
         id="legacy-wrap-check",

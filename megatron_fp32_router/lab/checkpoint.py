@@ -47,6 +47,7 @@ def save(room: Lab, folder: Path, checkpoint_format: str) -> None:
 
     `checkpoint_format` is one of `formats`. Every rank calls it.
     """
+    gather(room)
     with _step_kept_in_groups(room):
         if checkpoint_format == "torch":
             _save_legacy(room, folder)
@@ -71,10 +72,27 @@ def load(room: Lab, folder: Path, checkpoint_format: str) -> None:
         room.optimizer.load_state_dict(loaded["optimizer"])
 
 
-def _models(room: Lab) -> list[tuple[str, Any]]:
-    """(key in a checkpoint, chunk without its DDP wrapper), named as Megatron's training names them."""
-    several = len(room.chunks) > 1
-    return [(f"model{index}" if several else "model", chunk.module) for index, chunk in enumerate(room.chunks)]
+def gather(room: Lab) -> None:
+    """Bring every parameter up to date on every rank, as Megatron's training does before it saves.
+
+    With overlap, what the last step changed in another rank's slice is gathered only in the next forward.
+    """
+    if room.recipe.overlap and room.recipe.optimizer == "distributed":
+        for chunk in room.chunks:
+            chunk.disable_forward_pre_hook()
+            chunk.enable_forward_pre_hook()
+
+
+def _models(room: Lab) -> Iterator[tuple[str, Any]]:
+    """(key in a checkpoint, chunk without its DDP wrapper), named as Megatron's training names them.
+
+    Older releases ask for the virtual pipeline's stage to find out which layers a chunk has.
+    """
+    state = import_module("megatron.core.parallel_state")
+    for index, chunk in enumerate(room.chunks):
+        if len(room.chunks) > 1:
+            state.set_virtual_pipeline_model_parallel_rank(index)
+        yield (f"model{index}" if len(room.chunks) > 1 else "model"), chunk.module
 
 
 def _sharded_state(room: Lab, checkpoint_format: str, *, loading: bool) -> dict[str, Any]:
@@ -142,12 +160,13 @@ def optimizers(room: Lab) -> list[Any]:
 
 
 def snapshot(room: Lab) -> dict[str, torch.Tensor]:
-    """Copies of everything that this rank's training goes on from, by name.
+    """Copies of everything that this rank's training goes on from, by name. Every rank calls it.
 
     "NAME" is a parameter or buffer of the model (float or integer, as it is); "NAME.main", "NAME.exp_avg" and so on
     what an optimizer holds for it; "NAME.range" which slice of it these are, [start, end), where the optimizer is
     distributed. Nothing here goes through Megatron's own look-ups, which a test may be about.
     """
+    gather(room)
     found: dict[str, torch.Tensor] = {}
     names: dict[Any, str] = {}
     for key, model in _models(room):
@@ -164,7 +183,8 @@ def snapshot(room: Lab) -> dict[str, torch.Tensor]:
             if hasattr(optimizer, "model_param_gbuf_map"):
                 part = optimizer._get_model_param_range_map(parameter)["param"]
                 found[f"{name}.range"] = torch.tensor([part.start, part.end])
-            for key, value in optimizer.optimizer.state[main].items():
+            # get(): looking a parameter up would start its state, and Megatron asks whether there is any.
+            for key, value in optimizer.optimizer.state.get(main, {}).items():
                 if isinstance(value, torch.Tensor):
                     found[f"{name}.{key}"] = value.detach().clone()
         for index, group in enumerate(optimizer.optimizer.param_groups):

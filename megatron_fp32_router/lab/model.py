@@ -124,7 +124,7 @@ def layout(recipe: Recipe) -> Iterator[None]:
             virtual_pipeline_model_parallel_size=recipe.virtual_pipeline,
             expert_model_parallel_size=recipe.expert_parallel,
         )
-        _seed(recipe.seed)
+        seed(recipe.seed)
         yield
     finally:
         leave_layout()
@@ -158,21 +158,24 @@ def _let_go_of_groups(chunk: Any) -> None:
                     setattr(owner, name, value.detach())
 
 
-def _seed(seed: int) -> None:
+def seed(value: int) -> None:
+    """Seed everything that a build draws from; two builds after the same seed are alike."""
     import numpy as np
 
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    import_module("megatron.core.tensor_parallel.random").model_parallel_cuda_manual_seed(seed)
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+    import_module("megatron.core.tensor_parallel.random").model_parallel_cuda_manual_seed(value)
 
 
 def _forget_groups(state: Any) -> None:
-    """Let go of the groups that destroy_model_parallel keeps: each gloo group owns threads."""
+    """Let go of what destroy_model_parallel keeps: groups, each of which owns threads, and the ranks that were in one.
+
+    A rank that is in no such group in the next layout would still believe to be.
+    """
     for name, value in list(vars(state).items()):
-        if isinstance(value, dist.ProcessGroup) or (
-            isinstance(value, list | tuple) and any(isinstance(v, dist.ProcessGroup) for v in value)
-        ):
+        several = isinstance(value, list | tuple) and any(isinstance(v, dist.ProcessGroup) for v in value)
+        if several or isinstance(value, dist.ProcessGroup) or name.endswith("_GLOBAL_RANKS"):
             setattr(state, name, None)
         elif isinstance(value, dict) and any(isinstance(v, dist.ProcessGroup) for v in value.values()):
             value.clear()

@@ -8,6 +8,7 @@ gradients, which half of its loaders write to outside no_grad. Groups of one dty
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -71,9 +72,9 @@ def repair_mixed_groups(original: Callable[..., None]) -> Callable[..., None]:
         build = self._build_model_and_main_param_groups
         undetached = False
 
-        def detaching(gbuf_ranges: Any, param_gbuf_map: Any, opt_group_ranges: Any, config: Any) -> Any:
+        def detaching(gbuf_ranges: Any, param_map: Any, opt_group_ranges: Any, config: Any, *rest: Any) -> Any:
             nonlocal undetached
-            groups = build(gbuf_ranges, param_gbuf_map, opt_group_ranges, config)
+            groups = build(gbuf_ranges, param_map, opt_group_ranges, config, *rest)
             for shards, group in zip(groups[_SHARD_FP32_GROUPS], opt_group_ranges, strict=True):
                 # fp32 training is not ours. A group of its own (another learning rate) may hold the router only.
                 if config.bf16 or config.fp16:
@@ -118,3 +119,41 @@ def refuse_stale_numbering(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, *args, **kwargs)
 
     return guarded
+
+
+def _padded_inside(buffer: Any) -> bool:
+    """Whether a bucket of this gradient buffer ends in padding and another one follows."""
+    return any(bucket.grad_data.numel() != bucket.numel_unpadded for bucket in buffer.buckets[:-1])
+
+
+def refuse_misplaced_state(original: Callable[..., Any]) -> Callable[..., Any]:
+    """DistributedOptimizer.sharded_param_state_fully_reshardable: no save that upstream fills from the wrong places.
+
+    0.15 to 0.19 strip the padding between buckets and then look parameters up where they lay with it: what is saved
+    for everything behind a padded bucket belongs to others, or is zero (#5077). It has nothing to do with routers, but
+    this is the format that the plugin tells people to save in.
+
+    Raises:
+        CheckpointRefusedError: there is such a bucket. Loading a good checkpoint is not affected.
+    """
+    # The repair counts the padding that was stripped; under another name for it, a save that works is refused.
+    code = getattr(inspect.unwrap(original), "__code__", None)
+    repaired = "cumulative_padding_stripped" in getattr(code, "co_varnames", ())
+
+    @replaces(original)
+    def sharded_param_state_fully_reshardable(
+        self: Any, model_sharded_state_dict: Any, is_loading: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        concerns_us = not is_loading and not repaired and registry.settings.protect == "all"
+        if concerns_us and any(_padded_inside(buffer) for buffer in self.buffers):
+            mismatch(
+                CheckpointRefusedError,
+                "this Megatron saves wrong optimizer state in the format fully_reshardable when a gradient buffer has "
+                "several buckets that end in padding (NVIDIA/Megatron-LM #5077), as here. Nothing has been saved. "
+                "Train without --ddp-pad-buckets-for-high-nccl-busbw, or with --ddp-bucket-size so large that there is "
+                "one bucket, or save without --dist-ckpt-optim-fully-reshardable (which stores state by gradient "
+                f"buffer, and resumes with the same {PREFIX}_PROTECT only).",
+            )
+        return original(self, model_sharded_state_dict, is_loading, *args, **kwargs)
+
+    return sharded_param_state_fully_reshardable

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from megatron_fp32_router.errors import CheckpointRefusedError
-from megatron_fp32_router.registry import replaces
+from megatron_fp32_router.registry import mismatch, replaces
 from megatron_fp32_router.settings import PREFIX
 
 
@@ -89,7 +89,8 @@ def load_every_main_copy(original: Callable[..., None]) -> Callable[..., None]:
     """Float16OptimizerWithFloat16Params.load_state_dict.
 
     Raises:
-        CheckpointRefusedError: the saved lists fit neither layout; nothing has been overwritten.
+        CheckpointRefusedError: the saved lists fit neither layout; nothing has been overwritten
+            (under on_mismatch="raise").
     """
 
     @replaces(original)
@@ -103,11 +104,12 @@ def load_every_main_copy(original: Callable[..., None]) -> Callable[..., None]:
         with _complete_groups(self):
             expected = [len(group) for group in self.float16_groups]
             if saved != expected:
-                raise CheckpointRefusedError(
+                mismatch(
+                    CheckpointRefusedError,
                     f"this checkpoint has fp32 main copies of {saved} parameters in its groups, and this run needs "
                     f"{expected}. Its optimizer state belongs to another model, or was saved with some router "
                     "parameters in fp32 and others not. No optimizer state has been loaded. Load without it "
-                    f"(--no-load-optim), or set {PREFIX} and {PREFIX}_PROTECT as in the run that saved it."
+                    f"(--no-load-optim), or set {PREFIX} and {PREFIX}_PROTECT as in the run that saved it.",
                 )
             original(self, state_dict)
 

@@ -210,34 +210,3 @@ def compare_dtypes(original: Callable[..., Any]) -> Callable[..., Any]:
         return source
 
     return select_src_metadata_balanced
-
-
-# Data parallelism ------------------------------------------------------------------------------------------------
-
-
-def one_bucket_group_per_dtype(original: Callable[..., Any]) -> Callable[..., Any]:
-    """partition_buckets, as DistributedDataParallel calls it: no all-reduce over gradients in two dtypes.
-
-    A chunk of a virtual pipeline after the first gets all its gradients into one group, whose all-reduces are issued
-    as one; that fails where the router's gradients are fp32 and the others bf16 (no --accumulate-allreduce-grads-in-
-    fp32). A repair and no refusal: one group for each dtype costs one all-reduce more. The distributed optimizer's
-    reduce-scatter takes several dtypes, so its groups are left alone while there is one instance of it.
-    """
-
-    @replaces(original)
-    def partition_buckets(buffers: Any, force_single_bucket_group: bool = False, *args: Any, **kwargs: Any) -> Any:
-        dtypes = list(dict.fromkeys(buffer.grad_dtype for buffer in buffers))
-        if force_single_bucket_group and len(dtypes) > 1:
-            config = buffers[0].ddp_config
-            instances = getattr(config, "num_distributed_optimizer_instances", 1)
-            if not config.use_distributed_optimizer or instances > 1:
-                return [
-                    group
-                    for dtype in dtypes
-                    for group in original(
-                        [buffer for buffer in buffers if buffer.grad_dtype == dtype], True, *args, **kwargs
-                    )
-                ]
-        return original(buffers, force_single_bucket_group, *args, **kwargs)
-
-    return partition_buckets

@@ -9,6 +9,7 @@ state by gradient buffer, one buffer a dtype, cannot: they are refused before an
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -27,8 +28,6 @@ _BY_BUFFER: Final = ("dp_zero_gather_scatter", "fully_sharded_bucket_space", "dp
 
 
 def _refuse(before: str, now: str) -> None:
-    import sys
-
     module = sys.modules["megatron.core.optimizer.distrib_optimizer"]
     if hasattr(module.DistributedOptimizer, "sharded_param_state_fully_reshardable"):
         flags = "--ckpt-format torch_dist --dist-ckpt-optim-fully-reshardable (sharding type fully_reshardable)"
@@ -80,7 +79,7 @@ def refuse_other_buffers(original: Callable[..., Any]) -> Callable[..., Any]:
             if _ROUTER_PARAMETER.fullmatch(str(getattr(entry, "key", ""))) and isinstance(entry.data, torch.Tensor)
         }
         if routers and any(name == "param_state_sharding_type" and kind in _BY_BUFFER for name, kind in leaves):
-            saved = original.__globals__["load_tensors_metadata"](checkpoint_dir)
+            saved = sys.modules["megatron.core.dist_checkpointing.serialization"].load_tensors_metadata(checkpoint_dir)
             before = {key: saved[key].dtype for key in routers if key in saved}
             changed = [key for key in before if (before[key] == torch.float32) != (routers[key] == torch.float32)]
             if changed:

@@ -255,7 +255,3 @@ def test_gradients_of_two_dtypes_are_reduced_apart(later_chunk: Any, plugin: Any
     before = {name: router.weight.detach().clone() for name, router in room.routers()}
     room.step(lab.text_batches(room.recipe, seed=1))
     assert all(not torch.equal(before[name], router.weight) for name, router in room.routers())
-
-
-def test_the_distributed_optimizers_groups_are_left_alone(later_chunk: Any, plugin: Any) -> None:
-    assert dtypes_together(later_chunk(optimizer="distributed")) == [{torch.bfloat16, torch.float32}]
