@@ -17,6 +17,7 @@ from megatron_fp32_router import registry as _registry
 from megatron_fp32_router import settings as _settings
 from megatron_fp32_router.errors import (
     CheckpointRefusedError,
+    CombinationRefusedError,
     DisplacedPatchError,
     Fp32RouterError,
     ModelInUseError,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckpointRefusedError",
+    "CombinationRefusedError",
     "DisplacedPatchError",
     "Fp32RouterError",
     "ModelInUseError",

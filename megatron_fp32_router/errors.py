@@ -31,6 +31,10 @@ class CheckpointRefusedError(Fp32RouterError):
     """Saving or loading this optimizer state would mix up parameters; nothing has been written or overwritten."""
 
 
+class CombinationRefusedError(Fp32RouterError):
+    """An optimizer or a wrapper that fp32 router parameters do not work with, or that no test has run."""
+
+
 class ModelInUseError(Fp32RouterError):
     """protect_model() was called after DDP or an optimizer took hold of the parameters."""
 

@@ -59,9 +59,59 @@ def on_module(module: ModuleType) -> None:
     _wake("megatron.core.transformer.module", module)
 
 
+def on_distributed_data_parallel(module: ModuleType) -> None:
+    """megatron.core.distributed.distributed_data_parallel: groups of buckets."""
+    _wake("megatron.core.distributed.distributed_data_parallel", module)
+
+
+def on_dist_checkpointing(module: ModuleType) -> None:
+    """megatron.core.dist_checkpointing, the package: the name that programs call."""
+    _wake("megatron.core.dist_checkpointing", module)
+
+
+def on_serialization(module: ModuleType) -> None:
+    """megatron.core.dist_checkpointing.serialization: loading."""
+    _wake("megatron.core.dist_checkpointing.serialization", module)
+
+
 def on_distrib_optimizer(module: ModuleType) -> None:
     """megatron.core.optimizer.distrib_optimizer: its checkpoints."""
     _wake("megatron.core.optimizer.distrib_optimizer", module)
+
+
+def on_optimizer(module: ModuleType) -> None:
+    """megatron.core.optimizer.optimizer: the plain optimizer's checkpoints."""
+    _wake("megatron.core.optimizer.optimizer", module)
+
+
+def on_hybrid_optimizer(module: ModuleType) -> None:
+    """megatron.core.optimizer.cpu_offloading.hybrid_optimizer: CPU offload."""
+    _wake("megatron.core.optimizer.cpu_offloading.hybrid_optimizer", module)
+
+
+def on_layer_wise_optimizer(module: ModuleType) -> None:
+    """megatron.core.optimizer.layer_wise_optimizer: refused."""
+    _wake("megatron.core.optimizer.layer_wise_optimizer", module)
+
+
+def on_torch_fsdp2(module: ModuleType) -> None:
+    """megatron.core.distributed.torch_fully_sharded_data_parallel: refused."""
+    _wake("megatron.core.distributed.torch_fully_sharded_data_parallel", module)
+
+
+def on_custom_fsdp(module: ModuleType) -> None:
+    """megatron.core.distributed.custom_fsdp.fully_sharded_data_parallel: refused until it has been tried."""
+    _wake("megatron.core.distributed.custom_fsdp.fully_sharded_data_parallel", module)
+
+
+def on_megatron_fsdp(module: ModuleType) -> None:
+    """megatron.core.distributed.fsdp.mcore_fsdp_adapter: refused until it has been tried."""
+    _wake("megatron.core.distributed.fsdp.mcore_fsdp_adapter", module)
+
+
+def on_refit_planner(module: ModuleType) -> None:
+    """megatron.core.resharding.planner: refit compares dtypes."""
+    _wake("megatron.core.resharding.planner", module)
 
 
 def on_legacy_module(module: ModuleType) -> None:
@@ -71,8 +121,18 @@ def on_legacy_module(module: ModuleType) -> None:
 
 #: The same table as the entry points in pyproject.toml.
 HOOKS: Final[dict[str, Callable[[ModuleType], None]]] = {
+    "megatron.core.dist_checkpointing": on_dist_checkpointing,
+    "megatron.core.dist_checkpointing.serialization": on_serialization,
+    "megatron.core.distributed.custom_fsdp.fully_sharded_data_parallel": on_custom_fsdp,
+    "megatron.core.distributed.distributed_data_parallel": on_distributed_data_parallel,
     "megatron.core.distributed.finalize_model_grads": on_finalize_model_grads,
+    "megatron.core.distributed.fsdp.mcore_fsdp_adapter": on_megatron_fsdp,
+    "megatron.core.distributed.torch_fully_sharded_data_parallel": on_torch_fsdp2,
+    "megatron.core.optimizer.cpu_offloading.hybrid_optimizer": on_hybrid_optimizer,
     "megatron.core.optimizer.distrib_optimizer": on_distrib_optimizer,
+    "megatron.core.optimizer.layer_wise_optimizer": on_layer_wise_optimizer,
+    "megatron.core.optimizer.optimizer": on_optimizer,
+    "megatron.core.resharding.planner": on_refit_planner,
     "megatron.core.transformer.module": on_module,
     "megatron.core.transformer.moe.moe_utils": on_moe_utils,
     "megatron.core.transformer.moe.router": on_router,

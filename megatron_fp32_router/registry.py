@@ -67,6 +67,8 @@ class _Registry:
     replacements: dict[str, Any] = field(default_factory=dict)
     #: patch id -> why it does not fit.
     problems: dict[str, str] = field(default_factory=dict)
+    #: patch id -> how a patch that is in place saw that upstream needs it no more.
+    needless: dict[str, str] = field(default_factory=dict)
     #: modules that were half imported when the plugin was armed.
     pending: set[str] = field(default_factory=set)
     #: modules that were reloaded: their classes are new objects, so they are looked at whenever a model is built.
@@ -265,6 +267,7 @@ def undo_all() -> None:
         wrapt.unwrap_object(module, patch.path, registry.replacements[patch.id])
     registry.replacements.clear()
     registry.problems.clear()
+    registry.needless.clear()
     registry.pending.clear()
 
 
@@ -288,7 +291,7 @@ def _status(patch: Patch) -> tuple[State, str]:
         return "drifted", "was not applied"
     position, above = _position(patch, module)
     if position == "outermost":
-        return "applied", ""
+        return ("native", registry.needless[patch.id]) if patch.id in registry.needless else ("applied", "")
     verb = "wrapped" if position == "below" else "replaced"
     return "displaced", f"{verb} by {above}"
 

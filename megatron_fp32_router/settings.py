@@ -17,6 +17,7 @@ PREFIX: Final = "MEGATRON_FP32_ROUTER"
 
 Protect = Literal["all", "buffers"]
 OnMismatch = Literal["raise", "warn"]
+Untested = Literal["refuse", "allow"]
 LogLevel = Literal["info", "debug", "warning"]
 
 
@@ -50,6 +51,12 @@ VARIABLES: Final = (
         "warning on rank 0 that says what is unprotected.",
     ),
     Variable(
+        f"{PREFIX}_UNTESTED",
+        ("refuse", "allow"),
+        "Optimizers and wrappers that no test has run with fp32 router parameters (docs/limits.md): an error before "
+        "the first step, or one warning.",
+    ),
+    Variable(
         f"{PREFIX}_LOG",
         ("info", "debug", "warning"),
         "The least severe message that is shown.",
@@ -64,11 +71,13 @@ class Settings:
     Attributes:
         protect: "all" keeps parameters and buffers in fp32, "buffers" only the buffers.
         on_mismatch: "raise" stops the program when something is unprotected, "warn" says so and goes on.
+        untested: "refuse" stops before the first step where no test has run a combination, "allow" says so and goes on.
         log: the least severe message that is shown.
     """
 
     protect: Protect = "all"
     on_mismatch: OnMismatch = "raise"
+    untested: Untested = "refuse"
     log: LogLevel = "info"
 
     def updated(self, protect: str | None = None, on_mismatch: str | None = None) -> Settings:
@@ -123,6 +132,7 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
     return Settings(
         protect=cast("Protect", _read("_PROTECT", environ)),
         on_mismatch=cast("OnMismatch", _read("_ON_MISMATCH", environ)),
+        untested=cast("Untested", _read("_UNTESTED", environ)),
         log=cast("LogLevel", _read("_LOG", environ)),
     )
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from defects import DEFECTS, defects_of
+from packaging.version import Version
 
 _MARKS = ("shows", "repairs")
 
@@ -29,6 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "shows(*defects): with the plugin off, these defects are to be seen")
     config.addinivalue_line("markers", "repairs(*defects): with the plugin on, these defects are gone")
     config.addinivalue_line("markers", "on_lines(*lines): collected on these release lines only")
+    config.addinivalue_line("markers", "since(release): what this is about came with that release")
     path = config.getoption("--ledger")
     if path and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Ledger(Path(path), config.getoption("--megatron")))
@@ -48,7 +50,7 @@ def release_of(tree: Path) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests of defects that the release does not have; note on the others which they are about."""
+    """Leave out tests of what the release does not have; note on the others which defects they are about."""
     tree = config.getoption("--megatron")
     release = release_of(Path(tree)) if tree else ""
     present = defects_of(release) if tree else frozenset(DEFECTS)
@@ -57,7 +59,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         named = {mark: _named(item, mark) for mark in _MARKS}
         about = set().union(*named.values())
         lines = {line for marker in item.iter_markers("on_lines") for line in marker.args}
-        if (about and not about & present) or (lines and release.rpartition(".")[0] not in lines):
+        since = [Version(mark.args[0]) for mark in item.iter_markers("since")]
+        elsewhere = (lines and release.rpartition(".")[0] not in lines) or (
+            release and since and Version(release) < max(since)
+        )
+        if (about and not about & present) or elsewhere:
             left_out.append(item)
             continue
         kept.append(item)

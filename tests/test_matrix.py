@@ -9,7 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import docs_resume
 import pytest
+from bootstrap import RELEASES
 from defects import DEFECTS, defects_of
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -64,3 +66,8 @@ if RUN is not None and not RUN["selected"]:
             if not any(name in test.get(mark, ()) for test in tests)
         ]
         assert missing == []
+
+    if tuple(RUN["releases"]) == RELEASES:
+
+        def test_the_tables_of_docs_resume_are_what_the_tests_recorded() -> None:
+            assert docs_resume.main(["--check"]) == 0, "docs/resume.md is stale: run scripts/docs_resume.py"

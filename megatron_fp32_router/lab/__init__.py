@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron_fp32_router.lab.compat import megatron_version
     from megatron_fp32_router.lab.launch import RankFailedError, RanksTimedOutError, run_ranks
-    from megatron_fp32_router.lab.model import make_config, make_router, parallel, prepare
+    from megatron_fp32_router.lab.model import layout, leave_layout, make_config, make_router, parallel, prepare, seed
     from megatron_fp32_router.lab.recipe import LabError, Recipe
     from megatron_fp32_router.lab.text import text_batches
     from megatron_fp32_router.lab.train import Lab, Routing, build, build_model, wrap
@@ -40,12 +40,15 @@ _HOMES = {
     "Routing": "train",
     "build": "train",
     "build_model": "train",
+    "layout": "model",
+    "leave_layout": "model",
     "make_config": "model",
     "make_router": "model",
     "megatron_version": "compat",
     "parallel": "model",
     "prepare": "model",
     "run_ranks": "launch",
+    "seed": "model",
     "text_batches": "text",
     "wrap": "train",
 }
@@ -59,12 +62,15 @@ __all__ = [
     "Routing",
     "build",
     "build_model",
+    "layout",
+    "leave_layout",
     "make_config",
     "make_router",
     "megatron_version",
     "parallel",
     "prepare",
     "run_ranks",
+    "seed",
     "text_batches",
     "wrap",
 ]

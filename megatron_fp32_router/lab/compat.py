@@ -46,6 +46,7 @@ def after_import() -> None:
     if "te_general_gemm" in _names(moe_utils) and not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
     _empty_fp8_list()
+    _version_of_nothing()
     if _minor() in (11, 12):
         _write_item_of_its_time()
 
@@ -88,6 +89,14 @@ def _empty_fp8_list() -> None:
 
     quantize._lab_allows_empty = True  # type: ignore[attr-defined]
     fp8_utils._quantize_param_shard_impl = quantize  # type: ignore[attr-defined]
+
+
+def _version_of_nothing() -> None:
+    """0.13 to 0.15 ask a TransformerEngine that is not there for its version when CPU offload is configured."""
+    configuration = import_module("megatron.core.optimizer.optimizer_config")
+    utils = import_module("megatron.core.utils")
+    if hasattr(configuration, "is_te_min_version") and utils.get_te_version() is None:
+        configuration.is_te_min_version = lambda *args, **kwargs: False  # type: ignore[attr-defined]
 
 
 def _write_item_of_its_time() -> None:

@@ -94,7 +94,11 @@ def pretend(compile: bool = False) -> None:
 def undo() -> None:
     """Put every original back, newest first. Names that Megatron bound at its import keep what they hold."""
     logging.getLogger(_RNG_LOGGER).removeFilter(_expected)
-    while _replaced:
+    _undo_to(0)
+
+
+def _undo_to(length: int) -> None:
+    while len(_replaced) > length:
         owner, name, original = _replaced.pop()
         if original is _MISSING:
             delattr(owner, name)
@@ -334,3 +338,42 @@ def _compile_without_toolchain(real: Callable[..., Any], alive: bool) -> Callabl
         return real(model, backend="aot_eager", **kwargs)
 
     return compile
+
+
+# CPU offload: a second memory -------------------------------------------------------------------------------------
+
+
+class _Host(torch.Tensor):
+    """A tensor in host memory, as all that is computed from it."""
+
+
+@contextlib.contextmanager
+def offloading() -> Iterator[None]:
+    """Let HybridDeviceOptimizer split its parameters between the pretended GPU and the host, while this is open.
+
+    It asks a tensor where it lies only while it splits; what it gets are plain tensors again.
+    """
+    hybrid = import_module("megatron.core.optimizer.cpu_offloading.hybrid_optimizer").HybridDeviceOptimizer
+    real = hybrid._get_sub_optimizer_param_groups
+
+    @functools.wraps(real)
+    def split(self: Any, *args: Any) -> Any:
+        start = len(_replaced)
+        _replace(torch.Tensor, "is_cuda", property(lambda tensor: not isinstance(tensor, _Host)))
+        _replace(torch.Tensor, "cpu", lambda tensor: tensor.as_subclass(_Host))
+        _replace(torch.Tensor, "pin_memory", lambda tensor: tensor)
+        try:
+            groups = real(self, *args)
+        finally:
+            _undo_to(start)
+        for group in groups[0]:
+            for param in group["params"]:
+                param.__class__ = torch.Tensor
+        return groups
+
+    start = len(_replaced)
+    _replace(hybrid, "_get_sub_optimizer_param_groups", split)
+    try:
+        yield
+    finally:
+        _undo_to(start)

@@ -97,9 +97,26 @@ def parallel(recipe: Recipe, *, rank: int = 0, store: Any = None, timeout: float
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=recipe.world_size, timeout=timedelta(seconds=timeout)
     )
-    state = None
     try:
-        state = import_module("megatron.core.parallel_state")
+        with layout(recipe):
+            yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        # init_process_group puts one more "[rank0]:" in front of tracebacks each time it is called.
+        sys.excepthook = excepthook
+        gc.collect()
+
+
+@contextlib.contextmanager
+def layout(recipe: Recipe) -> Iterator[None]:
+    """Megatron's groups for `recipe` among the ranks that are there, seeded; `parallel` is made of it.
+
+    Ranks that `parallel` started can go through several layouts of the same size, one after another: leave its own
+    with `leave_layout` first. Models of an earlier layout must not be used any more.
+    """
+    state = import_module("megatron.core.parallel_state")
+    try:
         compat.after_import()
         state.initialize_model_parallel(
             tensor_model_parallel_size=recipe.tensor_parallel,
@@ -107,19 +124,19 @@ def parallel(recipe: Recipe, *, rank: int = 0, store: Any = None, timeout: float
             virtual_pipeline_model_parallel_size=recipe.virtual_pipeline,
             expert_model_parallel_size=recipe.expert_parallel,
         )
-        _seed(recipe.seed)
+        seed(recipe.seed)
         yield
     finally:
-        for chunk in list(chunks_in_training):
-            _let_go_of_groups(chunk)
-        if state is not None:
-            state.destroy_model_parallel()
-            _forget_groups(state)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        # init_process_group puts one more "[rank0]:" in front of tracebacks each time it is called.
-        sys.excepthook = excepthook
-        gc.collect()
+        leave_layout()
+
+
+def leave_layout() -> None:
+    """Take Megatron's groups down, and make chunks in training let go of them. Idempotent."""
+    for chunk in list(chunks_in_training):
+        _let_go_of_groups(chunk)
+    state = import_module("megatron.core.parallel_state")
+    state.destroy_model_parallel()
+    _forget_groups(state)
 
 
 def _let_go_of_groups(chunk: Any) -> None:
@@ -141,21 +158,24 @@ def _let_go_of_groups(chunk: Any) -> None:
                     setattr(owner, name, value.detach())
 
 
-def _seed(seed: int) -> None:
+def seed(value: int) -> None:
+    """Seed everything that a build draws from; two builds after the same seed are alike."""
     import numpy as np
 
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    import_module("megatron.core.tensor_parallel.random").model_parallel_cuda_manual_seed(seed)
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+    import_module("megatron.core.tensor_parallel.random").model_parallel_cuda_manual_seed(value)
 
 
 def _forget_groups(state: Any) -> None:
-    """Let go of the groups that destroy_model_parallel keeps: each gloo group owns threads."""
+    """Let go of what destroy_model_parallel keeps: groups, each of which owns threads, and the ranks that were in one.
+
+    A rank that is in no such group in the next layout would still believe to be.
+    """
     for name, value in list(vars(state).items()):
-        if isinstance(value, dist.ProcessGroup) or (
-            isinstance(value, list | tuple) and any(isinstance(v, dist.ProcessGroup) for v in value)
-        ):
+        several = isinstance(value, list | tuple) and any(isinstance(v, dist.ProcessGroup) for v in value)
+        if several or isinstance(value, dist.ProcessGroup) or name.endswith("_GLOBAL_RANKS"):
             setattr(state, name, None)
         elif isinstance(value, dict) and any(isinstance(v, dist.ProcessGroup) for v in value.values()):
             value.clear()

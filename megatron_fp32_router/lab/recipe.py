@@ -69,8 +69,10 @@ class Recipe:
     loss_scale: float = 4096.0
     seed: int = 1234
 
-    #: Further fields of TransformerConfig.
+    #: Further fields of TransformerConfig, OptimizerConfig and DistributedDataParallelConfig.
     extra: Mapping[str, Any] = field(default_factory=dict)
+    optimizer_extra: Mapping[str, Any] = field(default_factory=dict)
+    ddp_extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raise LabError for what no release could build."""
@@ -102,8 +104,9 @@ class Recipe:
         return self.seq_length * self.micro_batch * self.micro_batches * self.data_parallel
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values; `extra` must hold only what JSON can."""
-        return {**asdict(self), "extra": dict(self.extra)}
+        """As plain values; the `extra` fields must hold only what JSON can."""
+        further = {name: dict(getattr(self, name)) for name in ("extra", "optimizer_extra", "ddp_extra")}
+        return {**asdict(self), **further}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Recipe:

@@ -169,48 +169,57 @@ def _wrap(recipe: Recipe, config: Any, model: Any, index: int) -> Any:
     distributed = import_module("megatron.core.distributed")
     if recipe.precision != "fp32":
         model = import_module("megatron.core.transformer.module").Float16Module(config, model)
-    ddp = distributed.DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=recipe.overlap,
-        use_distributed_optimizer=recipe.optimizer == "distributed",
-        overlap_param_gather=recipe.overlap and recipe.optimizer == "distributed",
-    )
+    fields = {
+        "grad_reduce_in_fp32": True,
+        "overlap_grad_reduce": recipe.overlap,
+        "use_distributed_optimizer": recipe.optimizer == "distributed",
+        "overlap_param_gather": recipe.overlap and recipe.optimizer == "distributed",
+        **recipe.ddp_extra,
+    }
+    ddp = distributed.DistributedDataParallelConfig(**fields)
     # As Megatron's training does: only the first chunk of a virtual pipeline is cut into buckets.
     return distributed.DistributedDataParallel(config, ddp, model, disable_bucketing=index > 0)
 
 
 def _optimizer(recipe: Recipe, config: Any, chunks: list[Any]) -> Any:
     optimizer = import_module("megatron.core.optimizer")
-    settings = optimizer.OptimizerConfig(
-        optimizer="adam",
-        lr=recipe.lr,
-        weight_decay=0.0,
-        clip_grad=recipe.clip_grad,
-        bf16=config.bf16,
-        fp16=config.fp16,
-        params_dtype=config.params_dtype,
-        initial_loss_scale=recipe.loss_scale,
-        use_distributed_optimizer=recipe.optimizer == "distributed",
+    fields = {
+        "optimizer": "adam",
+        "lr": recipe.lr,
+        "weight_decay": 0.0,
+        "clip_grad": recipe.clip_grad,
+        "bf16": config.bf16,
+        "fp16": config.fp16,
+        "params_dtype": config.params_dtype,
+        "initial_loss_scale": recipe.loss_scale,
+        "use_distributed_optimizer": recipe.optimizer == "distributed",
         **compat.signature_kwargs(
             optimizer.OptimizerConfig,
             overlap_param_gather=recipe.overlap and recipe.optimizer == "distributed",
         ),
-    )
+        **recipe.optimizer_extra,
+    }
+    settings = optimizer.OptimizerConfig(**fields)
     if not recipe.fused_adam:
         return optimizer.get_megatron_optimizer(settings, chunks)
     # Restored at once: Adam is looked up while the optimizer is made, and other builds want torch's own.
     # distrib_optimizer: 0.11 asks there whether it was handed an Adam.
     modules = ("optimizer", "distrib_optimizer")
     candidates: list[Any] = [optimizer, *(getattr(optimizer, name, None) for name in modules)]
-    homes = [module for module in candidates if hasattr(module, "Adam")]
-    originals = [module.Adam for module in homes]
+    changes: list[tuple[Any, str, Any]] = [
+        (module, "Adam", compat.FusedAdamLike) for module in candidates if hasattr(module, "Adam")
+    ]
+    # 0.15 and later take torch's own where neither TransformerEngine nor apex is there, whatever Adam is.
+    if hasattr(optimizer, "USING_PYTORCH_OPTIMIZER"):
+        changes.append((optimizer, "USING_PYTORCH_OPTIMIZER", False))
+    originals = [(module, name, getattr(module, name)) for module, name, _ in changes]
     try:
-        for module in homes:
-            module.Adam = compat.FusedAdamLike
+        for module, name, value in changes:
+            setattr(module, name, value)
         return optimizer.get_megatron_optimizer(settings, chunks)
     finally:
-        for module, original in zip(homes, originals, strict=True):
-            module.Adam = original
+        for module, name, value in originals:
+            setattr(module, name, value)
 
 
 def _connect(lab: Lab) -> None:

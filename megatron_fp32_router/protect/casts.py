@@ -20,6 +20,15 @@ from megatron_fp32_router.registry import registry, replaces
 COUNTER: Final = "local_tokens_per_expert"
 
 
+#: Set on every parameter that is kept in fp32, for those who meet it without its model: optimizers.
+_MARK: Final = "kept_in_fp32_router"
+
+
+def is_protected(parameter: torch.Tensor) -> bool:
+    """Whether this is a router's parameter that the plugin keeps in fp32."""
+    return parameter.dtype == torch.float32 and getattr(parameter, _MARK, False)
+
+
 def below_fp32(dtype: torch.dtype) -> bool:
     """Whether `dtype` is a floating-point type with fewer bits than fp32."""
     return dtype.is_floating_point and dtype.itemsize < 4
@@ -134,6 +143,10 @@ def keep_fp32(original: Callable[..., torch.nn.Module]) -> Callable[..., torch.n
             buffer = self._buffers[name]
             if buffer is not None and not buffer.is_meta:
                 buffer.zero_()
+        if protects_parameters():
+            for parameter in self.parameters():
+                if parameter.dtype == torch.float32:
+                    setattr(parameter, _MARK, True)
         widen_counter(self)
         return result
 

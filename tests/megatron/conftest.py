@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -41,6 +42,28 @@ def release(request: pytest.FixtureRequest) -> Version:
 def with_bias(release: Version) -> bool:
     """Whether this release's router has a `bias` parameter when add_bias_linear is on (0.12 to 0.14 refuse it)."""
     return release >= Version("0.15")
+
+
+@pytest.fixture
+def resume_record(request: pytest.FixtureRequest, release: Version) -> Callable[[str, str, str, str], None]:
+    """`resume_record(optimizer, sharding, direction, outcome)`: one cell of the table in docs/resume.md.
+
+    optimizer: Megatron's class name, with its flag where one class has several rows. sharding: Megatron's name of the
+    format. direction: "on->on", "off->on", "on->off" (before -> after the resume). outcome: "works", "refused" (by the
+    plugin) or "upstream refuses". Call it after the assertion that the outcome rests on; scripts/docs-resume reads
+    results/resume/RELEASE.jsonl, where the last record of a cell counts.
+    """
+    path = request.config.rootpath / "results" / "resume" / f"{release}.jsonl"
+
+    def record(optimizer: str, sharding: str, direction: str, outcome: str) -> None:
+        assert direction in {"on->on", "off->on", "on->off"}, direction
+        assert outcome in {"works", "refused", "upstream refuses"}, outcome
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cell = {"optimizer": optimizer, "sharding": sharding, "direction": direction, "outcome": outcome}
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**cell, "test": request.node.nodeid}) + "\n")
+
+    return record
 
 
 @pytest.fixture

@@ -1,0 +1,222 @@
+"""Saving, loading and looking at everything that a training goes on from, in every format this Megatron has.
+
+Formats are named as Megatron names them: "torch" (the legacy files), "torch_dist" (distributed checkpoints of the
+plain optimizers) and, for the distributed optimizer, its sharding types inside torch_dist.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_fp32_router.lab import compat
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from megatron_fp32_router.lab.train import Lab
+
+_DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer"
+#: In the order in which Megatron introduced them.
+_SHARDING_TYPES = (
+    "dp_zero_gather_scatter",
+    "fully_sharded_bucket_space",
+    "fully_sharded_model_space",
+    "dp_reshardable",
+    "fully_reshardable",
+)
+
+
+def formats(optimizer: str) -> list[str]:
+    """The checkpoint formats that this Megatron has for `optimizer`, "plain" or "distributed" as in Recipe."""
+    if optimizer == "plain":
+        return ["torch", "torch_dist"]
+    source = Path(str(import_module(_DISTRIBUTED).__file__)).read_text(encoding="utf-8")
+    # Only what it can load: 0.15 and later warn about bucket space, and then do not know it.
+    return ["torch", *(name for name in _SHARDING_TYPES if re.search(rf"if sharding_type == '{name}':", source))]
+
+
+def save(room: Lab, folder: Path, checkpoint_format: str) -> None:
+    """Write model and optimizer below `folder`, which all ranks share.
+
+    `checkpoint_format` is one of `formats`. Every rank calls it.
+    """
+    gather(room)
+    with _step_kept_in_groups(room):
+        if checkpoint_format == "torch":
+            _save_legacy(room, folder)
+        else:
+            if dist.get_rank() == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+            dist.barrier()
+            state = _sharded_state(room, checkpoint_format, loading=False)
+            import_module("megatron.core.dist_checkpointing").save(state, str(folder))
+
+
+def load(room: Lab, folder: Path, checkpoint_format: str) -> None:
+    """Read what `save` has written into a model and an optimizer as `build` made them. Every rank calls it."""
+    with _step_kept_in_groups(room):
+        if checkpoint_format == "torch":
+            _load_legacy(room, folder)
+            return
+        state = _sharded_state(room, checkpoint_format, loading=True)
+        loaded = import_module("megatron.core.dist_checkpointing").load(state, str(folder))
+        for name, model in _models(room):
+            model.load_state_dict(loaded[name])
+        room.optimizer.load_state_dict(loaded["optimizer"])
+
+
+def gather(room: Lab) -> None:
+    """Bring every parameter up to date on every rank, as Megatron's training does before it saves.
+
+    With overlap, what the last step changed in another rank's slice is gathered only in the next forward.
+    """
+    if room.recipe.overlap and room.recipe.optimizer == "distributed":
+        for chunk in room.chunks:
+            chunk.disable_forward_pre_hook()
+            chunk.enable_forward_pre_hook()
+
+
+def _models(room: Lab) -> Iterator[tuple[str, Any]]:
+    """(key in a checkpoint, chunk without its DDP wrapper), named as Megatron's training names them.
+
+    Older releases ask for the virtual pipeline's stage to find out which layers a chunk has.
+    """
+    state = import_module("megatron.core.parallel_state")
+    for index, chunk in enumerate(room.chunks):
+        if len(room.chunks) > 1:
+            state.set_virtual_pipeline_model_parallel_rank(index)
+        yield (f"model{index}" if len(room.chunks) > 1 else "model"), chunk.module
+
+
+def _sharded_state(room: Lab, checkpoint_format: str, *, loading: bool) -> dict[str, Any]:
+    state: dict[str, Any] = {name: model.sharded_state_dict() for name, model in _models(room)}
+    # A copy: newer releases write into the metadata they are given.
+    metadata: dict[str, Any] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+    arguments: dict[str, Any] = {"metadata": metadata}
+    if checkpoint_format != "torch_dist":
+        metadata["distrib_optim_sharding_type"] = checkpoint_format
+        method = import_module(_DISTRIBUTED).DistributedOptimizer.sharded_state_dict
+        arguments = compat.signature_kwargs(method, metadata=metadata) or {"sharding_type": checkpoint_format}
+    elif not compat.signature_kwargs(optimizers(room)[0].sharded_state_dict, metadata=metadata):
+        arguments = {}
+    state["optimizer"] = room.optimizer.sharded_state_dict(state, is_loading=loading, **arguments)
+    return state
+
+
+# The legacy format: what a rank needs in files of its own -----------------------------------------------------------
+
+
+def _save_legacy(room: Lab, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: model.state_dict_for_save_checkpoint() for name, model in _models(room)}
+    state["optimizer"] = room.optimizer.state_dict()
+    torch.save(state, folder / f"rank-{dist.get_rank()}.pt")
+    if room.recipe.optimizer == "distributed":
+        room.optimizer.save_parameter_state(str(folder / f"optimizer-{dist.get_rank()}.pt"))
+    dist.barrier()
+
+
+def _load_legacy(room: Lab, folder: Path) -> None:
+    state = torch.load(folder / f"rank-{dist.get_rank()}.pt", weights_only=True)
+    for name, model in _models(room):
+        model.load_state_dict(state[name])
+    room.optimizer.load_state_dict(state["optimizer"])
+    if room.recipe.optimizer == "distributed":
+        room.optimizer.load_parameter_state(str(folder / f"optimizer-{dist.get_rank()}.pt"))
+
+
+@contextlib.contextmanager
+def _step_kept_in_groups(room: Lab) -> Iterator[None]:
+    """Tell the distributed optimizer's checkpoint code that its Adam is one that keeps `step` in the group.
+
+    It asks whether TransformerEngine could be imported, not what Adam it holds.
+    """
+    module = import_module(_DISTRIBUTED)
+    flags = ("HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER") if room.recipe.fused_adam else ()
+    kept = {flag: getattr(module, flag) for flag in flags if hasattr(module, flag)}
+    try:
+        for flag in kept:
+            setattr(module, flag, True)
+        yield
+    finally:
+        for flag, value in kept.items():
+            setattr(module, flag, value)
+
+
+# Looking at it --------------------------------------------------------------------------------------------------------
+
+
+def optimizers(room: Lab) -> list[Any]:
+    """The optimizers that have parameters, out of whatever chain holds them."""
+    chain = getattr(room.optimizer, "chained_optimizers", None) or [room.optimizer]
+    return [one for one in chain if not getattr(one, "is_stub_optimizer", False)]
+
+
+def snapshot(room: Lab) -> dict[str, torch.Tensor]:
+    """Copies of everything that this rank's training goes on from, by name. Every rank calls it.
+
+    "NAME" is a parameter or buffer of the model (float or integer, as it is); "NAME.main", "NAME.exp_avg" and so on
+    what an optimizer holds for it; "NAME.range" which slice of it these are, [start, end), where the optimizer is
+    distributed. Nothing here goes through Megatron's own look-ups, which a test may be about.
+    """
+    gather(room)
+    found: dict[str, torch.Tensor] = {}
+    names: dict[Any, str] = {}
+    for key, model in _models(room):
+        prefix = "" if key == "model" else f"{key}."
+        for name, tensor in model.named_parameters():
+            names[tensor] = prefix + name
+            found[prefix + name] = tensor.detach().clone()
+        for name, tensor in model.named_buffers():
+            found[prefix + name] = tensor.detach().clone()
+    for optimizer in optimizers(room):
+        for parameter, main in _main_copies(optimizer):
+            name = names[parameter]
+            found[f"{name}.main"] = main.detach().clone()
+            if hasattr(optimizer, "model_param_gbuf_map"):
+                part = optimizer._get_model_param_range_map(parameter)["param"]
+                found[f"{name}.range"] = torch.tensor([part.start, part.end])
+            # get(): looking a parameter up would start its state, and Megatron asks whether there is any.
+            for key, value in optimizer.optimizer.state.get(main, {}).items():
+                if isinstance(value, torch.Tensor):
+                    found[f"{name}.{key}"] = value.detach().clone()
+        for index, group in enumerate(optimizer.optimizer.param_groups):
+            if "step" in group:
+                found[f"group {index} step"] = torch.tensor(int(group["step"]))
+    return found
+
+
+def _main_copies(optimizer: Any) -> Iterator[tuple[Any, Any]]:
+    """(model parameter, what the inner optimizer updates for it); the same object where there is no copy."""
+    if hasattr(optimizer, "shard_fp32_from_float16_groups"):
+        pairs = [
+            (optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups),
+            (optimizer.model_fp32_groups, optimizer.shard_fp32_groups),
+        ]
+    else:
+        pairs = [
+            (optimizer.float16_groups, optimizer.fp32_from_float16_groups),
+            (optimizer.fp32_from_fp32_groups, optimizer.fp32_from_fp32_groups),
+        ]
+    for parameters, mains in pairs:
+        for group, main_group in zip(parameters, mains, strict=True):
+            yield from zip(group, main_group, strict=True)
+
+
+def differences(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+    """The names under which two snapshots differ, bit for bit; a tensor that one of them lacks differs."""
+    return sorted(
+        name
+        for name in one.keys() | other.keys()
+        if name not in one
+        or name not in other
+        or one[name].dtype != other[name].dtype
+        or not torch.equal(one[name], other[name])
+    )

@@ -1,0 +1,212 @@
+"""Combinations that fp32 router parameters do not survive, or that nobody has tried: stopped before the first step.
+
+Two kinds. *Broken*: known to fail or to train wrongly. *Untested*: needs a GPU or a package that no test of ours has,
+and is let through by MEGATRON_FP32_ROUTER_UNTESTED=allow. Both look at the tensors: a model without fp32 router
+parameters beside bf16 or fp16 ones (PROTECT=buffers, fp32 training, no mixture of experts) is never stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+
+from megatron_fp32_router.errors import CombinationRefusedError
+from megatron_fp32_router.protect.casts import below_fp32, is_protected
+from megatron_fp32_router.registry import mismatch, registry, replaces
+from megatron_fp32_router.say import say
+from megatron_fp32_router.settings import PREFIX
+
+
+def _refuse(parameters: Iterable[Any], found: str, why: str, instead: str, *, untested: bool = False) -> None:
+    """Stop if `parameters` holds fp32 router parameters beside ones of lower precision.
+
+    Args:
+        found: the configuration, as a noun.
+        why: what would go wrong; a sentence's second half.
+        instead: which flag to change; a sentence's beginning.
+        untested: MEGATRON_FP32_ROUTER_UNTESTED=allow lets it through.
+
+    Raises:
+        CombinationRefusedError: there are such parameters (under on_mismatch="raise").
+    """
+    seen = [parameter for parameter in parameters if isinstance(parameter, torch.Tensor)]
+    ours = sum(is_protected(parameter) for parameter in seen)
+    lower = {parameter.dtype for parameter in seen if below_fp32(parameter.dtype)}
+    if not ours or not lower:
+        return
+    mixture = f"{ours} fp32 router parameters beside {' and '.join(sorted(map(_plain, lower)))} ones"
+    if untested and registry.settings.untested == "allow":
+        say(
+            logging.WARNING,
+            f"{found} with {mixture}: {why}. Allowed by {PREFIX}_UNTESTED=allow.",
+            threshold=registry.settings.log,
+            once=True,
+        )
+        return
+    allow = f", or try it with {PREFIX}_UNTESTED=allow" if untested else ""
+    mismatch(
+        CombinationRefusedError,
+        f"{found} with {mixture}: {why}. {instead}, or set {PREFIX}_PROTECT=buffers, which keeps the balance update "
+        f"exact and leaves the router's parameters to Megatron{allow}.",
+    )
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _grouped(optimizer: Any) -> Iterator[Any]:
+    for group in getattr(optimizer, "param_groups", None) or ():
+        yield from group["params"]
+
+
+# Optimizers ------------------------------------------------------------------------------------------------------
+
+
+def _is_emerging(optimizer: Any) -> bool:
+    """Whether this is Muon or another optimizer built on the package emerging_optimizers."""
+    return any(
+        base.__module__.partition(".")[0] == "emerging_optimizers"
+        or base.__module__.startswith(("megatron.core.optimizer.muon", "megatron.core.optimizer.emerging_optimizers"))
+        for base in type(optimizer).__mro__
+    )
+
+
+def look_at_configuration(original: Callable[..., None]) -> Callable[..., None]:
+    """MixedPrecisionOptimizer.__init__, which every optimizer with main copies goes through.
+
+    Raises:
+        CombinationRefusedError: precision-aware optimizer (#7338); clipping of gradients in two dtypes by its
+            kernels; Muon.
+    """
+
+    @replaces(original)
+    def __init__(self: Any, optimizer: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        offloaded = getattr(config, "optimizer_cpu_offload", False)
+        if getattr(config, "use_precision_aware_optimizer", False):
+            if not offloaded:
+                _refuse(
+                    _grouped(optimizer),
+                    "the precision-aware optimizer (--use-precision-aware-optimizer)",
+                    "its main copy of an fp32 parameter is never updated, and is what a checkpoint would hold "
+                    "(NVIDIA/Megatron-LM #7338)",
+                    "Train without --use-precision-aware-optimizer",
+                )
+            elif config.clip_grad > 0:
+                parameters = list(_grouped(optimizer))
+                dtypes = {grad.dtype for p in parameters if (grad := getattr(p, "main_grad", None)) is not None}
+                if len(dtypes) > 1:
+                    _refuse(
+                        parameters,
+                        f"gradient clipping over gradients in {' and '.join(sorted(map(_plain, dtypes)))}",
+                        "the kernels of the precision-aware optimizer read all of them as the first one's type "
+                        "(NVIDIA/Megatron-LM #7338)",
+                        "Train with --main-grads-dtype fp32 and without --grad-reduce-in-bf16, or with --clip-grad 0",
+                    )
+        if _is_emerging(optimizer):
+            _refuse(
+                _grouped(optimizer),
+                f"{type(optimizer).__name__} from emerging_optimizers",
+                "no test has run it, and it computes a router's update in lower precision whatever its parameters are",
+                "Train with --optimizer adam",
+                untested=True,
+            )
+        original(self, optimizer, config, *args, **kwargs)
+
+    return __init__
+
+
+def look_at_layer_wise(original: Callable[..., None]) -> Callable[..., None]:
+    """LayerWiseDistributedOptimizer.__init__ (0.16 and later).
+
+    Raises:
+        CombinationRefusedError: it gathers parameters of all dtypes as if they had the first one's.
+    """
+
+    @replaces(original)
+    def __init__(self: Any, optimizers: Any, *args: Any, **kwargs: Any) -> None:
+        _refuse(
+            (parameter for optimizer in optimizers for parameter in _grouped(optimizer)),
+            "the layer-wise distributed optimizer",
+            "it gathers all parameters as if they had the first one's dtype, and no test has run it",
+            "Train with --optimizer adam --use-distributed-optimizer",
+            untested=True,
+        )
+        original(self, optimizers, *args, **kwargs)
+
+    return __init__
+
+
+# Wrappers --------------------------------------------------------------------------------------------------------
+
+
+def _look_at_wrapped(
+    original: Callable[..., None], found: str, why: str, instead: str, *, untested: bool
+) -> Callable[..., None]:
+    @replaces(original)
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        modules = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.nn.Module)]
+        parameters = [parameter for module in modules for parameter in module.parameters()]
+        _refuse(parameters, found, why, instead, untested=untested)
+        original(self, config, *args, **kwargs)
+
+    return __init__
+
+
+def look_at_fsdp2(original: Callable[..., None]) -> Callable[..., None]:
+    """TorchFullyShardedDataParallel.__init__.
+
+    Raises:
+        CombinationRefusedError: torch's FSDP2 asserts one parameter dtype per unit, in the first forward.
+    """
+    return _look_at_wrapped(
+        original,
+        "torch FSDP2 (--use-torch-fsdp2)",
+        'torch stops the first forward with "FSDP expects uniform original parameter dtype"',
+        "Train without --use-torch-fsdp2",
+        untested=False,
+    )
+
+
+def look_at_megatron_fsdp(original: Callable[..., None]) -> Callable[..., None]:
+    """FullyShardedDataParallel.__init__ of custom_fsdp (0.12, 0.13) and of Megatron-FSDP (0.14 and later).
+
+    Raises:
+        CombinationRefusedError: it needs a GPU, and no test has run it.
+    """
+    return _look_at_wrapped(
+        original,
+        "Megatron-FSDP (--use-megatron-fsdp, --use-custom-fsdp)",
+        "no test has run it: it needs a GPU",
+        "Train without it",
+        untested=True,
+    )
+
+
+# Refit -----------------------------------------------------------------------------------------------------------
+
+
+def compare_dtypes(original: Callable[..., Any]) -> Callable[..., Any]:
+    """select_src_metadata_balanced, which refit's planner calls once for each destination tensor (0.16 and later).
+
+    Raises:
+        CombinationRefusedError: a router parameter has another dtype on the other side; refit copies bytes.
+    """
+
+    @replaces(original)
+    def select_src_metadata_balanced(src_meta_list: Any, dst_metadata: Any, dst_rank: int) -> Any:
+        source = original(src_meta_list, dst_metadata, dst_rank)
+        name = str(dst_metadata.name)
+        if name.endswith(("router.weight", "router.bias")) and source.dtype != dst_metadata.dtype:
+            mismatch(
+                CombinationRefusedError,
+                f"refit of {name} from {_plain(source.dtype)} to {_plain(dst_metadata.dtype)}: it copies bytes, so "
+                f"both models must keep it in one dtype. Turn the plugin on where both are built, or set "
+                f"{PREFIX}_PROTECT=buffers where the fp32 one is.",
+            )
+        return source
+
+    return select_src_metadata_balanced

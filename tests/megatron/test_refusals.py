@@ -1,0 +1,257 @@
+"""What fp32 router parameters do not work with is refused before the first step, and PROTECT=buffers is not."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import logging
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from packaging.version import Version
+
+import megatron_fp32_router
+from megatron_fp32_router import lab
+from megatron_fp32_router.lab import compat, cpu
+from megatron_fp32_router.lab import train as lab_train
+
+Refused = megatron_fp32_router.CombinationRefusedError
+WAY_OUT = "MEGATRON_FP32_ROUTER_PROTECT=buffers"
+SMALL = {"overlap": False, "seq_length": 16, "micro_batches": 1}
+
+
+@contextlib.contextmanager
+def refused(found: str, instead: str, *, untested: bool = False) -> Iterator[None]:
+    """The error says what was found, what to change, and both variables where both help."""
+    with pytest.raises(Refused) as caught:
+        yield
+    message = str(caught.value)
+    assert found in message
+    assert instead in message
+    assert "fp32 router parameters beside bfloat16 ones" in message
+    assert WAY_OUT in message
+    assert ("MEGATRON_FP32_ROUTER_UNTESTED=allow" in message) == untested
+
+
+# Optimizers ------------------------------------------------------------------------------------------------------
+
+
+def precision_aware(room: lab.Lab) -> Any:
+    """A second optimizer for `room`, with the precision-aware flag. Its kernels are not needed to build it."""
+    home = import_module("megatron.core.optimizer")
+    distributed = import_module("megatron.core.optimizer.distrib_optimizer")
+    chain = getattr(room.optimizer, "chained_optimizers", [room.optimizer])
+    settings = copy.copy(chain[0].config)
+    settings.use_precision_aware_optimizer = True
+    settings.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (home, distributed):
+            patch.setattr(module, "Adam", compat.FusedAdamLike, raising=False)
+        patch.setattr(home, "USING_PYTORCH_OPTIMIZER", False, raising=False)
+        patch.setattr(home, "is_te_min_version", lambda *args, **kwargs: False, raising=False)
+        return home.get_megatron_optimizer(settings, room.chunks)
+
+
+def test_the_precision_aware_optimizer_is_refused(build: Any, plugin: Any) -> None:
+    room = build(optimizer="distributed", fused_adam=True, **SMALL)
+    with refused("--use-precision-aware-optimizer", "Train without --use-precision-aware-optimizer"):
+        precision_aware(room)
+
+
+def test_the_precision_aware_optimizer_is_not_refused_when_buffers_are_protected(build: Any, plugin: Any) -> None:
+    plugin(protect="buffers")
+    assert precision_aware(build(optimizer="distributed", fused_adam=True, **SMALL))
+
+
+def offloaded(build: Any, clip: float) -> None:
+    extra = {"optimizer_cpu_offload": True, "use_precision_aware_optimizer": True, "pin_cpu_grads": False}
+    with cpu.offloading():
+        build(
+            optimizer="distributed",
+            clip_grad=clip,
+            ddp_extra={"grad_reduce_in_fp32": False},
+            optimizer_extra=extra,
+            **SMALL,
+        )
+
+
+@pytest.mark.since("0.12")
+def test_clipping_by_kernels_that_read_one_type_is_refused(build: Any, plugin: Any) -> None:
+    with refused("gradients in bfloat16 and float32", "--main-grads-dtype fp32"):
+        offloaded(build, clip=1.0)
+    offloaded(build, clip=0.0)
+    plugin(protect="buffers")
+    offloaded(build, clip=1.0)
+
+
+class StandIn(torch.optim.SGD):
+    """Where Muon would be: its package is on no registry. Only the home of the class is looked at."""
+
+    __module__ = "emerging_optimizers.orthogonalized_optimizers"
+
+
+def muon(room: lab.Lab) -> Any:
+    float16 = import_module("megatron.core.optimizer.optimizer").Float16OptimizerWithFloat16Params
+    chain = getattr(room.optimizer, "chained_optimizers", [room.optimizer])
+    parameters = [p for p in room.chunks[0].parameters() if p.dim() == 2]
+    return float16(StandIn(parameters), chain[0].config, None, lambda *_: None)
+
+
+@pytest.mark.since("0.16")
+def test_muon_is_refused_until_somebody_has_tried_it(build: Any, plugin: Any, monkeypatch: Any, caplog: Any) -> None:
+    room = build(**SMALL)
+    with refused("StandIn from emerging_optimizers", "--optimizer adam", untested=True):
+        muon(room)
+    monkeypatch.setenv("MEGATRON_FP32_ROUTER_UNTESTED", "allow")
+    plugin()
+    with caplog.at_level(logging.WARNING):
+        assert muon(room)
+    assert "Allowed by MEGATRON_FP32_ROUTER_UNTESTED=allow" in caplog.text
+    monkeypatch.delenv("MEGATRON_FP32_ROUTER_UNTESTED")
+    plugin(protect="buffers")
+    assert muon(build(**SMALL))
+
+
+def layer_wise(room: lab.Lab) -> Any:
+    home = import_module("megatron.core.optimizer.layer_wise_optimizer")
+    groups = import_module("megatron.core.process_groups_config").ProcessGroupCollection.use_mpu_process_groups()
+    chain = getattr(room.optimizer, "chained_optimizers", [room.optimizer])
+    adam = torch.optim.AdamW([{"params": list(room.chunks[0].parameters()), "is_expert_parallel": False}])
+    wanted = compat.signature_kwargs(
+        home.LayerWiseDistributedOptimizer.__init__, init_state_fn_list=[lambda *_: None], model_chunks=room.chunks
+    )
+    return home.LayerWiseDistributedOptimizer([adam], chain[0].config, groups, **wanted)
+
+
+@pytest.mark.since("0.16")
+def test_the_layer_wise_optimizer_is_refused(build: Any, plugin: Any) -> None:
+    room = build(**SMALL)
+    with refused("layer-wise distributed optimizer", "--use-distributed-optimizer", untested=True):
+        layer_wise(room)
+    plugin(protect="buffers")
+    assert layer_wise(build(**SMALL))
+
+
+# Wrappers --------------------------------------------------------------------------------------------------------
+
+
+class ReachedError(Exception):
+    """Upstream's own code was reached."""
+
+
+def wrapped(recipe: lab.Recipe) -> Any:
+    (model,) = lab.build_model(recipe)
+    return import_module("megatron.core.transformer.module").Float16Module(model.config, model)
+
+
+def test_torch_fsdp2_is_refused_when_it_wraps(plugin: Any, monkeypatch: Any) -> None:
+    home = import_module("megatron.core.distributed.torch_fully_sharded_data_parallel")
+
+    class Mesh:
+        @staticmethod
+        def from_group(*args: Any) -> None:
+            raise ReachedError
+
+    monkeypatch.setattr(home, "DeviceMesh", Mesh)
+    wrapper = home.TorchFullyShardedDataParallel
+    recipe = lab.Recipe(**SMALL)
+    for protect in ("all", "buffers"):
+        plugin(protect=protect)
+        with lab.parallel(recipe):
+            module = wrapped(recipe)
+            fields = compat.signature_kwargs(wrapper.__init__, ddp_config=object())
+            if protect == "all":
+                with refused("torch FSDP2", "without --use-torch-fsdp2"):
+                    wrapper(module.config, module=module, **fields)
+            else:
+                with pytest.raises(ReachedError):
+                    wrapper(module.config, module=module, **fields)
+
+
+@pytest.mark.since("0.12")
+def test_megatron_fsdp_is_refused_until_somebody_has_tried_it(plugin: Any, release: Version, monkeypatch: Any) -> None:
+    if release < Version("0.14"):
+        home = import_module("megatron.core.distributed.custom_fsdp.fully_sharded_data_parallel")
+        names = ["FullyShardedDataParallel"]
+    else:
+        home = import_module("megatron.core.distributed.fsdp.mcore_fsdp_adapter")
+        # A factory of two classes from 0.20.
+        names = [n for n, v in vars(home).items() if n.startswith("FullyShardedDataParallel") and inspect.isclass(v)]
+    recipe = lab.Recipe(**SMALL)
+    for protect, untested in (("all", "refuse"), ("all", "allow"), ("buffers", "refuse")):
+        monkeypatch.setenv("MEGATRON_FP32_ROUTER_UNTESTED", untested)
+        plugin(protect=protect)
+        with lab.parallel(recipe):
+            module = wrapped(recipe)
+            for name in names:
+                if (protect, untested) == ("all", "refuse"):
+                    with refused("Megatron-FSDP", "Train without it", untested=True):
+                        getattr(home, name)(module.config, object(), module)
+                else:
+                    # Whatever it lacks on a CPU, or in that object: upstream's own code was reached.
+                    with pytest.raises(Exception) as caught:  # noqa: PT011
+                        getattr(home, name)(module.config, object(), module)
+                    assert not isinstance(caught.value, megatron_fp32_router.Fp32RouterError)
+
+
+# Refit -----------------------------------------------------------------------------------------------------------
+
+
+def plan(source: Any, destination: Any, experts: int) -> Any:
+    planner = import_module("megatron.core.resharding.planner")
+    make = getattr(planner, "build_local_reshard_plan", None) or planner.build_centralized_reshard_plan
+    return make(source, destination, num_experts=experts)
+
+
+@pytest.mark.since("0.16")
+def test_refit_between_dtypes_is_refused_when_it_is_planned(plugin: Any) -> None:
+    recipe = lab.Recipe(**SMALL)
+    with lab.parallel(recipe):
+        trained, same = wrapped(recipe).module, wrapped(recipe).module
+        plugin(protect="buffers")
+        (rounded,) = lab.build_model(recipe)
+        rounded = rounded.bfloat16()
+        plugin()
+        with pytest.raises(Refused, match=f"router.weight from float32 to bfloat16.*{WAY_OUT}"):
+            plan(trained, rounded, recipe.experts)
+        assert plan(trained, same, recipe.experts)
+        assert plan(rounded, rounded, recipe.experts)
+
+
+# Data parallelism ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def later_chunk(build: Any, monkeypatch: Any) -> Any:
+    """`later_chunk(**recipe)`: a model that data parallelism takes for a later chunk of a virtual pipeline."""
+    wrap = lab_train._wrap
+    monkeypatch.setattr(lab_train, "_wrap", lambda recipe, config, model, index: wrap(recipe, config, model, 1))
+    return lambda **fields: build(ddp_extra={"grad_reduce_in_fp32": False}, **SMALL, **fields)
+
+
+def dtypes_together(room: lab.Lab) -> list[set[torch.dtype]]:
+    chunk = room.chunks[0]
+    return [
+        {bucket.grad_data.dtype for bucket in group.buckets}
+        for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups
+    ]
+
+
+def test_upstream_reduces_two_dtypes_in_one_all_reduce(later_chunk: Any, plugin: Any, monkeypatch: Any) -> None:
+    home = import_module("megatron.core.distributed.distributed_data_parallel")
+    monkeypatch.setattr(home, "partition_buckets", home.partition_buckets.__wrapped__)
+    room = later_chunk()
+    with pytest.raises(RuntimeError, match="same type"):
+        room.step(lab.text_batches(room.recipe, seed=1))
+
+
+def test_gradients_of_two_dtypes_are_reduced_apart(later_chunk: Any, plugin: Any) -> None:
+    room = later_chunk()
+    assert dtypes_together(room) == [{torch.bfloat16}, {torch.float32}]
+    before = {name: router.weight.detach().clone() for name, router in room.routers()}
+    room.step(lab.text_batches(room.recipe, seed=1))
+    assert all(not torch.equal(before[name], router.weight) for name, router in room.routers())

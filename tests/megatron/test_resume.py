@@ -1,0 +1,125 @@
+"""Save, and go on in a new process: the bits of a run that never stopped, in every format that this Megatron has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.version import Version
+from programs import resume
+
+from megatron_fp32_router import lab
+from megatron_fp32_router.lab import checkpoint
+
+DISTRIBUTED: dict[str, Any] = {"optimizer": "distributed", "fused_adam": True}
+CLASSES = {"distributed": "DistributedOptimizer", "plain": "Float16OptimizerWithFloat16Params"}
+#: Formats that store optimizer state by parameter name, so that it fits whatever the dtypes are.
+BY_NAME = ("torch_dist", "fully_sharded_model_space", "fully_reshardable")
+#: Without the plugin a load rounds expert_bias, in the releases in which it does (see the defects D4 and D5).
+NO_BIAS: dict[str, Any] = {"expert_bias": False}
+#: The oldest release, the newest, and the one whose checkpoint formats are new: 0.15 replaced bucket space.
+FULL = ("0.11", "0.15", "0.19")
+
+
+@pytest.fixture(scope="module")
+def usable(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Optimizer -> the formats in which this Megatron can save and load without the plugin at all."""
+    failures = {kind: upstream_failures(kind, tmp_path_factory.mktemp("upstream")) for kind in CLASSES}
+    return {kind: [name for name, failure in found.items() if not failure] for kind, found in failures.items()}
+
+
+def upstream_failures(kind: str, folder: Path) -> dict[str, str]:
+    """Format -> why it cannot be saved and loaded, or "", with the plugin off and one rank."""
+    recipe = lab.Recipe(**resume.TINY, **NO_BIAS, **(DISTRIBUTED if kind == "distributed" else {}))
+    resume.turn("off")
+    found = {}
+    with lab.parallel(recipe):
+        room = resume.build(recipe)
+        resume.train(room, 0)
+        for name in checkpoint.formats(kind):
+            found[name] = resume.attempt(lambda name=name: checkpoint.save(room, folder / name, name))
+            if not found[name]:
+                other = resume.build(recipe)
+                found[name] = resume.attempt(lambda name=name, other=other: checkpoint.load(other, folder / name, name))
+                assert found[name] or not checkpoint.differences(checkpoint.snapshot(room), checkpoint.snapshot(other))
+    return found
+
+
+def case(name: str, formats: list[str], plugin: str, then: str, **fields: Any) -> dict[str, Any]:
+    return {"name": name, "formats": formats, "plugin": plugin, "then": then, "fields": fields}
+
+
+def cases(usable: dict[str, list[str]], release: Version) -> list[dict[str, Any]]:
+    """All that two ranks go through, one after the other."""
+    all_of_them, plain = usable["distributed"], usable["plain"]
+    by_name = [name for name in all_of_them if name in BY_NAME]
+    biases = {"linear_bias": release >= Version("0.15")}
+    some = [
+        case("DP=2", all_of_them, "on", "on", data_parallel=2, **biases, **DISTRIBUTED),
+        case("DP=2, plain", plain, "on", "on", data_parallel=2, **biases),
+        # Without overlap nothing but the plugin gathers what was loaded before the next forward.
+        case("DP=2, off", by_name, "off", "on", data_parallel=2, overlap=False, **DISTRIBUTED, **NO_BIAS, **biases),
+        case("DP=2, off, plain", plain, "off", "on", data_parallel=2, **NO_BIAS, **biases),
+        case("DP=2, on", by_name, "on", "off", data_parallel=2, **DISTRIBUTED, **NO_BIAS, **biases),
+        case("DP=2, on, plain", plain, "on", "off", data_parallel=2, **NO_BIAS, **biases),
+    ]
+    if f"{release.major}.{release.minor}" in FULL:
+        # The two that Megatron's own flags choose between.
+        few = all_of_them[-2:]
+        rough = {"overlap": False, "ddp_extra": {"grad_reduce_in_fp32": False}}
+        some += [
+            case("DP=2, no overlap, bf16 gradients", few, "on", "on", data_parallel=2, **rough, **DISTRIBUTED),
+            case("TP=2", few, "on", "on", tensor_parallel=2, **DISTRIBUTED),
+            case("PP=2", few, "on", "on", pipeline_parallel=2, **DISTRIBUTED),
+            case("TP=2, plain", plain[-1:], "on", "on", tensor_parallel=2),
+            case("VPP=2, plain", plain[-1:], "on", "on", pipeline_parallel=2, virtual_pipeline=2, layers=4, **rough),
+            case("EP=2", few, "on", "on", data_parallel=2, expert_parallel=2, **DISTRIBUTED),
+        ]
+    some.append(case("VPP=2", by_name, "on", "on", pipeline_parallel=2, virtual_pipeline=2, layers=4, **DISTRIBUTED))
+    return some
+
+
+def test_a_resume_in_a_new_process_ends_on_the_bits_of_a_run_that_never_stopped(
+    usable: Any, release: Version, request: pytest.FixtureRequest, resume_record: Any, tmp_path: Path
+) -> None:
+    wanted = cases(usable, release)
+    where = {
+        "megatron": request.config.getoption("--megatron"),
+        "plugin": True,
+        "python_path": [str(request.config.rootpath / "tests" / "programs")],
+        "timeout": 400.0,
+    }
+    two = lab.Recipe(data_parallel=2)
+    for rank in lab.run_ranks("resume:write", two, {"cases": wanted, "folder": str(tmp_path)}, **where):
+        for name, result in rank.items():
+            assert result["disturbed"] == [], f"{name}: saving changed the training"
+            assert result["losses"][-1] < result["losses"][0], f"{name} does not learn"
+            assert set(result["failures"].values()) <= {""}, (name, result["failures"])
+    ranks = lab.run_ranks("resume:read", two, {"cases": wanted, "folder": str(tmp_path)}, **where)
+    for one in wanted:
+        for name in one["formats"]:
+            for number, rank in enumerate(ranks):
+                found = rank[f"{one['name']} {one['then']}"][name]
+                good = {"failure": "", "loaded": [], "end": [], "losses": True}
+                assert found == good, f"{one['name']}, {name}, rank {number}: {one['plugin']}->{one['then']}"
+            kind = one["fields"].get("optimizer", "plain")
+            resume_record(CLASSES[kind], name, f"{one['plugin']}->{one['then']}", "works")
+    resharded(tmp_path, wanted)
+
+
+def resharded(folder: Path, written: list[dict[str, Any]]) -> None:
+    """DP=2 -> DP=1 in every format, TP=2 -> TP=1 where names decide: the same state, in other slices."""
+    for one in written:
+        if one["name"] not in ("DP=2", "TP=2"):
+            continue
+        fields = {**one["fields"], "data_parallel": 1, "tensor_parallel": 1}
+        recipe = lab.Recipe(**{**resume.TINY, **fields})
+        resume.turn("on")
+        with lab.parallel(recipe):
+            for name in one["formats"]:
+                if one["name"] == "DP=2" or name in BY_NAME:
+                    room = resume.build(recipe)
+                    checkpoint.load(room, folder / one["name"] / name, name)
+                    assert resume.differences_from_whole(room, folder / one["name"]) == [], (one["name"], name)
+    resume.turn("off")

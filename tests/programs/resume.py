@@ -1,0 +1,194 @@
+"""What the ranks of tests/megatron/test_resume*.py run: train and save in one process, load and go on in another.
+
+A case is {"name", "fields" of its Recipe, "formats", "plugin": before the save, "then": after the load}. All cases of
+a launch share its ranks, one layout after another.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import megatron_fp32_router
+from megatron_fp32_router import lab
+from megatron_fp32_router.lab import checkpoint
+
+#: Small enough that building, three steps and a checkpoint take a fraction of a second.
+TINY: dict[str, Any] = {"hidden": 32, "moe_ffn": 32, "experts": 4, "seq_length": 32, "vocab": 64, "bias_start": 0.75}
+STEPS = 3
+
+
+def recipe_of(case: dict[str, Any]) -> Any:
+    return lab.Recipe(**{**TINY, **case["fields"]})
+
+
+def build(recipe: Any) -> Any:
+    """A model and an optimizer, the same ones every time."""
+    lab.seed(recipe.seed)
+    models = lab.build_model(recipe)
+    for model in models:
+        for name, parameter in model.named_parameters():
+            if name.endswith("router.bias"):
+                parameter.data.zero_()  # 0.15 leaves it as it finds the memory
+    return lab.wrap(recipe, models)
+
+
+def turn(plugin: str) -> None:
+    """ "on", "off", or "buffers": on, with weight and bias left to Megatron."""
+    megatron_fp32_router.disable()
+    if plugin != "off":
+        megatron_fp32_router.enable(protect="buffers" if plugin == "buffers" else "all")
+
+
+def train(room: Any, first: int) -> list[float]:
+    """STEPS steps, of which `first` have been taken before; returns their losses."""
+    batches = lab.text_batches(room.recipe, seed=7)
+    for _ in range(first * room.recipe.micro_batches):
+        next(batches)
+    return [room.step(batches) for _ in range(STEPS)]
+
+
+def attempt(action: Any) -> str:
+    """Why `action` failed, or an empty string. A failure that not all ranks share would be a hang, and is not tried."""
+    try:
+        action()
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def write(recipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Train six steps; and again with a checkpoint in every format after three. Both must end alike."""
+    lab.leave_layout()
+    return {case["name"]: write_one(case, Path(arguments["folder"])) for case in arguments["cases"]}
+
+
+def write_one(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    recipe, home = recipe_of(case), folder / case["name"]
+    home.mkdir(exist_ok=True)
+    turn(case["plugin"])
+    with lab.layout(recipe):
+        straight = build(recipe)
+        losses = train(straight, 0) + train(straight, STEPS)
+        end = checkpoint.snapshot(straight)
+        room = build(recipe)
+        train(room, 0)
+        middle = checkpoint.snapshot(room)
+        failures = {
+            name: attempt(lambda name=name: checkpoint.save(room, home / name, name)) for name in case["formats"]
+        }
+        train(room, STEPS)
+        disturbed = checkpoint.differences(end, checkpoint.snapshot(room))
+    kept = {"middle": middle, "end": end, "losses": losses}
+    torch.save(kept, home / f"truth-{dist.get_rank()}.pt")
+    return {"failures": failures, "disturbed": disturbed, "losses": losses}
+
+
+def read(recipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Load every checkpoint that was written, and train three steps more."""
+    lab.leave_layout()
+    return {f"{case['name']} {case['then']}": read_one(case, Path(arguments["folder"])) for case in arguments["cases"]}
+
+
+def read_one(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """For each format: {"failure", "loaded": what differs after the load, "end": what differs three steps later}."""
+    recipe, home = recipe_of(case), folder / case["name"]
+    turn(case["then"])
+    results: dict[str, Any] = {}
+    with lab.layout(recipe):
+        truth = torch.load(home / f"truth-{dist.get_rank()}.pt", weights_only=True)
+        if case["then"] != case["plugin"]:
+            truth = transplanted(recipe, home)
+        for name in case["formats"]:
+            room = build(recipe)
+            before = checkpoint.snapshot(room)
+            failure = attempt(lambda room=room, name=name: checkpoint.load(room, home / name, name))
+            if failure:
+                overwritten = [n for n in checkpoint.differences(before, checkpoint.snapshot(room)) if n in before]
+                results[name] = {"failure": failure, "overwritten": overwritten}
+                continue
+            loaded = checkpoint.differences(truth["middle"], checkpoint.snapshot(room))
+            losses = train(room, STEPS)
+            results[name] = {
+                "failure": "",
+                "loaded": loaded,
+                "end": checkpoint.differences(truth["end"], checkpoint.snapshot(room)),
+                "losses": losses == truth["losses"][-STEPS:],
+            }
+    return results
+
+
+# The other setting's state, put in place by hand: what a resume across on and off has to equal ------------------------
+
+
+def whole(home: Path) -> dict[str, torch.Tensor]:
+    """The state of all ranks at the save, slices of a distributed optimizer joined, in one dictionary by name."""
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(home.glob("truth-*.pt")):
+        state = torch.load(path, weights_only=True)["middle"]
+        for name, value in state.items():
+            base, _, kind = name.rpartition(".")
+            if kind == "range" or f"{base}.range" not in state or value.dim() == 0:
+                found.setdefault(name, value)
+                continue
+            start, end = state[f"{base}.range"].tolist()
+            found.setdefault(name, torch.full((state[base].numel(),), float("nan")))[start:end] = value
+    return found
+
+
+def transplanted(recipe: Any, home: Path) -> dict[str, Any]:
+    """Build under this process's setting, write the saved state in by name, and train on: no checkpoint involved.
+
+    Parameters take the value of their main copy, rounded where this setting keeps them in bf16.
+    """
+    state = whole(home)
+    room = build(recipe)
+    names: dict[Any, str] = {}
+    with torch.no_grad():
+        for chunk in room.chunks:
+            for name, parameter in chunk.module.named_parameters():
+                names[parameter] = name
+                parameter.copy_(state[f"{name}.main"].view_as(parameter))
+            for name, buffer in chunk.module.named_buffers():
+                buffer.copy_(state[name])
+        for optimizer in checkpoint.optimizers(room):
+            for parameter, main in checkpoint._main_copies(optimizer):
+                name, part = names[parameter], slice(None)
+                if hasattr(optimizer, "model_param_gbuf_map"):
+                    found = optimizer._get_model_param_range_map(parameter)["param"]
+                    part = slice(found.start, found.end)
+                main.copy_(state[f"{name}.main"].view(-1)[part].view_as(main))
+                inner = optimizer.optimizer.state[main]
+                for kind in ("exp_avg", "exp_avg_sq", "step"):
+                    if f"{name}.{kind}" in state:
+                        value = state[f"{name}.{kind}"]
+                        inner[kind] = (value if value.dim() == 0 else value.view(-1)[part].view_as(main)).clone()
+            for index, group in enumerate(optimizer.optimizer.param_groups):
+                if f"group {index} step" in state:
+                    group["step"] = int(state[f"group {index} step"])
+    middle = checkpoint.snapshot(room)
+    losses = train(room, STEPS)
+    return {"middle": middle, "end": checkpoint.snapshot(room), "losses": losses}
+
+
+def differences_from_whole(room: Any, home: Path) -> list[str]:
+    """What this rank holds and what the ranks before the save held together: names that differ, bit for bit.
+
+    For layouts in which slices are others. Megatron cuts parameters along tensor-parallel ranks; those are left out.
+    """
+    state, found = whole(home), checkpoint.snapshot(room)
+    different = []
+    for name, value in found.items():
+        base, _, kind = name.rpartition(".")
+        if kind == "range" or name not in state or ".local_tokens" in name:
+            continue
+        expected = state[name]
+        if f"{base}.range" in found and value.dim() > 0:
+            start, end = found[f"{base}.range"].tolist()
+            expected = expected[start:end]
+        if expected.numel() == value.numel() and not torch.equal(expected.view_as(value), value):
+            different.append(name)
+    return different

@@ -1,0 +1,27 @@
+"""The plugin's casts without its repairs of optimizers: what upstream alone does with fp32 router parameters."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+import wrapt
+
+import megatron_fp32_router
+from megatron_fp32_router.records import PATCHES
+from megatron_fp32_router.registry import registry
+
+
+@contextlib.contextmanager
+def only_casts() -> Iterator[None]:
+    """Everything on but what `optim/` holds; everything off afterwards."""
+    megatron_fp32_router.disable()
+    megatron_fp32_router.enable()
+    for patch in PATCHES:
+        if patch.factory.startswith("optim.") and patch.id in registry.replacements:
+            wrapt.unwrap_object(sys.modules[patch.module], patch.path, registry.replacements[patch.id])
+    try:
+        yield
+    finally:
+        megatron_fp32_router.disable()
