@@ -88,9 +88,24 @@ def write_one(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def read(recipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Load every checkpoint that was written, and train three steps more."""
+    """Load every checkpoint that was written, and train three steps more; load some of them into other layouts."""
     lab.leave_layout()
-    return {f"{case['name']} {case['then']}": read_one(case, Path(arguments["folder"])) for case in arguments["cases"]}
+    home = Path(arguments["folder"])
+    found = {f"{case['name']} {case['then']}": read_one(case, home) for case in arguments["cases"]}
+    return {**found, "resharded": [reshard(case, home) for case in arguments["resharded"]]}
+
+
+def reshard(case: dict[str, Any], folder: Path) -> dict[str, list[str]]:
+    """Load what another layout has saved: format -> which parts of the state are not what that layout held."""
+    recipe, home = recipe_of(case), folder / case["name"]
+    turn(case["then"])
+    found = {}
+    with lab.layout(recipe):
+        for name in case["formats"]:
+            room = build(recipe)
+            checkpoint.load(room, home / name, name)
+            found[name] = differences_from_whole(room, home)
+    return found
 
 
 def read_one(case: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -180,15 +195,20 @@ def differences_from_whole(room: Any, home: Path) -> list[str]:
     For layouts in which slices are others. Megatron cuts parameters along tensor-parallel ranks; those are left out.
     """
     state, found = whole(home), checkpoint.snapshot(room)
-    different = []
+    different, compared = [], set()
     for name, value in found.items():
         base, _, kind = name.rpartition(".")
         if kind == "range" or name not in state or ".local_tokens" in name:
+            continue
+        whose = base if base in found else name
+        if found[whose].shape != state[whose].shape:
             continue
         expected = state[name]
         if f"{base}.range" in found and value.dim() > 0:
             start, end = found[f"{base}.range"].tolist()
             expected = expected[start:end]
-        if expected.numel() == value.numel() and not torch.equal(expected.view_as(value), value):
+        compared.add(f"{base.rpartition('.')[2]}.{kind}")
+        if not torch.equal(expected.view_as(value), value):
             different.append(name)
+    assert compared >= {"router.weight", "weight.main", "weight.exp_avg", "weight.exp_avg_sq"}, compared
     return different

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 from collections.abc import Iterator
 
@@ -17,6 +18,10 @@ from megatron_fp32_router.registry import registry
 def only_casts() -> Iterator[None]:
     """Everything on but what `optim/` holds; everything off afterwards."""
     megatron_fp32_router.disable()
+    # What is imported only later would be patched then.
+    for name in {patch.module for patch in PATCHES if patch.factory.startswith("optim.")}:
+        with contextlib.suppress(ModuleNotFoundError):  # older releases lack some
+            importlib.import_module(name)
     megatron_fp32_router.enable()
     for patch in PATCHES:
         if patch.factory.startswith("optim.") and patch.id in registry.replacements:
