@@ -1,4 +1,4 @@
-"""The command line: `run` a program under the plugin, or see the defect in a `demo`."""
+"""The command line: `run` a program under the plugin, `check` a Megatron, or see the defect in a `demo`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 
+from megatron_fp32_router.compat import check as compat_check
 from megatron_fp32_router.version import __version__
 
 
@@ -39,6 +40,10 @@ def _demo(arguments: argparse.Namespace) -> int:
     return code
 
 
+def _check(arguments: argparse.Namespace) -> int:
+    return compat_check.main(arguments)
+
+
 def _parser(with_demo: bool) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megatron-fp32-router",
@@ -50,6 +55,9 @@ def _parser(with_demo: bool) -> argparse.ArgumentParser:
     run.add_argument("-m", dest="module", action="store_true", help="run a module instead of a script")
     run.add_argument("program", nargs=argparse.REMAINDER, help="the script or module, and its own arguments")
     run.set_defaults(action=_run)
+    check = commands.add_parser("check", help="is the plugin right for a Megatron? exit codes: 0 yes, 1 no, 2 unknown")
+    check.set_defaults(action=_check)
+    compat_check.add_arguments(check)
     demo = commands.add_parser("demo", help="train a tiny MoE with the plugin off and on, and compare")
     demo.set_defaults(action=_demo)
     if with_demo:

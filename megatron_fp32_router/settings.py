@@ -50,6 +50,11 @@ VARIABLES: Final = (
         "warning on rank 0 that says what is unprotected.",
     ),
     Variable(
+        f"{PREFIX}_ACCEPTED",
+        ("",),
+        "The file that `check --accept` wrote: changes in Megatron's source that a passing probe has proven harmless.",
+    ),
+    Variable(
         f"{PREFIX}_LOG",
         ("info", "debug", "warning"),
         "The least severe message that is shown.",
@@ -65,11 +70,13 @@ class Settings:
         protect: "all" keeps parameters and buffers in fp32, "buffers" only the buffers.
         on_mismatch: "raise" stops the program when something is unprotected, "warn" says so and goes on.
         log: the least severe message that is shown.
+        accepted: path of the file with accepted changes in Megatron's source, or "".
     """
 
     protect: Protect = "all"
     on_mismatch: OnMismatch = "raise"
     log: LogLevel = "info"
+    accepted: str = ""
 
     def updated(self, protect: str | None = None, on_mismatch: str | None = None) -> Settings:
         """These settings with the given fields replaced (None leaves a field as it is).
@@ -124,6 +131,8 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
         protect=cast("Protect", _read("_PROTECT", environ)),
         on_mismatch=cast("OnMismatch", _read("_ON_MISMATCH", environ)),
         log=cast("LogLevel", _read("_LOG", environ)),
+        # Any path; whether it can be read shows when there is something that might have been accepted.
+        accepted=environ.get(f"{PREFIX}_ACCEPTED", "").strip(),
     )
 
 

@@ -19,6 +19,8 @@ Definition: TypeAlias = ast.stmt
 _IGNORED: Final = frozenset(
     {"annotation", "ctx", "kind", "returns", "simple", "type_comment", "type_ignores", "type_params"}
 )
+#: Columns beyond which a line of a diff is broken.
+_LONG: Final = 100
 _FUNCTIONS: Final = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -95,8 +97,34 @@ def normalised(definitions: list[Definition]) -> ast.Module:
 
 
 def text(module: ast.Module) -> str:
-    """Normalised source, for people. How it is laid out depends on the Python that prints it; see `digest`."""
+    """Normalised source. How it is laid out depends on the Python that prints it; see `digest`."""
     return ast.unparse(module)
+
+
+def lines(module: ast.Module) -> list[str]:
+    """Normalised source for a diff: long lines are broken after every argument, so that one change is one line."""
+    return [part for line in text(module).splitlines() for part in (_broken(line) if len(line) > _LONG else [line])]
+
+
+def _broken(line: str) -> list[str]:
+    """One line of source as several, broken inside its outermost brackets."""
+    indent = " " * (len(line) - len(line.lstrip()) + 4)
+    parts, start, depth, quote = [], 0, 0, ""
+    for place, letter in enumerate(line):
+        if quote:
+            if letter == quote and line[place - 1] != "\\":
+                quote = ""
+        elif letter in "\"'":
+            quote = letter
+        elif letter in "([{":
+            depth += 1
+        elif letter in ")]}":
+            depth -= 1
+        if not quote and ((letter == "," and depth == 1) or (letter in "([{" and depth == 1)):
+            parts.append(line[start : place + 1].strip())
+            start = place + 1
+    parts.append(line[start:].strip())
+    return [line[: len(line) - len(line.lstrip())] + parts[0], *(indent + part for part in parts[1:] if part)]
 
 
 def digest(module: ast.Module) -> str:
@@ -185,7 +213,8 @@ def _binding(statement: ast.stmt, name: str, module: str) -> ast.stmt | None:
         return header
     if isinstance(statement, ast.Assign | ast.AnnAssign):
         targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-        bound = {node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}
+        names = (node for target in targets for node in ast.walk(target) if isinstance(node, ast.Name))
+        bound = {node.id for node in names if isinstance(node.ctx, ast.Store)}
         return statement if name in bound and statement.value is not None else None
     if isinstance(statement, ast.ImportFrom | ast.Import):
         for alias in statement.names:

@@ -27,13 +27,13 @@ class Contract:
     Attributes:
         patches: ids of the patches that do.
         module: the Megatron module that holds the functions.
-        paths: their names inside it, `name`, `Class` or `Class.method`.
+        paths: their names inside it, `name`, `Class` or `Class.method`, with spaces between them.
         says: what is relied on.
     """
 
     patches: tuple[str, ...]
     module: str
-    paths: tuple[str, ...]
+    paths: str
     says: str
 
 
@@ -41,127 +41,127 @@ CONTRACTS: Final = (
     Contract(
         ("router-init", "router-reset", "router-casts"),
         _ROUTER,
-        ("Router", "Router.__init__", "TopKRouter", "TopKRouter.__init__", "InferenceTopKRouter.__init__"),
+        "Router Router.__init__ TopKRouter TopKRouter.__init__ InferenceTopKRouter.__init__",
         "which parameters and buffers a router has, and that reset_parameters alone casts them at construction",
     ),
     Contract(
         ("router-reset",),
         _ROUTER,
-        ("TopKRouter.reset_parameters", "InferenceTopKRouter.reset_parameters"),
+        "TopKRouter.reset_parameters InferenceTopKRouter.reset_parameters",
         "no subclass has a reset_parameters of its own",
     ),
     Contract(
         ("router-casts",),
         _ROUTER,
-        ("Router._apply", "InferenceTopKRouter._apply", "InferenceTopKRouter"),
+        "Router._apply InferenceTopKRouter._apply InferenceTopKRouter",
         "every cast of a router goes through TopKRouter._apply",
     ),
     Contract(
         ("router-casts",),
         _MODULE,
-        ("MegatronModule._apply", "MegatronModule.bfloat16", "MegatronModule.half", "MegatronModule.to")
-        + ("convert_module_to_dtype_except_fp32_marked",),
+        "MegatronModule._apply MegatronModule.bfloat16 MegatronModule.half MegatronModule.to "
+        "convert_module_to_dtype_except_fp32_marked",
         "whole-model casts are torch's own and reach Module._apply of every child",
     ),
     Contract(
         ("router-casts",),
         _ROUTER,
-        ("TopKRouter._maintain_float32_expert_bias",)
-        + ("TopKRouter._load_from_state_dict", "TopKRouter._save_to_state_dict"),
+        "TopKRouter._maintain_float32_expert_bias TopKRouter._load_from_state_dict TopKRouter._save_to_state_dict",
         "upstream widens expert_bias before it is read, and does nothing to tensors that are fp32",
     ),
     Contract(
         ("gating",),
         _ROUTER,
-        ("TopKRouter.gating", "InferenceTopKRouter.gating"),
+        "TopKRouter.gating InferenceTopKRouter.gating",
         "no subclass has a gating of its own",
     ),
     Contract(
         ("gating",),
         _MOE_UTILS,
-        ("router_gating_linear", "RouterGatingLinearFunction.forward", "RouterGatingLinearFunction.backward"),
+        "router_gating_linear RouterGatingLinearFunction.forward RouterGatingLinearFunction.backward",
         "logits are input · weightᵀ + bias, and their gradients those of that product alone",
     ),
     Contract(
         ("router-output",),
         _ROUTER,
-        ("TopKRouter.routing", "TopKRouter.apply_input_jitter", "TopKRouter.apply_z_loss")
-        + ("TopKRouter.sinkhorn_load_balancing", "TopKRouter.quantile_balancing")
-        + ("TopKRouter.apply_load_balancing_loss", "TopKRouter.aux_loss_load_balancing")
-        + ("TopKRouter.seq_aux_loss_load_balancing", "TopKRouter.compute_routing_scores_for_aux_loss")
-        + ("TopKRouter._apply_aux_loss", "TopKRouter._apply_seq_aux_loss", "TopKRouter._apply_global_aux_loss")
-        + ("TopKRouter.attach_and_log_load_balancing_loss", "TopKRouter.is_aux_loss_enabled")
-        + ("TopKRouter.get_aux_loss_coeff",),
+        "TopKRouter.routing TopKRouter.apply_input_jitter TopKRouter.apply_z_loss "
+        "TopKRouter.sinkhorn_load_balancing TopKRouter.quantile_balancing "
+        "TopKRouter.apply_load_balancing_loss TopKRouter.aux_loss_load_balancing "
+        "TopKRouter.seq_aux_loss_load_balancing TopKRouter.compute_routing_scores_for_aux_loss "
+        "TopKRouter._apply_aux_loss TopKRouter._apply_seq_aux_loss TopKRouter._apply_global_aux_loss "
+        "TopKRouter.attach_and_log_load_balancing_loss TopKRouter.is_aux_loss_enabled "
+        "TopKRouter.get_aux_loss_coeff",
         "everything between gating and the probabilities takes fp32 logits and keeps their dtype",
     ),
     Contract(
         ("router-output",),
         _MOE_UTILS,
-        ("topk_routing_with_score_function", "topk_softmax_with_capacity", "group_limited_topk")
-        + ("compute_routing_scores_for_aux_loss", "apply_router_token_dropping", "get_capacity")
-        + ("switch_load_balancing_loss_func", "sequence_load_balancing_loss_func", "z_loss_func", "sinkhorn")
-        + ("qb_dual_update", "get_tokens_per_expert_and_token_count")
-        + ("apply_random_logits", "RandomSTE.forward", "apply_biased_logits", "RandomSTEShared.forward")
-        + ("save_to_aux_losses_tracker", "MoEAuxLossAutoScaler.forward", "MoEAuxLossAutoScaler.backward"),
+        "topk_routing_with_score_function topk_softmax_with_capacity group_limited_topk "
+        "compute_routing_scores_for_aux_loss apply_router_token_dropping get_capacity "
+        "switch_load_balancing_loss_func sequence_load_balancing_loss_func z_loss_func sinkhorn "
+        "qb_dual_update get_tokens_per_expert_and_token_count apply_random_logits RandomSTE.forward "
+        "apply_biased_logits RandomSTEShared.forward save_to_aux_losses_tracker "
+        "MoEAuxLossAutoScaler.forward MoEAuxLossAutoScaler.backward",
         "scores, the choice of experts and auxiliary losses are computed in the dtype of the logits",
     ),
     Contract(
         ("inference-output",),
         _ROUTER,
-        ("InferenceTopKRouter.forward", "InferenceTopKRouter._compiled_topk_routing", "InferenceTopKRouter.routing"),
+        "InferenceTopKRouter.forward InferenceTopKRouter._compiled_topk_routing InferenceTopKRouter.routing",
         "inference goes through _forward or TopKRouter.forward",
     ),
     Contract(
         ("padding-mask",),
         _ROUTER,
-        ("TopKRouter.routing",),
+        "TopKRouter.routing",
         "the mask arrives with one entry a token, and the map has one row a token",
     ),
     Contract(
         ("bias-rule", "bias-rule-in-finalize", "bias-update"),
         _STATE,
-        ("get_tensor_and_data_parallel_group",),
+        "get_tensor_and_data_parallel_group",
         "with_context_parallel=True gives the ranks that share a balance update",
     ),
     Contract(
         ("bias-update", "counter-reset"),
         _FINALIZE,
-        ("finalize_model_grads",),
+        "finalize_model_grads",
         "the update comes once a step, after the gradients are reduced, and the reset after it",
     ),
     Contract(
         ("bias-update",),
         _ROUTER,
-        ("TopKRouter.routing", "TopKRouter._apply_expert_bias"),
+        "TopKRouter.routing TopKRouter._apply_expert_bias",
         "tokens are added to local_tokens_per_expert once in every forward with gradients",
     ),
     Contract(
         ("counter-reset",),
         _ROUTER,
-        ("TopKRouter.reset_global_aux_loss_tracker",),
+        "TopKRouter.reset_global_aux_loss_tracker",
         "it zeroes global_tokens_per_expert and ga_steps",
     ),
     Contract(
         ("counter-reset",),
         _FINALIZE,
-        ("_update_router_qb_beta",),
+        "_update_router_qb_beta",
         "it reads the accumulators before they are zeroed",
     ),
     Contract(
         ("wrap-check",),
         _MODULE,
-        ("Float16Module", "MegatronModule.__init__"),
+        "Float16Module MegatronModule.__init__",
         "the wrapped model is `self.module` when the constructor has ended",
     ),
     Contract(
         ("optimizer-checkpoint", "optimizer-checkpoint-legacy"),
         _DISTRIBUTED_OPTIMIZER,
-        ("DistributedOptimizer._build_model_and_main_param_groups", "DistributedOptimizer._build_optimizer_group_ranges")
-        + ("DistributedOptimizer._get_main_param_and_optimizer_states",)
-        + ("DistributedOptimizer._set_main_param_and_optimizer_states",),
+        "DistributedOptimizer._build_model_and_main_param_groups "
+        "DistributedOptimizer._build_optimizer_group_ranges "
+        "DistributedOptimizer._get_main_param_and_optimizer_states "
+        "DistributedOptimizer._set_main_param_and_optimizer_states",
         "model_param_group_index_map numbers parameters in gradient-buffer order, groups hold fp32 ones first",
     ),
-    Contract(("legacy-wrap-check",), _MODULE, (), "nothing beside its own target"),
+    Contract(("legacy-wrap-check",), _MODULE, "", "nothing beside its own target"),
 )
 
 
@@ -176,7 +176,7 @@ def relied_on() -> dict[str, tuple[str, ...]]:
     for patch in PATCHES:
         found[key(patch.module, patch.path)] = (patch.id,)
     for contract in CONTRACTS:
-        for path in contract.paths:
+        for path in contract.paths.split():
             name = key(contract.module, path)
             found[name] = tuple(dict.fromkeys((*found.get(name, ()), *contract.patches)))
     return found

@@ -54,9 +54,7 @@ class Fingerprints:
 
     def releases_with(self, target: str, digest: str | None) -> list[str]:
         """The known releases in which `target` has that body."""
-        return [
-            release for index, release in enumerate(self.releases) if self.digest(target, index) == digest
-        ]
+        return [release for index, release in enumerate(self.releases) if self.digest(target, index) == digest]
 
 
 @functools.cache

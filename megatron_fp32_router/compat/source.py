@@ -66,6 +66,16 @@ class Tree:
         normalised = canonical.normalised(found)
         return Body(canonical.digest(normalised), normalised, found[0].lineno)
 
+    def parsed(self, module: str) -> ast.Module:
+        """A module's syntax tree.
+
+        Raises:
+            UnreadableSourceError: the file cannot be read or parsed.
+        """
+        read = self._read(module, True)
+        assert isinstance(read, ast.Module)
+        return read
+
     def _read(self, module: str, parsed: bool) -> ast.Module | int:
         """The parsed module; or the index of the release whose file this is, byte for byte: parsing costs more."""
         name = self.file_of(module)
@@ -75,6 +85,8 @@ class Tree:
         path = self.root / name
         try:
             content = path.read_bytes()
+        except FileNotFoundError:
+            raise UnreadableSourceError(f"{path} is missing: a truncated or partial checkout?") from None
         except OSError as error:
             raise UnreadableSourceError(f"{path}: {error.strerror or error}") from error
         read: ast.Module | int | None = None
