@@ -256,7 +256,7 @@ def test_bad_input_gives_one_line_and_exit_code_2(
     arguments: tuple[str, ...], said: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.whl").touch()
-    monkeypatch.setattr("megatron_fp32_router.compat.find.installed", lambda: [])
+    monkeypatch.setattr("megatron_fp32_router.compat.find.installed", list)
     if "--pin" in arguments:
         arguments += ("--megatron", str(ensure_release("0.19.2")))
     assert main(["check", *arguments]) == 2

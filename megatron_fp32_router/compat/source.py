@@ -116,7 +116,8 @@ def _parse(path: Path, content: bytes) -> ast.Module:
     except SyntaxError as error:
         running = f"{sys.version_info.major}.{sys.version_info.minor}"
         raise UnreadableSourceError(
-            f"{path}, line {error.lineno}: {error.msg}; a truncated checkout, or written for a newer Python than {running}?"
+            f"{path}, line {error.lineno}: {error.msg}; a truncated checkout, or written for "
+            f"a newer Python than {running}?"
         ) from error
     except (ValueError, RecursionError, MemoryError) as error:
         raise UnreadableSourceError(f"{path} is not Python source: {error}") from error
