@@ -18,6 +18,7 @@ from typing import Any, Final, Literal
 
 import wrapt
 
+from megatron_fp32_router.compat.gate import objection
 from megatron_fp32_router.errors import DisplacedPatchError, Fp32RouterError, TargetMissingError
 from megatron_fp32_router.records import PATCHES, Patch
 from megatron_fp32_router.say import say
@@ -35,6 +36,7 @@ State = Literal["armed", "applied", "native", "displaced", "drifted", "off"]
 #: Marks our replacements, so that an import of the plugin that lost its memory still knows its own work. The mark is
 #: the replacement itself: functools.wraps copies attributes, so somebody else's wrapper around ours carries it too.
 _MARK: Final = "__megatron_fp32_router__"
+_MISSING: Final = "does not exist"
 
 
 @dataclass(frozen=True)
@@ -99,13 +101,21 @@ def initializing(module: ModuleType) -> bool:
 def apply_all(module: ModuleType, name: str) -> None:
     """Apply every patch whose target lives in `module`. Patches that are in place are left alone.
 
+    All are looked at before one is applied, so that under on_mismatch="raise" the module is left as it was.
+
     Raises:
-        TargetMissingError: a target is missing or has another signature (under on_mismatch="raise").
+        TargetMissingError: a target is missing, has another signature, or is not what its patch was written for
+            (under on_mismatch="raise").
     """
     megatron = of_module(module)
-    for patch in PATCHES:
-        if patch.module == name:
-            _apply(patch, module, megatron)
+    patches = [patch for patch in PATCHES if patch.module == name and not _not_in_this_release(patch, megatron)]
+    for patch in patches:
+        registry.problems.pop(patch.id, None)
+        _look(patch, module, megatron)
+    _leave_out_dependents(patches)
+    for patch in patches:
+        if patch.id not in registry.problems and not _is_still_to_come(patch, module, megatron):
+            _apply(patch, module)
 
 
 def settle() -> None:
@@ -131,7 +141,7 @@ def _not_in_this_release(patch: Patch, megatron: Megatron) -> str | None:
     return None
 
 
-def _problem(patch: Patch, module: ModuleType, megatron: Megatron) -> str | None:
+def _problem(patch: Patch, module: ModuleType) -> str | None:
     """What about the target is not as the patch expects, or None."""
     parts = patch.path.split(".")
     owner: Any = module
@@ -139,7 +149,7 @@ def _problem(patch: Patch, module: ModuleType, megatron: Megatron) -> str | None
         owner = getattr(owner, part, None)
     own = vars(owner) if owner is not None else {}
     if not (patch.inherited and owner is not None) and parts[-1] not in own:
-        return "does not exist"
+        return _MISSING
     target = wrapt.resolve_path(module, patch.path)[2]
     try:
         found = list(inspect.signature(target).parameters)
@@ -150,22 +160,62 @@ def _problem(patch: Patch, module: ModuleType, megatron: Megatron) -> str | None
     return None
 
 
-def _apply(patch: Patch, module: ModuleType, megatron: Megatron) -> None:
-    registry.problems.pop(patch.id, None)
-    if _not_in_this_release(patch, megatron):
+def _is_still_to_come(patch: Patch, module: ModuleType, megatron: Megatron) -> bool:
+    return megatron.is_prerelease_of(patch.since) and _problem(patch, module) == _MISSING
+
+
+def _look(patch: Patch, module: ModuleType, megatron: Megatron) -> None:
+    """Note in `registry.problems` what stands against applying `patch`, and raise or warn."""
+    if _is_still_to_come(patch, module, megatron):
         return
-    problem = _problem(patch, module, megatron)
-    if problem == "does not exist" and megatron.is_prerelease_of(patch.since):
-        return
+    way_out = (
+        f"{PREFIX}_ON_MISMATCH=warn trains with this unprotected, {PREFIX}=0 without the plugin. "
+        f"Without this patch {patch.why}."
+    )
+    problem = _problem(patch, module)
     if problem is not None:
-        registry.problems[patch.id] = problem
+        registry.problems[patch.id] = f"the target {problem}"
         mismatch(
             TargetMissingError,
             f"{patch.target} {problem} in {megatron} ({megatron.path}); the patch {patch.id!r} was written for it. "
-            f"Without that patch {patch.why}. Use a release that the plugin knows, or set "
-            f"{PREFIX}_ON_MISMATCH=warn to train with this unprotected, or {PREFIX}=0 to train without the plugin.",
+            f"Use a release that the plugin knows. {way_out}",
         )
         return
+    problem = objection(patch.id, megatron, registry.settings.accepted)
+    if problem is not None:
+        registry.problems[patch.id] = problem
+        root = megatron.path.parent.parent if megatron.path is not None else "PATH"
+        mismatch(
+            TargetMissingError,
+            f"in {megatron} the patch {patch.id!r} {problem}. Use a release that the plugin knows; or run "
+            f"`megatron-fp32-router check --megatron {root} --accept`, which shows the change, tries the plugin on "
+            f"this tree and records in a file that it is harmless, if it is, and set {PREFIX}_ACCEPTED to that file. "
+            f"{way_out}",
+        )
+
+
+def _leave_out_dependents(patches: list[Patch]) -> None:
+    """Under on_mismatch="warn": a patch that does harm without another one is not applied without it."""
+    while True:
+        left_out = {
+            patch.id: missing
+            for patch in patches
+            for missing in patch.needs
+            if patch.id not in registry.problems and missing in registry.problems
+        }
+        if not left_out:
+            return
+        for patch_id, missing in left_out.items():
+            registry.problems[patch_id] = f"is left out, since it does harm without the patch {missing!r}"
+            say(
+                logging.WARNING,
+                f"the patch {patch_id!r} {registry.problems[patch_id]}",
+                threshold=registry.settings.log,
+                once=True,
+            )
+
+
+def _apply(patch: Patch, module: ModuleType) -> None:
     current = wrapt.resolve_path(module, patch.path)[2]
     for entry in wrapt.wrapper_chain(current):
         if getattr(entry, _MARK, None) is entry:
@@ -232,7 +282,7 @@ def _status(patch: Patch) -> tuple[State, str]:
     if module is None:
         return "armed", "waits for the import"
     if patch.id in registry.problems:
-        return "drifted", f"the target {registry.problems[patch.id]}"
+        return "drifted", registry.problems[patch.id]
     if patch.module in registry.pending:
         return "armed", "the module is half imported"
     reason = _not_in_this_release(patch, of_module(module))

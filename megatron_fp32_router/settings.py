@@ -131,7 +131,7 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
         protect=cast("Protect", _read("_PROTECT", environ)),
         on_mismatch=cast("OnMismatch", _read("_ON_MISMATCH", environ)),
         log=cast("LogLevel", _read("_LOG", environ)),
-        # Any path; whether it can be read shows when there is something that might have been accepted.
+        # Any path. It is read, and refused if it is not such a file, when the first module is patched.
         accepted=environ.get(f"{PREFIX}_ACCEPTED", "").strip(),
     )
 

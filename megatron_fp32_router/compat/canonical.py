@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final, TypeAlias
 
 Definition: TypeAlias = ast.stmt
@@ -84,8 +84,11 @@ def _without_docstring(body: list[ast.stmt]) -> list[ast.stmt]:
 
 
 def normalised(definitions: list[Definition]) -> ast.Module:
-    """The definitions without what the fingerprint ignores. Line numbers stay those of the source."""
-    module = ast.Module(body=copy.deepcopy(definitions), type_ignores=[])
+    """The definitions without what the fingerprint ignores. Line numbers stay those of the source.
+
+    They are changed in place, which a training that starts does not wait for twice: hand each over once.
+    """
+    module = ast.Module(body=definitions, type_ignores=[])
     for node in ast.walk(module):
         # An If or a With whose only statement was `x: int` must not lose its body.
         body = getattr(node, "body", None)
@@ -93,7 +96,7 @@ def normalised(definitions: list[Definition]) -> ast.Module:
             body[:] = [ast.copy_location(ast.Pass(), body[0])]
     result = _Normaliser().visit(module)
     assert isinstance(result, ast.Module)
-    return ast.fix_missing_locations(result)
+    return result
 
 
 def text(module: ast.Module) -> str:
@@ -129,30 +132,36 @@ def _broken(line: str) -> list[str]:
 
 def digest(module: ast.Module) -> str:
     """The fingerprint of what `normalised` returned: 32 hexadecimal digits, the same under every Python."""
-    return hashlib.sha256("".join(_written(module)).encode()).hexdigest()[:32]
+    parts: list[str] = []
+    _write(module, parts.append)
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:32]
 
 
-def _written(value: object) -> Iterator[str]:
+def _write(value: object, put: Callable[[str], None]) -> None:
     if isinstance(value, ast.AST):
-        yield f"({type(value).__name__}"
+        put(f"({type(value).__name__}")
         for name in sorted(value._fields):
+            if name in _IGNORED:
+                continue
             # A newer Python's extra fields are empty for what older ones can express.
             part = getattr(value, name, None)
-            if name not in _IGNORED and part is not None and part != []:
-                yield f" {name}="
-                yield from _written(part)
+            if part is not None and part != []:
+                put(f" {name}=")
+                _write(part, put)
         if isinstance(value, ast.Constant) and value.value is None:
-            yield " None"
-        yield ")"
+            put(" None")
+        put(")")
     elif isinstance(value, list):
-        yield "["
+        put("[")
         for item in value:
-            # None stands for a missing default among keyword-only ones, and for `**` in a dict.
-            yield from _written(item) if item is not None else ("-",)
-        yield "]"
+            if item is None:
+                put("-")  # a missing default among keyword-only ones, or `**` in a dict
+            else:
+                _write(item, put)
+        put("]")
     else:
         # ascii(), since what repr() escapes follows the Python version's Unicode tables.
-        yield f"{type(value).__name__}:{value!a}"
+        put(f"{type(value).__name__}:{value!a}")
 
 
 # Finding definitions ----------------------------------------------------------------------------------------------

@@ -103,7 +103,14 @@ class Judge:
         if body.digest is None:
             expected = [self.fingerprints.digest(name, i) for i in self._nearest]
             if None in expected:
-                return Target(name, patches, "known", "not there, as in " + self._spelt(same), None, file)
+                return Target(
+                    name,
+                    patches,
+                    "known",
+                    "not there, as in " + self._spelt(self.fingerprints.releases_with(name, None)),
+                    None,
+                    file,
+                )
             return Target(
                 name, patches, "missing", self._gone(module, path), None, file, self._parsed_line(module, path)
             )
@@ -204,7 +211,7 @@ class Judge:
         owner, _, last = path.rpartition(".")
         digests = {self.fingerprints.digest(key(module, path), i) for i in range(len(self.fingerprints.releases))}
         for function in self._functions(module, owner):
-            renamed = copy.copy(function)
+            renamed = copy.deepcopy(function)
             renamed.name = last
             if canonical.digest(canonical.normalised([renamed])) in digests:
                 there = f"{owner}.{function.name}" if owner else function.name

@@ -38,6 +38,7 @@ class Tree:
     root: Path
     fingerprints: Fingerprints
     _files: dict[str, ast.Module | int] = field(default_factory=dict)
+    _bodies: dict[str, Body] = field(default_factory=dict)
 
     def file_of(self, module: str) -> str:
         """The path below the root of a module's file."""
@@ -60,11 +61,9 @@ class Tree:
         read = self._read(module, parsed)
         if isinstance(read, int):
             return Body(self.fingerprints.digest(target, read))
-        found = canonical.definitions(read, module, path)
-        if not found:
-            return Body(None)
-        normalised = canonical.normalised(found)
-        return Body(canonical.digest(normalised), normalised, found[0].lineno)
+        if target not in self._bodies:
+            self._bodies[target] = _body(canonical.definitions(read, module, path))
+        return self._bodies[target]
 
     def parsed(self, module: str) -> ast.Module:
         """A module's syntax tree.
@@ -101,6 +100,14 @@ class Tree:
         hashes = self.fingerprints.files.get(name, ())
         own = file_hash(content)
         return hashes.index(own) if own in hashes else None
+
+
+def _body(found: list[canonical.Definition]) -> Body:
+    if not found:
+        return Body(None)
+    line = found[0].lineno
+    normalised = canonical.normalised(found)
+    return Body(canonical.digest(normalised), normalised, line)
 
 
 def file_hash(content: bytes) -> str:
