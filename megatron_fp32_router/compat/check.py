@@ -30,7 +30,7 @@ from megatron_fp32_router.version import __version__
 if TYPE_CHECKING:
     import argparse
 
-    from megatron_fp32_router.compat.probe import Proof
+    from megatron_fp32_router.compat.probe import Outcome
 
 Verdict: TypeAlias = Literal["fits", "does not fit", "unknown"]
 
@@ -57,6 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="probe, and when that passes record what has drifted, for `check` and for training "
         f"(default FILE: ${PREFIX}_ACCEPTED, or {accepting.DEFAULT} here)",
     )
+    parser.add_argument(
+        "--unproven",
+        action="store_true",
+        help="with --probe or --accept: you have read the diffs of what the probe does not run, and vouch for them",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object; the same as --format json")
     parser.add_argument("--format", choices=("table", "json", "github"), default="table", help="how to print it")
 
@@ -72,21 +77,30 @@ class Report:
     #: Sentences that stand against it, beside the targets that do not fit.
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    proofs: list[Proof] | None = None
+    probe: Outcome | None = None
+    #: Whether the user vouches for what the probe did not run.
+    vouched: bool = False
     unknown: str = ""
 
     @property
     def unfit(self) -> list[Target]:
         """The targets that do not fit, except those that a passing probe has cleared."""
-        cleared = self.proofs is not None and all(proof.holds for proof in self.proofs)
-        return [t for t in self.targets if not t.fits and not (cleared and t.state == "drifted")]
+        return [t for t in self.targets if not t.fits and t not in self.proven]
+
+    @property
+    def proven(self) -> list[Target]:
+        """What has drifted and ran in a probe that passed, or was vouched for."""
+        if self.probe is None or not self.probe.passed:
+            return []
+        unproven = () if self.vouched else self.probe.unproven
+        return [t for t in self.targets if t.state == "drifted" and t.name not in unproven]
 
     @property
     def verdict(self) -> Verdict:
         """The one word."""
         if self.unknown:
             return "unknown"
-        failed = [proof for proof in self.proofs or () if not proof.holds]
+        failed = self.probe is not None and not self.probe.passed
         return "does not fit" if self.unfit or self.problems or failed else "fits"
 
     def to_json(self) -> dict[str, Any]:
@@ -111,8 +125,8 @@ class Report:
                 for t in self.targets
             ],
             "probe": None
-            if self.proofs is None
-            else [{"name": p.name, "holds": p.holds, "detail": p.detail} for p in self.proofs],
+            if self.probe is None
+            else [{"name": p.name, "holds": p.holds, "detail": p.detail} for p in self.probe.proofs],
         }
 
 
@@ -122,7 +136,7 @@ def main(arguments: argparse.Namespace) -> int:
     try:
         _static(report, arguments)
         if (arguments.probe or arguments.accept is not None) and not report.unknown:
-            _probe(report)
+            _probe(report, arguments)
         if arguments.accept is not None and not report.unknown:
             _accept(report, arguments)
     except (Fp32RouterError, UnreadableSourceError) as error:
@@ -178,28 +192,33 @@ def _accepted_file(arguments: argparse.Namespace) -> Accepted:
     return accepting.read(path)
 
 
-def _probe(report: Report) -> None:
+def _probe(report: Report, arguments: argparse.Namespace) -> None:
     from megatron_fp32_router.compat import probe
 
     assert report.root is not None
+    report.vouched = arguments.unproven
     missing = [t.dotted for t in report.targets if t.state == "missing"]
     if missing:
         report.notes.append(f"not probed: {', '.join(missing)} cannot be patched")
         return
-    report.proofs = probe.run(Path(report.root), report.targets, str(report.version))
+    report.probe = probe.run(Path(report.root), report.targets, str(report.version))
+    if report.probe.unproven:
+        names = ", ".join(sorted(name.replace(":", ".") for name in report.probe.unproven))
+        way_out = "which you vouch for" if report.vouched else "read the diff; --unproven vouches for it"
+        report.notes.append(f"has drifted and did not run in the probe, {way_out}: {names}")
 
 
 def _accept(report: Report, arguments: argparse.Namespace) -> None:
     path = _accepted_path(arguments)
-    if report.verdict != "fits" or report.proofs is None:
+    if report.verdict != "fits" or report.probe is None:
         report.notes.append("nothing is accepted: only a passing probe can be recorded")
         return
-    if not any(target.state == "drifted" for target in report.targets):
+    if not report.proven:
         report.notes.append("nothing has drifted, so there is nothing to accept, and no file is needed")
         return
-    proofs: Mapping[str, str] = {proof.name: proof.detail for proof in report.proofs}
+    proofs: Mapping[str, str] = {proof.name: proof.detail for proof in report.probe.proofs}
     try:
-        accepting.write(path, str(report.version), report.targets, proofs)
+        accepting.write(path, str(report.version), report.proven, proofs)
     except OSError as error:
         raise Fp32RouterError(f"{path} cannot be written: {error.strerror or error}") from error
     report.notes.append(f"written: {path}. Commit it; for training set {PREFIX}_ACCEPTED={path}")
@@ -246,12 +265,13 @@ def _print_table(report: Report) -> None:
             print("\n".join(lines[:_DIFF_LINES]))
             if len(lines) > _DIFF_LINES:
                 print(f"… {len(lines) - _DIFF_LINES} more lines with --json")
-    if report.proofs is not None:
-        table(("probe", "holds", "detail"), [(p.name, "yes" if p.holds else "NO", p.detail) for p in report.proofs])
+    if report.probe is not None:
+        tried = [(p.name, "yes" if p.holds else "NO", p.detail) for p in report.probe.proofs]
+        table(("probe", "holds", "detail"), tried)
     for sentence in (*report.problems, *report.notes):
         print(f"- {sentence}")
     print(_summary(report))
-    if report.unfit and report.proofs is None and not any(t.state == "missing" for t in report.unfit):
+    if report.unfit and report.probe is None and not any(t.state == "missing" for t in report.unfit):
         print("What has drifted may be harmless: `check --accept` trains on this tree and records it if it is.")
 
 
@@ -267,7 +287,7 @@ def _print_annotations(report: Report) -> None:
             text = f"{t.dotted} has {t.state}: {t.detail}" if t.state == "drifted" else f"{t.dotted} {t.detail}"
             text += f" (patches {', '.join(t.patches)})\n{t.diff}"
             print(f"::{level} file={place},line={max(t.line, 1)},title=megatron-fp32-router::{_escaped(text.rstrip())}")
-    for proof in report.proofs or ():
+    for proof in report.probe.proofs if report.probe is not None else ():
         if not proof.holds:
             print(f"::error title=megatron-fp32-router::{_escaped(f'probe {proof.name}: {proof.detail}')}")
     for sentence in report.problems:

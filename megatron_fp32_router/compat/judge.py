@@ -37,6 +37,7 @@ class Target:
         file: the path below the tree, and the line in it where the difference begins (0: no line).
         diff: what changed against the nearest known body, as a unified diff; empty unless drifted.
         accepted: whether the project has accepted exactly this drift.
+        span: the first and last line of the definition in its file, (0, 0) where they were not asked for.
     """
 
     name: str
@@ -48,11 +49,17 @@ class Target:
     line: int = 0
     diff: str = ""
     accepted: bool = False
+    span: tuple[int, int] = (0, 0)
 
     @property
     def dotted(self) -> str:
         """The name as Python spells it."""
         return self.name.replace(":", ".")
+
+    @property
+    def is_function(self) -> bool:
+        """Whether the difference lies in a function's body, and not in a class header or an imported name."""
+        return "def " in self.diff
 
     @property
     def fits(self) -> bool:
@@ -184,7 +191,7 @@ class Judge:
             detail = "as in no known release"
         if not bodies:
             diff = "".join(f"+{line}\n" for line in here)
-            return Target(name, patches, "drifted", detail, body.digest, file, body.line, diff, accepted)
+            return Target(name, patches, "drifted", detail, body.digest, file, body.line, diff, accepted, body.span)
         expected = [self.fingerprints.digest(name, i) for i in self._nearest]
         # Printed by this Python, as what was found is: versions of Python differ in quotes and brackets.
         modules = {digest: canonical.normalised(ast.parse(text).body) for digest, text in bodies.items()}
@@ -201,7 +208,8 @@ class Judge:
         )
         line = canonical.first_difference(body.module, known) or body.line
         detail += f"; nearest is that of {label}, and line {line} differs first"
-        return Target(name, patches, "drifted", detail, body.digest, file, line, "\n".join(lines) + "\n", accepted)
+        diff = "\n".join(lines) + "\n"
+        return Target(name, patches, "drifted", detail, body.digest, file, line, diff, accepted, body.span)
 
     def _spelt(self, releases: list[str]) -> str:
         return _spelt(releases, self.fingerprints.releases)

@@ -35,14 +35,29 @@ class Proof:
     detail: str
 
 
-def run(root: Path, targets: Sequence[Target], version: str, *, plugin: bool = True) -> list[Proof]:
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a probe.
+
+    Attributes:
+        proofs: one for each promise; where the training itself broke off, one that says so.
+        unproven: names of the drifted targets that did not run in it, so that nothing is known about them.
+    """
+
+    proofs: list[Proof]
+    unproven: frozenset[str]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every promise holds."""
+        return all(proof.holds for proof in self.proofs)
+
+
+def run(root: Path, targets: Sequence[Target], version: str, *, plugin: bool = True) -> Outcome:
     """Train on the Megatron in `root` and compare.
 
     Args:
         plugin: False runs the same without the plugin, which must fail: for the tests of the probe.
-
-    Returns:
-        One Proof a promise. Where the training itself broke off, one that says so.
 
     Raises:
         Fp32RouterError: this machine lacks what the laboratory needs.
@@ -56,15 +71,17 @@ def run(root: Path, targets: Sequence[Target], version: str, *, plugin: bool = T
     from megatron_fp32_router.compat.probe_run import RECIPE
     from megatron_fp32_router.lab import RankFailedError, RanksTimedOutError, run_ranks
 
+    drifted = [target for target in targets if target.state == "drifted"]
+    files = {str(root.resolve() / target.file) for target in drifted}
     with tempfile.TemporaryDirectory() as folder:
         allowed, progress = Path(folder) / "accepted.json", Path(folder) / "progress"
         accepted.write(allowed, version, targets, {})
         with _Shown(progress):
             try:
-                (found,) = run_ranks(
+                (result,) = run_ranks(
                     "megatron_fp32_router.compat.probe_run:prove",
                     RECIPE,
-                    {"progress": str(progress)},
+                    {"progress": str(progress), "files": sorted(files)},
                     megatron=root,
                     plugin=plugin,
                     env={
@@ -76,8 +93,20 @@ def run(root: Path, targets: Sequence[Target], version: str, *, plugin: bool = T
                 )
             except (RankFailedError, RanksTimedOutError) as error:
                 # The last line of a traceback is what went wrong; the rest is where.
-                return [Proof("training", False, str(error).strip().splitlines()[-1])]
-    return [Proof(name, bool(holds), str(detail)) for name, holds, detail in found]
+                broken = Proof("training", False, str(error).strip().splitlines()[-1])
+                return Outcome([broken], frozenset(target.name for target in drifted))
+    proofs = [Proof(name, bool(holds), str(detail)) for name, holds, detail in result["proofs"]]
+    unproven = [target.name for target in drifted if not _ran(target, result["ran"][str(root.resolve() / target.file)])]
+    return Outcome(proofs, frozenset(unproven))
+
+
+def _ran(target: Target, functions: list[tuple[str, int]]) -> bool:
+    """Whether a drifted target was run: called, or, for what is no function, imported."""
+    last = target.name.rpartition(":")[2].rpartition(".")[2]
+    first_line, last_line = target.span
+    if not target.is_function:
+        return True
+    return any(name == last and first_line <= line <= last_line for name, line in functions)
 
 
 class _Shown:

@@ -5,7 +5,9 @@ Shapes: T tokens, H hidden size, E experts.
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -15,7 +17,9 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from megatron_fp32_router import disable, enable
 from megatron_fp32_router.lab import Lab, Recipe, Routing, build, make_config, make_router, text_batches
+from megatron_fp32_router.lab.model import default_groups
 from megatron_fp32_router.records import PATCHES
 from megatron_fp32_router.registry import status
 
@@ -31,18 +35,40 @@ class Failed(Exception):
     """A promise does not hold; the text says what was found."""
 
 
-def prove(recipe: Recipe, arguments: dict[str, Any]) -> list[list[Any]]:
-    """Try every promise. Returns [name, holds, detail] of each."""
+class NotHere(Exception):
+    """This Megatron has no such thing; the text says what."""
+
+
+def prove(recipe: Recipe, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Try every promise.
+
+    Returns:
+        `proofs`: [name, holds, detail] of each. `ran`: [name, line] of every function in the files of
+        `arguments["files"]`, by file, that was called meanwhile.
+    """
     results: list[list[Any]] = []
+    ran: dict[str, set[tuple[str, int]]] = {file: set() for file in arguments["files"]}
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        if event == "call":
+            code = frame.f_code
+            if code.co_filename in ran:
+                ran[code.co_filename].add((code.co_name, code.co_firstlineno))
+
     for name, promise in PROMISES.items():
         with Path(arguments["progress"]).open("a", encoding="utf-8") as progress:
             progress.write(f"{name}\n")
+        sys.setprofile(note)
         try:
             results.append([name, True, promise(recipe)])
+        except NotHere as error:
+            results.append([name, True, str(error)])
         except Exception as error:  # what breaks a promise may be anything; it is reported by its name
             kind = "" if isinstance(error, Failed) else f"{type(error).__name__}: "
             results.append([name, False, kind + str(error)])
-    return results
+        finally:
+            sys.setprofile(None)
+    return {"proofs": results, "ran": {file: [list(item) for item in sorted(found)] for file, found in ran.items()}}
 
 
 def _patches(recipe: Recipe) -> str:
@@ -177,6 +203,67 @@ def _update(recipe: Recipe) -> str:
     return f"{_STEPS} steps: counts and expert_bias have the bits of an integer computation"
 
 
+def _inference(recipe: Recipe) -> str:
+    kind = getattr(import_module("megatron.core.transformer.moe.router"), "InferenceTopKRouter", None)
+    if kind is None:
+        raise NotHere("this Megatron has no InferenceTopKRouter")
+    router, hidden = _router_and_input(recipe)
+    other = kind(router.config, pg_collection=default_groups()).to(hidden.device)
+    other.load_state_dict(router.state_dict())
+    with torch.no_grad():
+        probs, routing_map_TE = router(hidden)
+        inferred, indices_Tk = other._forward(hidden)
+    if inferred.dtype != probs.dtype:
+        raise Failed(f"the dispatcher is handed {inferred.dtype} where training hands it {probs.dtype}")
+    chosen_TE = torch.zeros_like(routing_map_TE, dtype=torch.bool).scatter_(1, indices_Tk.long(), True)
+    if not torch.equal(chosen_TE, routing_map_TE.bool()):
+        raise Failed("inference chooses other experts than training")
+    return "InferenceTopKRouter chooses the experts that training chooses"
+
+
+def _upstream(recipe: Recipe) -> str:
+    """In a regime where upstream itself loses nothing, the plugin changes nothing: its oracle is this very tree."""
+    done = _gating_of_upstream(recipe)
+    fp32 = dataclasses.replace(recipe, precision="fp32", load_balancing="aux_loss")
+    trained = []
+    for on in (False, True):
+        (enable if on else disable)()
+        torch.manual_seed(recipe.seed)
+        import_module("megatron.core.tensor_parallel.random").model_parallel_cuda_manual_seed(recipe.seed)
+        room = build(fp32)
+        batches = text_batches(fp32, seed=1)
+        losses = [room.step(batches) for _ in range(_STEPS)]
+        trained.append((losses, [router.expert_bias.clone() for _, router in room.routers()]))
+    (off, without), (on_, with_) = trained
+    if off != on_:
+        raise Failed(f"training in fp32 has the losses {on_}, and {off} without the plugin")
+    if not all(torch.equal(one, other) for one, other in zip(without, with_, strict=True)):
+        raise Failed("training in fp32 moves expert_bias otherwise than without the plugin")
+    return f"{done}; {_STEPS} steps in fp32 have the losses and biases of a training without the plugin"
+
+
+def _gating_of_upstream(recipe: Recipe) -> str:
+    router, hidden = _router_and_input(recipe)
+    config, what = router.config, "fp64 logits"
+    if hasattr(config, "moe_router_dtype"):
+        config.moe_router_dtype = "fp64"
+    else:
+        hidden, what = hidden.float(), "fp32 logits"  # 0.11 computes in the input's dtype
+    original = type(router).gating.__wrapped__
+    results = []
+    for gating in (type(router).gating, original):
+        router.weight.grad = None
+        leaf = hidden.detach().clone().requires_grad_()
+        logits = gating(router, leaf)
+        logits.backward(torch.ones_like(logits).cumsum(0))
+        results.append({"logits": logits, "weight.grad": router.weight.grad, "input.grad": leaf.grad})
+    for name, ours in results[0].items():
+        theirs = results[1][name]
+        if not torch.allclose(ours.double(), theirs.double(), rtol=1e-5, atol=1e-6):
+            raise Failed(f"{what}: {name} differs from what this tree's own gating computes")
+    return f"{what} and their gradients are those of this tree's own gating"
+
+
 def _checkpoint(recipe: Recipe) -> str:
     first = build(recipe)
     first.step(text_batches(recipe, seed=1))
@@ -204,6 +291,9 @@ PROMISES: Final[dict[str, Callable[[Recipe], str]]] = {
     "casts": _casts,
     "gating": _gating,
     "choice": _choice,
+    "inference": _inference,
     "update": _update,
     "checkpoint": _checkpoint,
+    # Last, because it turns the plugin off and on again.
+    "upstream": _upstream,
 }

@@ -24,11 +24,13 @@ class Body:
         digest: its fingerprint, or None when there is no such definition.
         module: the normalised definition, None when there is none or when the whole file is a known one.
         line: where it stands in its file, 0 when there is none.
+        span: its first and last line there, decorators included.
     """
 
     digest: str | None
     module: ast.Module | None = None
     line: int = 0
+    span: tuple[int, int] = (0, 0)
 
 
 @dataclass
@@ -105,9 +107,10 @@ class Tree:
 def _body(found: list[canonical.Definition]) -> Body:
     if not found:
         return Body(None)
-    line = found[0].lineno
+    line, last = found[0].lineno, found[-1].end_lineno or found[-1].lineno
+    first = min(node.lineno for node in ast.walk(found[0]) if isinstance(node, ast.expr | ast.stmt))
     normalised = canonical.normalised(found)
-    return Body(canonical.digest(normalised), normalised, line)
+    return Body(canonical.digest(normalised), normalised, line, (first, last))
 
 
 def file_hash(content: bytes) -> str:
