@@ -21,6 +21,7 @@ from megatron_fp32_router.errors import (
     Fp32RouterError,
     ModelInUseError,
     SettingsError,
+    TargetChangedError,
     TargetMissingError,
     UnprotectedRouterError,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "PatchStatus",
     "Settings",
     "SettingsError",
+    "TargetChangedError",
     "TargetMissingError",
     "UnprotectedRouterError",
     "__version__",

@@ -18,8 +18,7 @@ from typing import Any, Final, Literal
 
 import wrapt
 
-from megatron_fp32_router.compat.gate import objection
-from megatron_fp32_router.errors import DisplacedPatchError, Fp32RouterError, TargetMissingError
+from megatron_fp32_router.errors import DisplacedPatchError, Fp32RouterError, TargetChangedError, TargetMissingError
 from megatron_fp32_router.records import PATCHES, Patch
 from megatron_fp32_router.say import say
 from megatron_fp32_router.settings import PREFIX, Settings
@@ -104,8 +103,9 @@ def apply_all(module: ModuleType, name: str) -> None:
     All are looked at before one is applied, so that under on_mismatch="raise" the module is left as it was.
 
     Raises:
-        TargetMissingError: a target is missing, has another signature, or is not what its patch was written for
-            (under on_mismatch="raise").
+        TargetMissingError: a target is missing or has another signature (under on_mismatch="raise").
+        TargetChangedError: its source, or that of something its patch relies on, is not what the patch was written
+            for (likewise).
     """
     megatron = of_module(module)
     patches = [patch for patch in PATCHES if patch.module == name and not _not_in_this_release(patch, megatron)]
@@ -181,12 +181,15 @@ def _look(patch: Patch, module: ModuleType, megatron: Megatron) -> None:
             f"Use a release that the plugin knows. {way_out}",
         )
         return
+    # Here, since nothing of it is needed in a process that never imports Megatron.
+    from megatron_fp32_router.compat.gate import objection
+
     problem = objection(patch.id, megatron, registry.settings.accepted)
     if problem is not None:
         registry.problems[patch.id] = problem
         root = megatron.path.parent.parent if megatron.path is not None else "PATH"
         mismatch(
-            TargetMissingError,
+            TargetChangedError,
             f"in {megatron} the patch {patch.id!r} {problem}. Use a release that the plugin knows; or run "
             f"`megatron-fp32-router check --megatron {root} --accept`, which shows the change, tries the plugin on "
             f"this tree and records in a file that it is harmless, if it is, and set {PREFIX}_ACCEPTED to that file. "

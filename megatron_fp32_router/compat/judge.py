@@ -37,7 +37,7 @@ class Target:
         file: the path below the tree, and the line in it where the difference begins (0: no line).
         diff: what changed against the nearest known body, as a unified diff; empty unless drifted.
         accepted: whether the project has accepted exactly this drift.
-        span: the first and last line of the definition in its file, (0, 0) where they were not asked for.
+        span: the first and last line of a drifted function in its file; (0, 0) for what is no function.
     """
 
     name: str
@@ -55,11 +55,6 @@ class Target:
     def dotted(self) -> str:
         """The name as Python spells it."""
         return self.name.replace(":", ".")
-
-    @property
-    def is_function(self) -> bool:
-        """Whether the difference lies in a function's body, and not in a class header or an imported name."""
-        return "def " in self.diff
 
     @property
     def fits(self) -> bool:

@@ -104,7 +104,7 @@ def _ran(target: Target, functions: list[tuple[str, int]]) -> bool:
     """Whether a drifted target was run: called, or, for what is no function, imported."""
     last = target.name.rpartition(":")[2].rpartition(".")[2]
     first_line, last_line = target.span
-    if not target.is_function:
+    if target.span == (0, 0):
         return True
     return any(name == last and first_line <= line <= last_line for name, line in functions)
 

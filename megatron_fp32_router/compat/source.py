@@ -24,7 +24,7 @@ class Body:
         digest: its fingerprint, or None when there is no such definition.
         module: the normalised definition, None when there is none or when the whole file is a known one.
         line: where it stands in its file, 0 when there is none.
-        span: its first and last line there, decorators included.
+        span: of a function, its first and last line there, decorators included; otherwise (0, 0).
     """
 
     digest: str | None
@@ -107,10 +107,12 @@ class Tree:
 def _body(found: list[canonical.Definition]) -> Body:
     if not found:
         return Body(None)
-    line, last = found[0].lineno, found[-1].end_lineno or found[-1].lineno
-    first = min(node.lineno for node in ast.walk(found[0]) if isinstance(node, ast.expr | ast.stmt))
+    line, span = found[0].lineno, (0, 0)
+    if any(isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) for part in found for node in ast.walk(part)):
+        first = min(node.lineno for node in ast.walk(found[0]) if isinstance(node, ast.expr | ast.stmt))
+        span = (first, found[-1].end_lineno or found[-1].lineno)
     normalised = canonical.normalised(found)
-    return Body(canonical.digest(normalised), normalised, line, (first, last))
+    return Body(canonical.digest(normalised), normalised, line, span)
 
 
 def file_hash(content: bytes) -> str:
