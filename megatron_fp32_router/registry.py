@@ -108,7 +108,7 @@ def apply_all(module: ModuleType, name: str) -> None:
             for (likewise).
     """
     megatron = of_module(module)
-    patches = [patch for patch in PATCHES if patch.module == name and not _not_in_this_release(patch, megatron)]
+    patches = [patch for patch in PATCHES if patch.module == name and not not_in_this_release(patch, megatron)]
     for patch in patches:
         registry.problems.pop(patch.id, None)
         _look(patch, module, megatron)
@@ -132,7 +132,7 @@ def settle() -> None:
             apply_all(module, name)
 
 
-def _not_in_this_release(patch: Patch, megatron: Megatron) -> str | None:
+def not_in_this_release(patch: Patch, megatron: Megatron) -> str | None:
     """Why this release needs no such patch, or None when it does."""
     if not megatron.at_least(patch.since):
         return f"{megatron} has no such function; it came with {patch.since}"
@@ -288,7 +288,7 @@ def _status(patch: Patch) -> tuple[State, str]:
         return "drifted", registry.problems[patch.id]
     if patch.module in registry.pending:
         return "armed", "the module is half imported"
-    reason = _not_in_this_release(patch, of_module(module))
+    reason = not_in_this_release(patch, of_module(module))
     if reason is not None:
         return "native", reason
     if patch.id not in registry.replacements:

@@ -60,7 +60,7 @@ def test_the_hooks_and_the_command_are_registered(installed: Environment) -> Non
     entry_points = ConfigParser(delimiters="=")
     entry_points.optionxform = str  # type: ignore[assignment,method-assign]
     entry_points.read_string(found.read_text(encoding="utf-8"))
-    assert entry_points["console_scripts"]["megatron-fp32-router"] == "megatron_fp32_router.cli:main"
+    assert entry_points["console_scripts"]["megatron-fp32-router"] == "_megatron_fp32_router_startup:command"
     program = f"import json; from {HOOKS} import HOOKS; print(json.dumps(sorted(HOOKS)))"
     done = installed.run(program)
     assert (sorted(entry_points[HOOKS]), done.stderr) == (json.loads(done.stdout), "")
