@@ -34,6 +34,8 @@ class Patch:
         inherited: whether the target may come from a base class (torch's own method).
         needs: ids of patches of the same module without which this one does harm: under on_mismatch="warn" it is
             left out with them.
+        supersedes: whether the replacement works without the original. Somebody else's function in the target's place
+            is then left there, as it would be if it had come after ours.
     """
 
     id: str
@@ -48,6 +50,7 @@ class Patch:
     parameters: tuple[str, ...] = ()
     inherited: bool = False
     needs: tuple[str, ...] = ()
+    supersedes: bool = False
 
     @property
     def target(self) -> str:
@@ -97,11 +100,12 @@ PATCHES: Final = (
         module=_ROUTER,
         path="Router.gating",
         factory="protect.gating:compute_in_fp32",
-        why="logits and router gradients are computed in bf16 or TF32, or the fp32 weight is rounded on the way",
+        why="logits and router gradients are computed in bf16 or TF32, from a weight that is bf16",
         issue=f"{_ISSUES}/issues/1421",
         remove_when="gating computes fp32 logits from an fp32 weight without TF32",
         parameters=("self", "input"),
         needs=("router-output", "inference-output"),
+        supersedes=True,
     ),
     Patch(
         id="router-output",
@@ -144,6 +148,7 @@ PATCHES: Final = (
         issue=f"{_ISSUES}/pull/7081",
         remove_when="counts are integers through the all-reduce and the comparison",
         parameters=("tokens_per_expert", "expert_bias", "expert_bias_update_rate"),
+        supersedes=True,
     ),
     Patch(
         id="bias-rule-in-finalize",
@@ -154,6 +159,7 @@ PATCHES: Final = (
         issue=f"{_ISSUES}/pull/7081",
         remove_when="the bias-rule patch goes",
         parameters=("tokens_per_expert", "expert_bias", "expert_bias_update_rate"),
+        supersedes=True,
     ),
     Patch(
         id="bias-update",
@@ -164,6 +170,7 @@ PATCHES: Final = (
         issue=f"{_ISSUES}/pull/7081",
         remove_when="counts are integers and layers are grouped by their number of experts",
         parameters=("model", "config"),
+        supersedes=True,
     ),
     Patch(
         id="counter-reset",
@@ -175,6 +182,7 @@ PATCHES: Final = (
         remove_when="upstream skips routers without a bias",
         since="0.15",
         parameters=("config", "model"),
+        supersedes=True,
     ),
     Patch(
         id="wrap-check",

@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import itertools
 import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any, Final, Literal
 
 import wrapt
@@ -35,7 +36,6 @@ State = Literal["armed", "applied", "native", "displaced", "drifted", "off"]
 #: Marks our replacements, so that an import of the plugin that lost its memory still knows its own work. The mark is
 #: the replacement itself: functools.wraps copies attributes, so somebody else's wrapper around ours carries it too.
 _MARK: Final = "__megatron_fp32_router__"
-_MISSING: Final = "does not exist"
 
 
 @dataclass(frozen=True)
@@ -100,22 +100,34 @@ def initializing(module: ModuleType) -> bool:
 def apply_all(module: ModuleType, name: str) -> None:
     """Apply every patch whose target lives in `module`. Patches that are in place are left alone.
 
-    All are looked at before one is applied, so that under on_mismatch="raise" the module is left as it was.
-
     Raises:
         TargetMissingError: a target is missing or has another signature (under on_mismatch="raise").
         TargetChangedError: its source, or that of something its patch relies on, is not what the patch was written
             for (likewise).
     """
     megatron = of_module(module)
-    patches = [patch for patch in PATCHES if patch.module == name and not not_in_this_release(patch, megatron)]
-    for patch in patches:
-        registry.problems.pop(patch.id, None)
-        _look(patch, module, megatron)
-    _leave_out_dependents(patches)
-    for patch in patches:
-        if patch.id not in registry.problems and not _is_still_to_come(patch, module, megatron):
-            _apply(patch, module)
+    changed = _changed(name, megatron)
+    for patch in PATCHES:
+        if patch.module == name:
+            _apply(patch, module, megatron, changed.get(patch.id))
+
+
+def _changed(name: str, megatron: Megatron) -> dict[str, str]:
+    """Patch id -> what about its target's source stands against it, for the patches of one module."""
+    # Here, since nothing of it is needed in a process that never imports Megatron.
+    from megatron_fp32_router.compat.gate import objection
+
+    patches = [patch for patch in PATCHES if patch.module == name and not _not_in_this_release(patch, megatron)]
+    accepted = registry.settings.accepted
+    changed = {patch.id: found for patch in patches if (found := objection(patch.id, megatron, accepted)) is not None}
+    if registry.settings.on_mismatch == "warn":
+        # What would do harm without a patch that is left out is left out with it.
+        for _ in patches:
+            for patch in patches:
+                missing = next((needed for needed in patch.needs if needed in changed), None)
+                if missing is not None:
+                    changed.setdefault(patch.id, f"is left alone, because its patch does harm without {missing!r},")
+    return changed
 
 
 def settle() -> None:
@@ -132,7 +144,7 @@ def settle() -> None:
             apply_all(module, name)
 
 
-def not_in_this_release(patch: Patch, megatron: Megatron) -> str | None:
+def _not_in_this_release(patch: Patch, megatron: Megatron) -> str | None:
     """Why this release needs no such patch, or None when it does."""
     if not megatron.at_least(patch.since):
         return f"{megatron} has no such function; it came with {patch.since}"
@@ -141,7 +153,7 @@ def not_in_this_release(patch: Patch, megatron: Megatron) -> str | None:
     return None
 
 
-def _problem(patch: Patch, module: ModuleType) -> str | None:
+def _problem(patch: Patch, module: ModuleType, megatron: Megatron) -> str | None:
     """What about the target is not as the patch expects, or None."""
     parts = patch.path.split(".")
     owner: Any = module
@@ -149,79 +161,50 @@ def _problem(patch: Patch, module: ModuleType) -> str | None:
         owner = getattr(owner, part, None)
     own = vars(owner) if owner is not None else {}
     if not (patch.inherited and owner is not None) and parts[-1] not in own:
-        return _MISSING
+        return "does not exist"
     target = wrapt.resolve_path(module, patch.path)[2]
     try:
-        found = list(inspect.signature(target).parameters)
+        signature = inspect.signature(target).parameters.values()
     except (TypeError, ValueError):
         return "has no readable signature"
-    if tuple(found[: len(patch.parameters)]) != patch.parameters:
+    found = [parameter.name for parameter in signature]
+    # Somebody else's wrapper may take (self, *args, **kwargs) and hand on what it gets.
+    named = list(itertools.takewhile(lambda parameter: parameter.kind is not parameter.VAR_POSITIONAL, signature))
+    needed = patch.parameters[: len(named)] if len(named) < len(found) else patch.parameters
+    if tuple(found[: len(needed)]) != needed:
         return f"takes ({', '.join(found)}) where ({', '.join(patch.parameters)}, …) was expected"
     return None
 
 
-def _is_still_to_come(patch: Patch, module: ModuleType, megatron: Megatron) -> bool:
-    return megatron.is_prerelease_of(patch.since) and _problem(patch, module) == _MISSING
-
-
-def _look(patch: Patch, module: ModuleType, megatron: Megatron) -> None:
-    """Note in `registry.problems` what stands against applying `patch`, and raise or warn."""
-    if _is_still_to_come(patch, module, megatron):
+def _apply(patch: Patch, module: ModuleType, megatron: Megatron, changed: str | None) -> None:
+    registry.problems.pop(patch.id, None)
+    if _not_in_this_release(patch, megatron):
         return
-    way_out = (
-        f"{PREFIX}_ON_MISMATCH=warn trains with this unprotected, {PREFIX}=0 without the plugin. "
-        f"Without this patch {patch.why}."
-    )
-    problem = _problem(patch, module)
-    if problem is not None:
-        registry.problems[patch.id] = f"the target {problem}"
-        mismatch(
-            TargetMissingError,
-            f"{patch.target} {problem} in {megatron} ({megatron.path}); the patch {patch.id!r} was written for it. "
-            f"Use a release that the plugin knows. {way_out}",
+    if _left_to_somebody_else(patch, module):
+        return  # status() says so, and a line in the log when a model is wrapped
+    problem = _problem(patch, module, megatron)
+    if problem == "does not exist" and megatron.is_prerelease_of(patch.since):
+        return
+    error, way_out = TargetMissingError, "Use a release that the plugin knows"
+    if problem is None and changed is not None:
+        problem, error = changed, TargetChangedError
+        way_out += (
+            f", or run `megatron-fp32-router check --megatron {str(megatron.path).removesuffix('/megatron/core')} "
+            f"--accept`, which shows the change, tries the plugin on this Megatron and records it as harmless, if it is, "
+            f"in a file for {PREFIX}_ACCEPTED"
         )
-        return
-    # Here, since nothing of it is needed in a process that never imports Megatron.
-    from megatron_fp32_router.compat.gate import objection
-
-    problem = objection(patch.id, megatron, registry.settings.accepted)
     if problem is not None:
         registry.problems[patch.id] = problem
-        root = megatron.path.parent.parent if megatron.path is not None else "PATH"
         mismatch(
-            TargetChangedError,
-            f"in {megatron} the patch {patch.id!r} {problem}. Use a release that the plugin knows; or run "
-            f"`megatron-fp32-router check --megatron {root} --accept`, which shows the change, tries the plugin on "
-            f"this tree and records in a file that it is harmless, if it is, and set {PREFIX}_ACCEPTED to that file. "
-            f"{way_out}",
+            error,
+            f"{patch.target} {problem} in {megatron} ({megatron.path}); the patch {patch.id!r} was written for it. "
+            f"Without that patch {patch.why}. {way_out}, or set "
+            f"{PREFIX}_ON_MISMATCH=warn to train with this unprotected, or {PREFIX}=0 to train without the plugin.",
         )
-
-
-def _leave_out_dependents(patches: list[Patch]) -> None:
-    """Under on_mismatch="warn": a patch that does harm without another one is not applied without it."""
-    while True:
-        left_out = {
-            patch.id: missing
-            for patch in patches
-            for missing in patch.needs
-            if patch.id not in registry.problems and missing in registry.problems
-        }
-        if not left_out:
-            return
-        for patch_id, missing in left_out.items():
-            registry.problems[patch_id] = f"is left out, since it does harm without the patch {missing!r}"
-            say(
-                logging.WARNING,
-                f"the patch {patch_id!r} {registry.problems[patch_id]}",
-                threshold=registry.settings.log,
-                once=True,
-            )
-
-
-def _apply(patch: Patch, module: ModuleType) -> None:
+        return
     current = wrapt.resolve_path(module, patch.path)[2]
     for entry in wrapt.wrapper_chain(current):
-        if getattr(entry, _MARK, None) is entry:
+        if is_ours(entry):
             # Ours already, maybe below somebody else's: the hook fired twice, or the name was imported from a module
             # that is patched.
             registry.replacements[patch.id] = entry
@@ -246,12 +229,48 @@ def _position(patch: Patch, module: ModuleType) -> tuple[Literal["outermost", "b
     except wrapt.PathResolutionError:
         return "gone", "nothing"
     replacement = registry.replacements[patch.id]
-    above = f"{getattr(current, '__module__', '?')}.{getattr(current, '__qualname__', type(current).__name__)}"
+    above = _name(current)
     if current is replacement:
         return "outermost", ""
     if any(entry is replacement for entry in wrapt.wrapper_chain(current)):
         return "below", above
     return "gone", above
+
+
+def is_ours(function: Any) -> bool:
+    """Whether `function` is a replacement of ours, and not somebody else's wrapper around one."""
+    return getattr(function, _MARK, None) is function
+
+
+def _megatrons_own(function: Any) -> bool:
+    """Whether Megatron itself defines `function`, asked of its globals: functools.wraps copies everything else.
+
+    Torch's own decorators (no_grad) around Megatron's function are Megatron's doing.
+    """
+    if not isinstance(function, FunctionType):
+        return False
+    home = str(function.__globals__.get("__name__"))
+    if home.startswith("torch.") and hasattr(function, "__wrapped__"):
+        return _megatrons_own(function.__wrapped__)
+    return home.startswith("megatron.core.")
+
+
+def somebody_elses(function: Any) -> bool:
+    """Whether `function` is neither ours nor Megatron's."""
+    return not (is_ours(function) or _megatrons_own(function))
+
+
+def _left_to_somebody_else(patch: Patch, module: ModuleType) -> bool:
+    """Whether we keep our hands off: the target had been replaced before the plugin could."""
+    try:
+        current = wrapt.resolve_path(module, patch.path)[2]
+    except wrapt.PathResolutionError:
+        return False
+    return patch.supersedes and not any(is_ours(f) for f in wrapt.wrapper_chain(current)) and somebody_elses(current)
+
+
+def _name(function: Any) -> str:
+    return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__name__)}"
 
 
 def undo_all() -> None:
@@ -285,13 +304,16 @@ def _status(patch: Patch) -> tuple[State, str]:
     if module is None:
         return "armed", "waits for the import"
     if patch.id in registry.problems:
-        return "drifted", registry.problems[patch.id]
+        return "drifted", f"the target {registry.problems[patch.id]}"
     if patch.module in registry.pending:
         return "armed", "the module is half imported"
-    reason = not_in_this_release(patch, of_module(module))
+    reason = _not_in_this_release(patch, of_module(module))
     if reason is not None:
         return "native", reason
     if patch.id not in registry.replacements:
+        if _left_to_somebody_else(patch, module):
+            name = _name(wrapt.resolve_path(module, patch.path)[2])
+            return "displaced", f"replaced by {name} before the plugin was active"
         return "drifted", "was not applied"
     position, above = _position(patch, module)
     if position == "outermost":

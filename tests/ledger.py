@@ -2,8 +2,9 @@
 
 A test says `@pytest.mark.shows("D6")` where the defect is to be seen with the plugin off, and
 `@pytest.mark.repairs("D6")` where it is to be gone with the plugin on. On a release that has none of the
-defects a test names, it is not collected at all: nothing is ever skipped. scripts/test keeps one ledger file
-per release, and test_matrix.py reads them at the end. conftest.py imports the hooks below.
+defects a test names, it is not collected at all: nothing is ever skipped. Nor is a dear test collected elsewhere that
+says `@pytest.mark.on_lines("0.11", "0.19")`: it covers all release lines by those that differ. scripts/test keeps one
+ledger file per release, and test_matrix.py reads them at the end. conftest.py imports the hooks below.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "shows(*defects): with the plugin off, these defects are to be seen")
     config.addinivalue_line("markers", "repairs(*defects): with the plugin on, these defects are gone")
+    config.addinivalue_line("markers", "on_lines(*lines): collected on these release lines only")
     path = config.getoption("--ledger")
     if path and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Ledger(Path(path), config.getoption("--megatron")))
@@ -48,12 +50,14 @@ def release_of(tree: Path) -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out tests of defects that the release does not have; note on the others which they are about."""
     tree = config.getoption("--megatron")
-    present = defects_of(release_of(Path(tree))) if tree else frozenset(DEFECTS)
+    release = release_of(Path(tree)) if tree else ""
+    present = defects_of(release) if tree else frozenset(DEFECTS)
     kept, left_out = [], []
     for item in items:
         named = {mark: _named(item, mark) for mark in _MARKS}
         about = set().union(*named.values())
-        if about and not about & present:
+        lines = {line for marker in item.iter_markers("on_lines") for line in marker.args}
+        if (about and not about & present) or (lines and release.rpartition(".")[0] not in lines):
             left_out.append(item)
             continue
         kept.append(item)

@@ -95,7 +95,7 @@ def test_the_line_of_the_first_difference_is_a_line_of_the_source() -> None:
 
 #: Loads canonical.py alone, which imports nothing but the standard library.
 PROGRAM = """
-import ast, base64, importlib.util, json, sys, zlib
+import ast, base64, importlib.util, json, os, sys, zlib
 spec = importlib.util.spec_from_file_location("canonical", sys.argv[1])
 canonical = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(canonical)
@@ -108,8 +108,11 @@ compared = 0
 for index, tree in json.loads(sys.argv[3]).items():
     for target, numbers in content["targets"].items():
         module, _, path = target.partition(":")
+        name = module.replace(".", "/")
+        if os.path.isdir(f"{tree}/{name}"):
+            name, module = f"{name}/__init__", f"{module}.__init__"
         try:
-            source = open(f"{tree}/{module.replace('.', '/')}.py", "rb").read()
+            source = open(f"{tree}/{name}.py", "rb").read()
         except FileNotFoundError:
             continue
         found = canonical.definitions(ast.parse(source), module, path)

@@ -21,7 +21,6 @@ from megatron_fp32_router.compat.show import table
 from megatron_fp32_router.compat.source import Tree, UnreadableSourceError
 from megatron_fp32_router.errors import Fp32RouterError
 from megatron_fp32_router.records import PATCHES, Patch
-from megatron_fp32_router.registry import not_in_this_release
 from megatron_fp32_router.settings import PREFIX
 from megatron_fp32_router.upstream import Megatron
 from megatron_fp32_router.version import __version__
@@ -195,7 +194,7 @@ def _look_at_patches(found: Diagnosis, megatron: Megatron, targets: list[Target]
     off = environment.switched() is False
     for patch in PATCHES:
         unfit = [target for target in targets if patch.id in target.patches and not target.fits]
-        native = not_in_this_release(patch, megatron)
+        native = _native(patch, megatron)
         if off:
             found.patches.append((patch, "off", ""))
         elif native is not None:
@@ -214,6 +213,15 @@ def _look_at_patches(found: Diagnosis, megatron: Megatron, targets: list[Target]
         found.add("problem", "patches", f"{told}: `check` shows what has changed, `check --accept` tries it")
     else:
         found.add("ok", "patches", f"would be: {told}")
+
+
+def _native(patch: Patch, megatron: Megatron) -> str | None:
+    """Why this version needs no such patch, or None."""
+    if not megatron.at_least(patch.since):
+        return f"the function came with {patch.since}"
+    if patch.until is not None and megatron.at_least(patch.until):
+        return f"not needed from {patch.until}: {patch.remove_when}"
+    return None
 
 
 def _has(megatron: Megatron, patch: Patch) -> bool:

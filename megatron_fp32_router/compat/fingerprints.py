@@ -27,7 +27,7 @@ class Fingerprints:
         releases: the known releases, oldest first.
         targets: `module:path` -> for each release a number into `digests`, or None where it has no such definition.
         digests: the distinct bodies.
-        files: path below the tree -> for each release the sha256 of that file's bytes (its first 32 digits), or None.
+        files: module -> for each release the sha256 of its file's bytes (the first 32 digits), or None.
     """
 
     releases: tuple[str, ...]

@@ -12,10 +12,11 @@ import logging
 from pathlib import Path
 
 from megatron_fp32_router.compat import accepted
-from megatron_fp32_router.compat.contracts import relied_on
+from megatron_fp32_router.compat.contracts import key, relied_on
 from megatron_fp32_router.compat.fingerprints import known
 from megatron_fp32_router.compat.judge import Judge, Target
 from megatron_fp32_router.compat.source import Tree, UnreadableSourceError
+from megatron_fp32_router.records import PATCHES
 from megatron_fp32_router.say import say
 from megatron_fp32_router.upstream import Megatron
 
@@ -37,7 +38,7 @@ def _target(judge: Judge, name: str) -> Target:
 
 
 def objection(patch_id: str, megatron: Megatron, accepted_file: str) -> str | None:
-    """What stands against applying a patch to that Megatron, as the end of a sentence about the patch; or None.
+    """What stands against applying a patch to that Megatron, as the end of a sentence about its target; or None.
 
     Args:
         accepted_file: path of a file that `check --accept` wrote, or "".
@@ -46,7 +47,7 @@ def objection(patch_id: str, megatron: Megatron, accepted_file: str) -> str | No
         SettingsError: the accepted file cannot be read.
     """
     if megatron.path is None:
-        return "cannot be compared with what it was written for: this Megatron's source files are not to be found"
+        return "cannot be compared with what is known: the source files are not to be found"
     judge = _judge(megatron, accepted_file)
     for name, patches in relied_on().items():
         if patch_id not in patches:
@@ -54,9 +55,10 @@ def objection(patch_id: str, megatron: Megatron, accepted_file: str) -> str | No
         try:
             target = _target(judge, name)
         except UnreadableSourceError as error:
-            return f"cannot be compared with what it was written for: {error}"
+            return f"cannot be compared with what is known: {error}"
         if not target.fits:
             what = "does not exist" if target.state == "missing" else "has changed"
-            place = f"{judge.tree.root / target.file}:{target.line}"
-            return f"relies on {target.dotted}, which {what} ({place}: {target.detail})"
+            place = f"({judge.tree.root / target.file}:{target.line}: {target.detail})"
+            own = any(key(patch.module, patch.path) == name for patch in PATCHES if patch.id == patch_id)
+            return f"{what} {place}" if own else f"goes with {target.dotted}, which {what} {place}"
     return None

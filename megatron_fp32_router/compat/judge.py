@@ -93,9 +93,9 @@ class Judge:
         """
         module, _, path = name.partition(":")
         file = self.tree.file_of(module)
-        if not any(self.fingerprints.files.get(file, ())):
+        if not any(self.fingerprints.files.get(module, ())):
             return self._in_no_release(name, patches, file)
-        if not self.tree.has(module) and any(self.fingerprints.files[file][i] is None for i in self._nearest):
+        if not self.tree.has(module) and any(self.fingerprints.files[module][i] is None for i in self._nearest):
             return Target(name, patches, "match", "not there, as is right for this release", None, file)
         body = self.tree.body(name)
         if self.index is not None and body.digest == self.fingerprints.digest(name, self.index):

@@ -43,8 +43,8 @@ class Tree:
     _bodies: dict[str, Body] = field(default_factory=dict)
 
     def file_of(self, module: str) -> str:
-        """The path below the root of a module's file."""
-        return module.replace(".", "/") + ".py"
+        """The path below the root of a module's file, which a package has in its `__init__.py`."""
+        return file_of(self.root, module)
 
     def has(self, module: str) -> bool:
         """Whether the tree has that module at all."""
@@ -64,7 +64,8 @@ class Tree:
         if isinstance(read, int):
             return Body(self.fingerprints.digest(target, read))
         if target not in self._bodies:
-            self._bodies[target] = _body(canonical.definitions(read, module, path))
+            home = f"{module}.__init__" if self.file_of(module).endswith("__init__.py") else module
+            self._bodies[target] = _body(canonical.definitions(read, home, path))
         return self._bodies[target]
 
     def parsed(self, module: str) -> ast.Module:
@@ -79,11 +80,10 @@ class Tree:
 
     def _read(self, module: str, parsed: bool) -> ast.Module | int:
         """The parsed module; or the index of the release whose file this is, byte for byte: parsing costs more."""
-        name = self.file_of(module)
-        cached = self._files.get(name)
+        cached = self._files.get(module)
         if cached is not None and not (parsed and isinstance(cached, int)):
             return cached
-        path = self.root / name
+        path = self.root / self.file_of(module)
         try:
             content = path.read_bytes()
         except FileNotFoundError:
@@ -92,16 +92,23 @@ class Tree:
             raise UnreadableSourceError(f"{path}: {error.strerror or error}") from error
         read: ast.Module | int | None = None
         if not parsed:
-            read = self._known_file(name, content)
+            read = self._known_file(module, content)
         if read is None:
             read = _parse(path, content)
-        self._files[name] = read
+        self._files[module] = read
         return read
 
-    def _known_file(self, name: str, content: bytes) -> int | None:
-        hashes = self.fingerprints.files.get(name, ())
+    def _known_file(self, module: str, content: bytes) -> int | None:
+        hashes = self.fingerprints.files.get(module, ())
         own = file_hash(content)
         return hashes.index(own) if own in hashes else None
+
+
+def file_of(root: Path, module: str) -> str:
+    """The path below `root` of the file of a module or package; of a module where neither is there."""
+    path = module.replace(".", "/")
+    package = f"{path}/__init__.py"
+    return package if (root / package).is_file() else f"{path}.py"
 
 
 def _body(found: list[canonical.Definition]) -> Body:

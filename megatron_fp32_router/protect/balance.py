@@ -16,7 +16,7 @@ import torch
 
 from megatron_fp32_router.errors import UnprotectedRouterError
 from megatron_fp32_router.protect.casts import COUNTER, below_fp32
-from megatron_fp32_router.registry import mismatch, replaces
+from megatron_fp32_router.registry import mismatch, replaces, somebody_elses
 
 
 def direction(counts_LE: torch.Tensor) -> torch.Tensor:
@@ -88,11 +88,13 @@ class _Rules:
         training_only: routers in eval mode (a distillation teacher) are left alone (0.17 and later).
         respects_frozen: so are routers with frozen_expert_bias (0.19 and later).
         zeroes: counters are zeroed here (to 0.14; later by reset_model_temporary_tensors).
+        takes_group: the function, and the rule that it calls, take the group to reduce over (0.19 and later).
     """
 
     training_only: bool
     respects_frozen: bool
     zeroes: bool
+    takes_group: bool
 
 
 def _rules(original: Callable[..., Any]) -> _Rules:
@@ -101,6 +103,7 @@ def _rules(original: Callable[..., Any]) -> _Rules:
         training_only="training" in code.co_names,
         respects_frozen="frozen_expert_bias" in code.co_consts,
         zeroes="zero_" in code.co_names,
+        takes_group="tp_dp_cp_group" in code.co_varnames,
     )
 
 
@@ -117,9 +120,11 @@ def _counted(module: Any) -> bool:
 def exact_update(original: Callable[..., None]) -> Callable[..., None]:
     """_update_router_expert_bias: all layers at once, one collective for each number of experts.
 
-    Which routers take part, and where counters are zeroed, is upstream's rule of the release at hand.
+    Which routers take part, and where counters are zeroed, is upstream's rule of the release at hand. Where somebody
+    else has put a rule of their own in the name that upstream calls, get_updated_expert_bias, theirs is called.
     """
     rules = _rules(original)
+    names = inspect.unwrap(original).__globals__
 
     @replaces(original)
     def _update_router_expert_bias(model: Any, config: Any, tp_dp_cp_group: Any = None) -> None:
@@ -135,9 +140,14 @@ def exact_update(original: Callable[..., None]) -> Callable[..., None]:
             _check("expert_bias", bias)
             _check(COUNTER, counter)
             batches.setdefault((bias.shape[-1], bias.dtype, counter.dtype, bias.device), []).append(module)
+        rate, theirs = config.moe_router_bias_update_rate, names.get("get_updated_expert_bias")
         with torch.no_grad():
             for modules in batches.values():
-                _update(modules, config.moe_router_bias_update_rate, _group(tp_dp_cp_group), rules.zeroes)
+                if theirs is not None and somebody_elses(theirs):
+                    group = {"tp_dp_cp_group": tp_dp_cp_group} if rules.takes_group else {}
+                    _update_by(theirs, modules, rate, group, rules.zeroes)
+                else:
+                    _update(modules, rate, _group(tp_dp_cp_group), rules.zeroes)
 
     return _update_router_expert_bias
 
@@ -149,6 +159,15 @@ def _update(modules: list[Any], rate: float, group: Any, zero: bool) -> None:
     torch.distributed.all_reduce(counts_LE, group=group)
     step_LE = direction(counts_LE).to(biases[0].dtype)
     torch._foreach_add_(biases, step_LE.unbind(0), alpha=rate)
+    if zero:
+        torch._foreach_zero_(counters)
+
+
+def _update_by(rule: Callable[..., torch.Tensor], modules: list[Any], rate: float, group: Any, zero: bool) -> None:
+    """As upstream calls a rule, with exact counts [L, E] and fp32 biases [L, E]."""
+    counters = [getattr(module, COUNTER) for module in modules]
+    biases = [module.expert_bias for module in modules]
+    torch._foreach_copy_(biases, list(rule(torch.stack(counters), torch.stack(biases), rate, **group).unbind(0)))
     if zero:
         torch._foreach_zero_(counters)
 

@@ -7,6 +7,7 @@ from the original. Not touched: casts of single tensors outside Module._apply (e
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -24,9 +25,18 @@ def below_fp32(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and dtype.itemsize < 4
 
 
+def _is_topk_router(module: Any) -> bool:
+    """Asked of the module as it is now: the function that we wrap may be somebody else's, with other globals."""
+    return isinstance(module, sys.modules["megatron.core.transformer.moe.router"].TopKRouter)
+
+
 def protects_parameters() -> bool:
-    """Whether weight and bias are ours to protect (protect="all")."""
-    return registry.settings.protect == "all"
+    """Whether weight and bias are ours to protect (protect="all").
+
+    Not where gating could not be patched and the user chose to go on: upstream's own may take no fp32 weight beside
+    a bf16 input (0.11 and 0.12 do not).
+    """
+    return registry.settings.protect == "all" and "gating" not in registry.problems
 
 
 def _fp32_view(config: Any) -> Any:
@@ -41,7 +51,7 @@ def initialise_in_fp32(original: Callable[..., None]) -> Callable[..., None]:
 
     @replaces(original)
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        if not (protects_parameters() and isinstance(self, original.__globals__["TopKRouter"])):
+        if not (protects_parameters() and _is_topk_router(self)):
             original(self, config, *args, **kwargs)
             return
         original(self, _fp32_view(config), *args, **kwargs)
@@ -55,7 +65,7 @@ def reset_in_fp32(original: Callable[..., None]) -> Callable[..., None]:
 
     @replaces(original)
     def reset_parameters(self: Any) -> None:
-        if not (protects_parameters() and isinstance(self, original.__globals__["TopKRouter"])):
+        if not (protects_parameters() and _is_topk_router(self)):
             original(self)
             return
         config = self.config

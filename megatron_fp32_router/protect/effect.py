@@ -13,7 +13,7 @@ import torch
 
 from megatron_fp32_router.errors import ModelInUseError, UnprotectedRouterError
 from megatron_fp32_router.protect.casts import below_fp32, protects_parameters, widen_counter
-from megatron_fp32_router.registry import mismatch, registry, replaces, settle
+from megatron_fp32_router.registry import mismatch, registry, replaces, settle, status
 from megatron_fp32_router.say import say
 from megatron_fp32_router.settings import PREFIX
 from megatron_fp32_router.upstream import of_module
@@ -105,10 +105,25 @@ def _report(module: torch.nn.Module, config: Any) -> None:
             f"{PREFIX}_ON_MISMATCH=warn trains on as it is.",
         )
     elif found.routers:
+        protected = "all" if protects_parameters() else "buffers"
         say(
             logging.INFO,
-            f"megatron-fp32-router {__version__} on {release}{chunk}: {found} (protect={registry.settings.protect})",
+            f"megatron-fp32-router {__version__} on {release}{chunk}: {found} (protect={protected})",
             threshold=registry.settings.log,
+        )
+        _say_what_is_displaced()
+
+
+def _say_what_is_displaced() -> None:
+    """Once, not on every chunk. Their functions get fp32 tensors and exact counters; what they do is theirs."""
+    displaced = [f"{record.target} ({record.detail})" for record in status() if record.state == "displaced"]
+    if displaced:
+        say(
+            logging.WARNING,
+            "not in effect, because somebody else's function is in its place: " + "; ".join(displaced) + ". Router "
+            "tensors are fp32 and token counters exact all the same.",
+            threshold=registry.settings.log,
+            once=True,
         )
 
 

@@ -1,0 +1,55 @@
+"""A Megatron in which one patched function has another name: an error, or a warning and a training."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROGRAM = Path(__file__).resolve().parents[1] / "programs" / "renamed.py"
+
+
+def link(source: str, target: str) -> None:
+    """As a hard link, where source and target are on one file system."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+# Half a minute of processor time each. Between them these have every patched function, as 0.15 to 0.18 have it too.
+@pytest.mark.on_lines("0.11", "0.14", "0.19")
+def test_every_renamed_function_is_named_in_an_error_or_in_a_warning_and_the_training_goes_on(
+    request: pytest.FixtureRequest, tmp_path: Path, release: Any
+) -> None:
+    tree = Path(request.config.getoption("--megatron"))
+    shutil.copytree(tree / "megatron", tmp_path / "megatron", copy_function=link)
+    done = subprocess.run(
+        [sys.executable, PROGRAM, tmp_path],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {"gating", "bias-rule", "bias-rule-in-finalize", "bias-update", "wrap-check"} <= found.keys()
+    for seen in found.values():
+        refused, warned = seen["raise"], seen["warn"]
+        assert refused["error"] == "TargetMissingError", seen
+        for part in (seen["target"], str(release), "MEGATRON_FP32_ROUTER_ON_MISMATCH=warn"):
+            assert part in refused["message"], seen
+        assert "error" not in warned, seen
+        assert warned["state"] == "drifted", seen
+        (line,) = warned["said"]
+        assert seen["why"] in line
+        if seen["trains"]:
+            assert math.isfinite(warned["loss"])
