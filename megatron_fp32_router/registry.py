@@ -188,10 +188,10 @@ def _apply(patch: Patch, module: ModuleType, megatron: Megatron, changed: str | 
     error, way_out = TargetMissingError, "Use a release that the plugin knows"
     if problem is None and changed is not None:
         problem, error = changed, TargetChangedError
+        tree = str(megatron.path).removesuffix("/megatron/core")
         way_out += (
-            f", or run `megatron-fp32-router check --megatron {str(megatron.path).removesuffix('/megatron/core')} "
-            f"--accept`, which shows the change, tries the plugin on this Megatron and records it as harmless, if it is, "
-            f"in a file for {PREFIX}_ACCEPTED"
+            f", or run `megatron-fp32-router check --megatron {tree} --accept`, which shows the change, tries the "
+            f"plugin on this Megatron, and records it as harmless, if it is, in a file for {PREFIX}_ACCEPTED"
         )
     if problem is not None:
         registry.problems[patch.id] = problem

@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from defects import DEFECTS
+from retirement import GOES_WITH, REPAIRS, needed_for, state_on
+
+from megatron_fp32_router.records import PATCHES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -18,6 +22,22 @@ def test_every_generated_table_is_up_to_date() -> None:
         [sys.executable, "scripts/docs", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_every_patch_says_what_it_is_needed_for() -> None:
+    ids = {patch.id for patch in PATCHES}
+    for patch in PATCHES:
+        names = needed_for(patch)
+        assert set(names) <= ids or set(names) <= DEFECTS.keys(), patch.id
+    assert REPAIRS.keys() | GOES_WITH.keys() <= ids
+
+
+def test_a_patch_is_needed_native_or_has_nothing_to_patch() -> None:
+    states = {patch.id: [state_on(patch, line) for line in ("0.11", "0.12", "0.13", "0.19")] for patch in PATCHES}
+    assert states["router-init"] == ["needed", "needed", "native", "native"]
+    assert states["router-reset"] == ["n/a", "n/a", "needed", "needed"]
+    assert states["router-output"] == ["needed"] * 4
+    assert states["padding-mask"] == ["n/a", "n/a", "n/a", "needed"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

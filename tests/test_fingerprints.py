@@ -148,10 +148,10 @@ def test_the_generated_file_is_up_to_date() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_every_target_has_fingerprints_and_every_patch_says_what_it_relies_on() -> None:
+def test_every_target_of_every_patch_has_fingerprints() -> None:
     assert set(relied_on()) == set(known().targets)
     ids = {patch.id for patch in PATCHES}
-    assert {patch for contract in CONTRACTS for patch in contract.patches} == ids
+    assert {patch for contract in CONTRACTS for patch in contract.patches} <= ids
     assert {patch for patches in relied_on().values() for patch in patches} == ids
 
 

@@ -161,7 +161,6 @@ CONTRACTS: Final = (
         "DistributedOptimizer._set_main_param_and_optimizer_states",
         "model_param_group_index_map numbers parameters in gradient-buffer order, groups hold fp32 ones first",
     ),
-    Contract(("legacy-wrap-check",), _MODULE, "", "nothing beside its own target"),
 )
 
 
