@@ -47,6 +47,7 @@ def test_the_wheel_holds_all_that_an_installation_needs_and_no_more(wheel: Path)
     at_the_root = {name.split("/")[0] for name in names if not name.split("/")[0].endswith(".dist-info")}
     assert at_the_root == {"megatron_fp32_router", *STARTUP_FILES}
     assert "megatron_fp32_router/py.typed" in names
+    assert "megatron_fp32_router/compat/fingerprints.json" in names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
