@@ -369,3 +369,24 @@ def test_the_table_needs_no_rich_and_says_where_and_what(
         assert f"{ROUTER}:" in output
         assert "does not fit" in output
     assert outputs[0] != outputs[1]
+
+
+def test_the_gate_costs_a_training_on_a_release_well_below_a_tenth_of_a_second() -> None:
+    program = """
+import sys, time
+from pathlib import Path
+from megatron_fp32_router.records import PATCHES
+from megatron_fp32_router.upstream import Megatron, read_version
+core = Path(sys.argv[1]) / "megatron" / "core"
+megatron = Megatron(core, read_version(core / "package_info.py"))
+begun = time.process_time()
+from megatron_fp32_router.compat.gate import objection
+found = [objection(patch.id, megatron, "") for patch in PATCHES]
+print(time.process_time() - begun, {*found})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(ensure_release("0.19.2"))], capture_output=True, text=True, check=True
+    )
+    seconds, found = done.stdout.split(maxsplit=1)
+    assert found.strip() == "{None}"
+    assert float(seconds) < 0.1
