@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import builtins
 import json
+import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -151,6 +153,22 @@ def test_comments_docstrings_annotations_and_layout_do_not_count(copy: Copy, cap
 def test_whatever_changes_behaviour_counts(old: str, new: str, expected: str, copy: Copy, capsys: Any) -> None:
     code, report = check(capsys, "--megatron", copy("0.19.2", ROUTER, old, new))
     assert (code, states(report)) == (1, {expected: "drifted"})
+
+
+def test_a_definition_under_a_condition_is_a_drift(copy: Copy, capsys: Any) -> None:
+    text = (ensure_release("0.19.2") / MOE_UTILS).read_text(encoding="utf-8")
+    start = text.index("def router_gating_linear(")
+    function = text[start : text.index("\ndef ", start + 1)]
+    under = (
+        "try:\n"
+        + textwrap.indent(function.strip(), "    ")
+        + "\nexcept ImportError:\n    router_gating_linear = None\n"
+    )
+    code, report = check(capsys, "--megatron", copy("0.19.2", MOE_UTILS, function, under))
+    assert (code, states(report)) == (1, {"router_gating_linear": "drifted"})
+    (target,) = [t for t in report["targets"] if t["state"] == "drifted"]
+    assert target["line"] > 1
+    assert "except ImportError" in target["diff"]
 
 
 def test_the_body_of_another_release_is_known(copy: Copy, capsys: Any) -> None:
@@ -368,6 +386,8 @@ def test_the_table_needs_no_rich_and_says_where_and_what(
         assert "core.transformer.moe.router.Router.gating" in output
         assert f"{ROUTER}:" in output
         assert "does not fit" in output
+        assert re.search(r"state +target +detail *\n", output)
+        assert re.search(r"drifted +core\.transformer\.moe\.router\.Router\.gating +as in no known release", output)
     assert outputs[0] != outputs[1]
 
 

@@ -116,7 +116,8 @@ def _body(found: list[canonical.Definition]) -> Body:
         return Body(None)
     line, span = found[0].lineno, (0, 0)
     if any(isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) for part in found for node in ast.walk(part)):
-        first = min(node.lineno for node in ast.walk(found[0]) if isinstance(node, ast.expr | ast.stmt))
+        # A condition that canonical.py has put around it stands in no line.
+        first = min(node.lineno for node in ast.walk(found[0]) if hasattr(node, "lineno"))
         span = (first, found[-1].end_lineno or found[-1].lineno)
     normalised = canonical.normalised(found)
     return Body(canonical.digest(normalised), normalised, line, span)
