@@ -44,15 +44,15 @@ VARIABLES: Final = (
         "Megatron, so checkpoints and optimizers keep their layout.",
     ),
     Variable(
+        f"{PREFIX}_ACCEPTED",
+        ("",),
+        "The file that `check --accept` wrote: changes in Megatron's source that a passing probe has proven harmless.",
+    ),
+    Variable(
         f"{PREFIX}_ON_MISMATCH",
         ("raise", "warn"),
         "What happens when a patch does not fit this Megatron or a router tensor is below fp32: an error, or one "
         "warning on rank 0 that says what is unprotected.",
-    ),
-    Variable(
-        f"{PREFIX}_ACCEPTED",
-        ("",),
-        "The file that `check --accept` wrote: changes in Megatron's source that a passing probe has proven harmless.",
     ),
     Variable(
         f"{PREFIX}_LOG",
