@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from bootstrap import RELEASES, ensure_release
 from megatron_fp32_router.cli import main
 from megatron_fp32_router.compat.fingerprints import known
 from megatron_fp32_router.compat.source import file_of
+from megatron_fp32_router.records import PATCHES
 from megatron_fp32_router.version import __version__
 
 ROUTER = "megatron/core/transformer/moe/router.py"
@@ -218,6 +220,14 @@ def test_a_commit_that_no_fingerprint_knows_is_never_called_fit(copy: Copy, caps
     code, report = check(capsys, "--megatron", tree)
     assert (code, report["verdict"]) == (1, "does not fit")
     assert [t["patches"] for t in report["targets"] if t["state"] == "drifted"] == [["bias-update", "counter-reset"]]
+
+
+def test_what_only_a_retired_patch_needs_may_go(copy: Copy, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = copy("0.19.2", ROUTER, "    def gating(self, input", "    def gating_logits(self, input")
+    retired = [replace(patch, until="0.19") if patch.id == "gating" else patch for patch in PATCHES]
+    monkeypatch.setattr("megatron_fp32_router.compat.judge.PATCHES", tuple(retired))
+    code, report = check(capsys, "--megatron", tree)
+    assert (code, states(report)) == (0, {"gating": "known"})
 
 
 def test_another_version_than_the_pinned_one_does_not_fit(capsys: Any) -> None:

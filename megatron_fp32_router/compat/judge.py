@@ -100,6 +100,8 @@ class Judge:
         body = self.tree.body(name)
         if self.index is not None and body.digest == self.fingerprints.digest(name, self.index):
             return Target(name, patches, "match", self._as_here(body), body.digest, file, body.line)
+        if patches and all(_retired(patch, self.megatron) for patch in PATCHES if patch.id in patches):
+            return Target(name, patches, "known", "no patch is for it in this version", body.digest, file, body.line)
         alike = self._compatible(name)
         same = [self.fingerprints.releases[i] for i in alike if self.fingerprints.digest(name, i) == body.digest]
         if body.digest is None:
@@ -241,8 +243,12 @@ def _replacing(name: str, megatron: Megatron) -> list[str]:
     return [patch.id for patch in PATCHES if key(patch.module, patch.path) == name and _for(patch, megatron)]
 
 
+def _retired(patch: Patch, megatron: Megatron) -> bool:
+    return patch.until is not None and megatron.at_least(patch.until)
+
+
 def _for(patch: Patch, megatron: Megatron) -> bool:
-    return megatron.at_least(patch.since) and not (patch.until is not None and megatron.at_least(patch.until))
+    return megatron.at_least(patch.since) and not _retired(patch, megatron)
 
 
 def _likeness(one: list[str], other: list[str]) -> float:
