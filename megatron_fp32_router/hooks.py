@@ -59,6 +59,16 @@ def on_module(module: ModuleType) -> None:
     _wake("megatron.core.transformer.module", module)
 
 
+def on_distributed_data_parallel(module: ModuleType) -> None:
+    """megatron.core.distributed.distributed_data_parallel: agreement between ranks."""
+    _wake("megatron.core.distributed.distributed_data_parallel", module)
+
+
+def on_optimizer(module: ModuleType) -> None:
+    """megatron.core.optimizer.optimizer: agreement between ranks."""
+    _wake("megatron.core.optimizer.optimizer", module)
+
+
 def on_distrib_optimizer(module: ModuleType) -> None:
     """megatron.core.optimizer.distrib_optimizer: its checkpoints."""
     _wake("megatron.core.optimizer.distrib_optimizer", module)
@@ -71,8 +81,10 @@ def on_legacy_module(module: ModuleType) -> None:
 
 #: The same table as the entry points in pyproject.toml.
 HOOKS: Final[dict[str, Callable[[ModuleType], None]]] = {
+    "megatron.core.distributed.distributed_data_parallel": on_distributed_data_parallel,
     "megatron.core.distributed.finalize_model_grads": on_finalize_model_grads,
     "megatron.core.optimizer.distrib_optimizer": on_distrib_optimizer,
+    "megatron.core.optimizer.optimizer": on_optimizer,
     "megatron.core.transformer.module": on_module,
     "megatron.core.transformer.moe.moe_utils": on_moe_utils,
     "megatron.core.transformer.moe.router": on_router,

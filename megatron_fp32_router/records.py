@@ -12,6 +12,8 @@ from typing import Final
 _ROUTER: Final = "megatron.core.transformer.moe.router"
 _MOE_UTILS: Final = "megatron.core.transformer.moe.moe_utils"
 _FINALIZE: Final = "megatron.core.distributed.finalize_model_grads"
+_DDP: Final = "megatron.core.distributed.distributed_data_parallel"
+_OPTIMIZER: Final = "megatron.core.optimizer.optimizer"
 _DISTRIBUTED_OPTIMIZER: Final = "megatron.core.optimizer.distrib_optimizer"
 _ISSUES: Final = "https://github.com/NVIDIA/Megatron-LM"
 
@@ -178,6 +180,36 @@ PATCHES: Final = (
         issue=f"{_ISSUES}/issues/1482",
         remove_when="router-casts goes",
         parameters=("self", "config", "module"),
+    ),
+    Patch(
+        id="ranks-speak",
+        module=_DDP,
+        path="DistributedDataParallel.__init__",
+        factory="protect.agreement:publish_when_wrapping",
+        why="a rank without the plugin would be noticed by nobody",
+        issue=f"{_ISSUES}/issues/1482",
+        remove_when="router-casts goes",
+        parameters=("self", "config", "ddp_config", "module"),
+    ),
+    Patch(
+        id="ranks-agree-before-broadcast",
+        module=_DDP,
+        path="DistributedDataParallel.broadcast_params",
+        factory="protect.agreement:agree_first",
+        why="parameters of different dtypes would be broadcast into each other where a rank lacks the plugin",
+        issue=f"{_ISSUES}/issues/1482",
+        remove_when="router-casts goes",
+        parameters=("self",),
+    ),
+    Patch(
+        id="ranks-agree",
+        module=_OPTIMIZER,
+        path="MegatronOptimizer.__init__",
+        factory="protect.agreement:agree_first",
+        why="the first step would hang or mix up gradients where a rank lacks the plugin",
+        issue=f"{_ISSUES}/issues/1482",
+        remove_when="router-casts goes",
+        parameters=("self", "optimizer", "config"),
     ),
     Patch(
         id="optimizer-checkpoint",

@@ -50,6 +50,12 @@ VARIABLES: Final = (
         "warning on rank 0 that says what is unprotected.",
     ),
     Variable(
+        f"{PREFIX}_AGREE_TIMEOUT",
+        ("300",),
+        "How many seconds, before the first step, to wait for a slow rank to say that it runs the plugin alike. "
+        "A rank that says nothing in that time stops the program. `0`: ranks are not compared.",
+    ),
+    Variable(
         f"{PREFIX}_LOG",
         ("info", "debug", "warning"),
         "The least severe message that is shown.",
@@ -65,11 +71,13 @@ class Settings:
         protect: "all" keeps parameters and buffers in fp32, "buffers" only the buffers.
         on_mismatch: "raise" stops the program when something is unprotected, "warn" says so and goes on.
         log: the least severe message that is shown.
+        agree_timeout: seconds to wait for the other ranks before the first step; 0 compares nothing.
     """
 
     protect: Protect = "all"
     on_mismatch: OnMismatch = "raise"
     log: LogLevel = "info"
+    agree_timeout: float = 300
 
     def updated(self, protect: str | None = None, on_mismatch: str | None = None) -> Settings:
         """These settings with the given fields replaced (None leaves a field as it is).
@@ -105,6 +113,18 @@ def _read(suffix: str, environ: Mapping[str, str]) -> str:
     return _accepted(variable.name, value, variable.values) if value else variable.values[0]
 
 
+def _seconds(suffix: str, environ: Mapping[str, str]) -> float:
+    variable = _table(suffix)
+    value = environ.get(variable.name, "").strip() or variable.values[0]
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = -1
+    if not 0 <= seconds < float("inf"):
+        raise SettingsError(f"{variable.name} has the value {value!r}; accepted is a number of seconds, 0 or more")
+    return seconds
+
+
 def switch(environ: Mapping[str, str] = os.environ) -> bool | None:
     """What MEGATRON_FP32_ROUTER says: True for `1`, False for `0`, None when unset.
 
@@ -124,6 +144,7 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
         protect=cast("Protect", _read("_PROTECT", environ)),
         on_mismatch=cast("OnMismatch", _read("_ON_MISMATCH", environ)),
         log=cast("LogLevel", _read("_LOG", environ)),
+        agree_timeout=_seconds("_AGREE_TIMEOUT", environ),
     )
 
 
