@@ -28,8 +28,8 @@ def judge(world: int, statements: Statements, waited: float) -> dict[str, Any]:
     hosts = len({statement["host"] for statement in statements.values()})
     early = [rank for rank, statement in statements.items() if not statement["at optimizer"]]
     line = (
-        f"all {world} ranks on {hosts} host{'s' if hosts != 1 else ''} agree: "
-        f"{sum(counts)} router{'s' if sum(counts) != 1 else ''} with {tensors} fp32 tensors, replicas counted, {min(counts)} to {max(counts)} a rank"
+        f"all {world} ranks on {_count(hosts, 'host')} agree: {_count(sum(counts), 'router')} with {tensors} fp32 "
+        f"tensors, replicas counted, {min(counts)} to {max(counts)} a rank"
     )
     if early:
         line += f"; no optimizer yet on {ranks_text(early)}"
@@ -76,6 +76,10 @@ def _differences(statements: Statements) -> list[str]:
             ]
             found.append(f"{label} is {', but '.join(texts)}")
     return found
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def _few(names: Iterable[str]) -> str:
