@@ -118,7 +118,9 @@ def test_a_training_that_does_not_mention_the_plugin_is_protected_on_both_ranks(
     )
     assert done.returncode == 0, done.stderr
     ours = [line for line in done.stderr.splitlines() if "megatron_fp32_router" in line]
-    assert len(ours) == 1, done.stderr
+    # What rank 0 sees of its own model, and that all ranks agree.
+    assert ["2 routers: " in line for line in ours] == [True, False], done.stderr
+    assert "all 2 ranks on 1 host agree: 4 routers" in ours[1]
     printed = sorted(line for line in done.stdout.splitlines() if line.startswith("rank "))
     ranks = [json.loads(line.partition(": ")[2]) for line in printed]
     assert len(ranks) == 2
