@@ -66,6 +66,13 @@ def test_the_hooks_and_the_command_are_registered(installed: Environment) -> Non
     assert (sorted(entry_points[HOOKS]), done.stderr) == (json.loads(done.stdout), "")
 
 
+def test_the_source_patches_are_there(installed: Environment) -> None:
+    program = "from megatron_fp32_router.source_patches import lines; print([len(line.patches) for line in lines()])"
+    here = [len(list(folder.glob("*.patch"))) for folder in sorted((ROOT / "patches").glob("core_v*"))]
+    done = installed.run(program)
+    assert (done.stdout, done.stderr) == (f"{here}\n", "")
+
+
 def test_the_variable_works_after_the_installation(installed: Environment, tmp_path: Path) -> None:
     (tmp_path / "megatron").mkdir()
     program = """
