@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from bootstrap import RELEASES, ensure_release
 
 from megatron_fp32_router import lab
+from megatron_fp32_router.protect import agreement
 from megatron_fp32_router.protect.verdict import judge, ranks_text
 from megatron_fp32_router.settings import SettingsError, from_environment
 
@@ -109,6 +111,12 @@ def test_a_timeout_is_a_number_of_seconds(value: str) -> None:
         from_environment({"MEGATRON_FP32_ROUTER_AGREE_TIMEOUT": value})
 
 
+def test_without_process_groups_there_is_nobody_to_agree_with_even_after_a_failure() -> None:
+    agreement._Agreed.group, agreement._Agreed.failure = weakref.ref(type("Gone", (), {})()), "an older group's failure"
+    agreement.agree()
+    agreement.publish()
+
+
 # The verdict itself: far more ranks than a machine can start ------------------------------------------------------
 
 
@@ -130,6 +138,7 @@ def test_a_verdict_on_4096_ranks_is_short_quick_and_names_ranks_and_hosts() -> N
     said = statements(4096)
     assert judge(4096, said, 1.0)["problems"] == []
     assert judge(4096, said, 1.0)["line"].startswith("all 4096 ranks on 512 hosts agree: 8192 routers with 24576 ")
+    assert judge(4096, said, 1.0)["line"].endswith(" replicas counted, 2 a rank")
     for rank in [7, *range(16, 24)]:
         del said[rank]
     said[4095]["says"]["the plugin's version"] = "1.1"

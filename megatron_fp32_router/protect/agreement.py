@@ -278,7 +278,10 @@ def _attempt(step: Callable[[], None]) -> None:
 
 
 def _is_agreed() -> bool:
-    return _Agreed.group is not None and _Agreed.group() is torch.distributed.group.WORLD
+    if _Agreed.group is None:
+        return False
+    group = torch.distributed.group.WORLD
+    return group is not None and _Agreed.group() is group
 
 
 # The places ------------------------------------------------------------------------------------------------------

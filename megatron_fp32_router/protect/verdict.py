@@ -27,9 +27,10 @@ def judge(world: int, statements: Statements, waited: float) -> dict[str, Any]:
     tensors = sum(int(statement["tensors"]) for statement in statements.values())
     hosts = len({statement["host"] for statement in statements.values()})
     early = [rank for rank, statement in statements.items() if not statement["at optimizer"]]
+    spread = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
     line = (
         f"all {world} ranks on {_count(hosts, 'host')} agree: {_count(sum(counts), 'router')} with {tensors} fp32 "
-        f"tensors, replicas counted, {min(counts)} to {max(counts)} a rank"
+        f"tensors, replicas counted, {spread} a rank"
     )
     if early:
         line += f"; no optimizer yet on {ranks_text(early)}"
