@@ -43,6 +43,8 @@ def test_all_ranks_agree_or_all_say_what_differs(release: str, tmp_path: Path) -
         assert scenes[name].count("all 2 ranks on 1 host agree: 1 router with ") == 1
         assert "0 to 1 a rank" in scenes[name]
         assert [rank[name] for rank in ranks] == ["", ""]
+    for name in ("broadcast_params asks", "the balance update asks", "user buffers ask"):
+        assert scenes[name].count(" agree: ") == 1
     assert ranks[0]["left in the store"] == ranks[1]["left in the store"] == ""
     assert "waiting up to 300 s for the optimizer of rank 1, to learn" in scenes["slow"]
     assert "waiting" not in scenes["all alike"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import torch.distributed as dist
@@ -55,7 +57,20 @@ def scenes(recipe: Any, arguments: dict[str, Any]) -> dict[str, str]:
         if dist.barrier() or dist.PrefixStore("all alike", dist.distributed_c10d._get_default_store()).check([key])
     )
     play("all alike, in the same store", room="all alike")
-    build(recipe, dense_stage=True)  # a second model asks nobody
+    built = build(recipe, dense_stage=True)  # a second model asks nobody
+
+    def ask(name: str, question: Callable[[], Any]) -> None:
+        dist.barrier()
+        agreement._Agreed.group = None
+        agreement._ROOM = name
+        print(f"--- {name}", flush=True)
+        question()
+
+    finalize = import_module("megatron.core.distributed.finalize_model_grads")
+    wrapping = agreement.publish_when_wrapping(lambda *_: None)
+    ask("broadcast_params asks", built.chunks[0].broadcast_params)
+    ask("the balance update asks", lambda: finalize._update_router_expert_bias(built.chunks, built.config))
+    ask("user buffers ask", lambda: wrapping(None, None, SimpleNamespace(nccl_ub=True), built.chunks[0]))
 
     if is_last:
         megatron_fp32_router.enable(protect="buffers")
