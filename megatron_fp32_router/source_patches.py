@@ -12,6 +12,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -108,7 +109,8 @@ def find_line(root: Path) -> Line:
     raise UnknownTreeError(f"there are no patches for Megatron-Core {version} ({root}); there are some for {names}")
 
 
-def _sha256(content: bytes) -> str:
+def sha256(content: bytes) -> str:
+    """As the tables `files` have it."""
     return hashlib.sha256(content).hexdigest()
 
 
@@ -121,7 +123,7 @@ def state(root: Path, line: Line) -> State:
     """
     found, strange = set(), []
     for file in line.files:
-        sha = _sha256(_read(root / file.path))
+        sha = sha256(_read(root / file.path))
         if sha in file.released:
             found.add("released")
         elif sha in file.released.values():
@@ -161,11 +163,11 @@ def change(root: Path, line: Line, *, reverse: bool = False) -> list[str]:
     goals: dict[str, str] = {}
     for file in line.files:
         steps = {patched: released for released, patched in file.released.items()} if reverse else file.released
-        goal = steps.get(_sha256(before[file.path]))
+        goal = steps.get(sha256(before[file.path]))
         if goal is not None:
             goals[file.path] = goal
     after = _patched({path: before[path] for path in goals}, line, reverse) if goals else {}
-    wrong = [path for path, goal in goals.items() if _sha256(after[path]) != goal]
+    wrong = [path for path, goal in goals.items() if sha256(after[path]) != goal]
     if wrong:
         raise UnknownTreeError(f"the patches of {line.name} made something else of {', '.join(wrong)} than recorded")
     _install(root, {path: before[path] for path in goals}, after)
@@ -230,7 +232,7 @@ def _install(root: Path, before: dict[str, bytes], after: dict[str, bytes]) -> N
 
 
 def main(root: Path, *, check: bool, reverse: bool) -> int:
-    """The command. Prints what it did or found; returns the exit code."""
+    """The command. Prints what it did or found, and on standard error why it did nothing; returns the exit code."""
     try:
         line = find_line(root)
         now = state(root, line)
@@ -240,10 +242,10 @@ def main(root: Path, *, check: bool, reverse: bool) -> int:
             return 0 if now == wanted else 1
         changed = change(root, line, reverse=reverse)
     except DirtyTreeError as error:
-        print(f"megatron-fp32-router patch: {error}")
+        print(f"megatron-fp32-router patch: {error}", file=sys.stderr)
         return 1
     except UnknownTreeError as error:
-        print(f"megatron-fp32-router patch: {error}")
+        print(f"megatron-fp32-router patch: {error}", file=sys.stderr)
         return 2
     if not changed:
         print(f"{root}: {line.name}, {now} already; nothing to do")

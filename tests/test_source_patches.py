@@ -90,7 +90,7 @@ def test_a_tree_with_changes_of_its_own_is_refused_and_left_alone(
     before = content(tree)
     for options in ([], ["--reverse"], ["--check"]):
         assert patch(tree, *options) == 1
-        said = capsys.readouterr().out
+        said = capsys.readouterr().err
         assert said.count("\n") == 1
         assert "megatron/core/transformer/moe/router.py differs" in said
     assert content(tree) == before
@@ -128,7 +128,7 @@ def test_bad_input_gives_one_line_and_exit_code_2(
 ) -> None:
     root = broken_trees(tmp_path)[name]
     assert patch(root) == 2
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert says in said
 
@@ -139,7 +139,7 @@ def test_without_git_it_says_so(
     monkeypatch.setenv("PATH", str(tree))
     before = content(tree)
     assert patch(tree) == 2
-    assert "git was not found" in capsys.readouterr().out
+    assert "git was not found" in capsys.readouterr().err
     assert content(tree) == before
 
 
@@ -158,7 +158,7 @@ def test_when_a_file_cannot_be_replaced_all_are_as_before(
 
     monkeypatch.setattr(Path, "replace", replace)
     assert patch(tree) == 2
-    assert "nothing was changed" in capsys.readouterr().out
+    assert "nothing was changed" in capsys.readouterr().err
     assert content(tree) == before
 
 
@@ -191,6 +191,6 @@ def test_a_broken_hunk_is_noticed_and_nothing_is_changed(
     monkeypatch.setattr(source_patches, "_HOMES", (home,))
     before = content(tree)
     assert patch(tree) == 2
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert ("does not apply" if what == "context" else "made something else") in said
     assert content(tree) == before
