@@ -11,6 +11,7 @@ import sys
 import time
 import weakref
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from bootstrap import RELEASES, ensure_release
 from megatron_fp32_router import lab
 from megatron_fp32_router.protect import agreement
 from megatron_fp32_router.protect.verdict import judge, ranks_text
+from megatron_fp32_router.registry import PatchStatus
 from megatron_fp32_router.settings import SettingsError, from_environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,6 +113,21 @@ def test_under_warn_the_first_rank_that_has_the_plugin_warns_and_training_goes_o
 def test_a_timeout_is_a_number_of_seconds(value: str) -> None:
     with pytest.raises(SettingsError, match="accepted is a number of seconds"):
         from_environment({"MEGATRON_FP32_ROUTER_AGREE_TIMEOUT": value})
+
+
+def test_a_patch_that_only_one_rank_has_wrapped_or_not_imported_is_no_difference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    records = [
+        PatchStatus("one", "a.b", "displaced", "wrapped by profiler.trace"),
+        PatchStatus("two", "a.c", "displaced", "replaced by somebody.else"),
+        PatchStatus("three", "a.d", "armed", "waits for the import"),
+    ]
+    monkeypatch.setattr(agreement, "status", lambda: records)
+    monkeypatch.setitem(sys.modules, "megatron.core", ModuleType("megatron.core"))
+    says = agreement.what_must_agree()
+    patches = {label: value for label, value in says.items() if label.startswith("patch ")}
+    assert patches == {"patch 'one'": "applied", "patch 'two'": "displaced"}
 
 
 def test_without_process_groups_there_is_nobody_to_agree_with_even_after_a_failure() -> None:

@@ -7,7 +7,8 @@ wraps its model. Before the first Megatron collective that a difference could ha
 for the verdict that the last one to arrive writes.
 
 What it costs, once: four store operations a rank and up to half a second of polling; one rank reads what all have
-said (about 1 KiB each) in one request. Afterwards: one comparison when an optimizer is built, and one a step.
+said (about 1 KiB each) in one request. Afterwards: one comparison when an optimizer is built, and one a step. A
+program that only runs inference builds no optimizer, and its ranks are not compared.
 """
 
 from __future__ import annotations
@@ -59,15 +60,20 @@ def what_must_agree() -> dict[str, str]:
     """What this rank says about itself, and every rank must say alike. One line is one thing that is compared.
 
     How much is logged and how long is waited may differ. A patch that waits for its module is not named: a pipeline
-    stage need not import what another one does.
+    stage need not import what another one does. One that somebody has wrapped still works: a profiler on rank 0, say.
     """
     settings = registry.settings
+    patches = {
+        f"patch {record.id!r}": "applied" if record.detail.startswith("wrapped") else record.state
+        for record in status()
+        if record.state != "armed"
+    }
     return {
         "the plugin's version": __version__,
         f"{PREFIX}_PROTECT": settings.protect,
         f"{PREFIX}_ON_MISMATCH": settings.on_mismatch,
         "Megatron": str(of_module(sys.modules["megatron.core"])),
-        **{f"patch {record.id!r}": record.state for record in status() if record.state != "armed"},
+        **patches,
     }
 
 
