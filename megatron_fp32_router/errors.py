@@ -23,6 +23,10 @@ class UnprotectedRouterError(Fp32RouterError):
     """A router tensor is below fp32 although the plugin was asked to keep it there."""
 
 
+class MonitorError(Fp32RouterError):
+    """The monitor itself failed; training can go on without it."""
+
+
 class DisplacedPatchError(Fp32RouterError):
     """disable() was called while somebody else's patch sits on top of ours, so ours cannot be lifted out."""
 

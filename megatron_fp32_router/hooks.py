@@ -64,6 +64,11 @@ def on_distrib_optimizer(module: ModuleType) -> None:
     _wake("megatron.core.optimizer.distrib_optimizer", module)
 
 
+def on_optimizer(module: ModuleType) -> None:
+    """megatron.core.optimizer.optimizer: the monitor learns which optimizers there are."""
+    _wake("megatron.core.optimizer.optimizer", module)
+
+
 def on_legacy_module(module: ModuleType) -> None:
     """megatron.legacy.model.module, which 0.11's own training wraps with; no wheel contains it."""
     _wake("megatron.legacy.model.module", module)
@@ -73,6 +78,7 @@ def on_legacy_module(module: ModuleType) -> None:
 HOOKS: Final[dict[str, Callable[[ModuleType], None]]] = {
     "megatron.core.distributed.finalize_model_grads": on_finalize_model_grads,
     "megatron.core.optimizer.distrib_optimizer": on_distrib_optimizer,
+    "megatron.core.optimizer.optimizer": on_optimizer,
     "megatron.core.transformer.module": on_module,
     "megatron.core.transformer.moe.moe_utils": on_moe_utils,
     "megatron.core.transformer.moe.router": on_router,

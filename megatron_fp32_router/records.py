@@ -12,6 +12,7 @@ from typing import Final
 _ROUTER: Final = "megatron.core.transformer.moe.router"
 _MOE_UTILS: Final = "megatron.core.transformer.moe.moe_utils"
 _FINALIZE: Final = "megatron.core.distributed.finalize_model_grads"
+_OPTIMIZER: Final = "megatron.core.optimizer.optimizer"
 _DISTRIBUTED_OPTIMIZER: Final = "megatron.core.optimizer.distrib_optimizer"
 _ISSUES: Final = "https://github.com/NVIDIA/Megatron-LM"
 
@@ -32,6 +33,7 @@ class Patch:
         until: the first release that no longer has it, None while it lives.
         parameters: parameters of the target that the replacement relies on, in order.
         inherited: whether the target may come from a base class (torch's own method).
+        monitor: installed only where MEGATRON_FP32_ROUTER_MONITOR asks for looks.
     """
 
     id: str
@@ -45,6 +47,7 @@ class Patch:
     until: str | None = None
     parameters: tuple[str, ...] = ()
     inherited: bool = False
+    monitor: bool = False
 
     @property
     def target(self) -> str:
@@ -208,5 +211,27 @@ PATCHES: Final = (
         issue=f"{_ISSUES}/issues/1482",
         remove_when="0.11 is no longer supported",
         parameters=("self", "module"),
+    ),
+    Patch(
+        id="monitor-step",
+        module=_FINALIZE,
+        path="_allreduce_conditional_embedding_grads",
+        factory="monitor.watch:look_at_steps",
+        why="the monitor would not know when a step's gradients are there",
+        issue=f"{_ISSUES}/issues/2398",
+        remove_when="the monitor goes; the target is only a place that every finalize_model_grads passes once",
+        parameters=("model", "config"),
+        monitor=True,
+    ),
+    Patch(
+        id="monitor-optimizer",
+        module=_OPTIMIZER,
+        path="MegatronOptimizer.__init__",
+        factory="monitor.contract:remember_optimizer",
+        why="the monitor could not say what dtype main copies and moments have",
+        issue=f"{_ISSUES}/issues/2777",
+        remove_when="the monitor goes",
+        parameters=("self", "optimizer", "config"),
+        monitor=True,
     ),
 )

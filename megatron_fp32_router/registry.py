@@ -131,6 +131,10 @@ def _not_in_this_release(patch: Patch, megatron: Megatron) -> str | None:
     return None
 
 
+def _not_asked_for(patch: Patch) -> bool:
+    return patch.monitor and not registry.settings.monitor and patch.id not in registry.replacements
+
+
 def _problem(patch: Patch, module: ModuleType, megatron: Megatron) -> str | None:
     """What about the target is not as the patch expects, or None."""
     parts = patch.path.split(".")
@@ -152,7 +156,7 @@ def _problem(patch: Patch, module: ModuleType, megatron: Megatron) -> str | None
 
 def _apply(patch: Patch, module: ModuleType, megatron: Megatron) -> None:
     registry.problems.pop(patch.id, None)
-    if _not_in_this_release(patch, megatron):
+    if _not_in_this_release(patch, megatron) or _not_asked_for(patch):
         return
     problem = _problem(patch, module, megatron)
     if problem == "does not exist" and megatron.is_prerelease_of(patch.since):
@@ -229,6 +233,8 @@ def _status(patch: Patch) -> tuple[State, str]:
     module = sys.modules.get(patch.module)
     if not registry.active:
         return "off", ""
+    if _not_asked_for(patch):
+        return "off", f"{PREFIX}_MONITOR is off"
     if module is None:
         return "armed", "waits for the import"
     if patch.id in registry.problems:

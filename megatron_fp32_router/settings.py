@@ -50,6 +50,16 @@ VARIABLES: Final = (
         "warning on rank 0 that says what is unprotected.",
     ),
     Variable(
+        f"{PREFIX}_MONITOR",
+        ("off", "N"),
+        "A number of steps: every N-th step the routers are looked at (docs/monitor.md).",
+    ),
+    Variable(
+        f"{PREFIX}_MONITOR_DIR",
+        ("fp32_router_monitor",),
+        "The folder that the monitor's `monitor.jsonl` goes to; rank 0 makes it.",
+    ),
+    Variable(
         f"{PREFIX}_LOG",
         ("info", "debug", "warning"),
         "The least severe message that is shown.",
@@ -65,11 +75,15 @@ class Settings:
         protect: "all" keeps parameters and buffers in fp32, "buffers" only the buffers.
         on_mismatch: "raise" stops the program when something is unprotected, "warn" says so and goes on.
         log: the least severe message that is shown.
+        monitor: look at the routers every so many steps; 0: never.
+        monitor_dir: the folder that monitor.jsonl goes to.
     """
 
     protect: Protect = "all"
     on_mismatch: OnMismatch = "raise"
     log: LogLevel = "info"
+    monitor: int = 0
+    monitor_dir: str = "fp32_router_monitor"
 
     def updated(self, protect: str | None = None, on_mismatch: str | None = None) -> Settings:
         """These settings with the given fields replaced (None leaves a field as it is).
@@ -105,6 +119,16 @@ def _read(suffix: str, environ: Mapping[str, str]) -> str:
     return _accepted(variable.name, value, variable.values) if value else variable.values[0]
 
 
+def _interval(environ: Mapping[str, str]) -> int:
+    name = _table("_MONITOR").name
+    value = environ.get(name, "").strip()
+    if value in ("", "off"):
+        return 0
+    if value.isascii() and value.isdigit() and int(value) > 0:
+        return int(value)
+    raise SettingsError(f"{name} has the value {value!r}; accepted are 'off' and a whole number of steps, at least 1")
+
+
 def switch(environ: Mapping[str, str] = os.environ) -> bool | None:
     """What MEGATRON_FP32_ROUTER says: True for `1`, False for `0`, None when unset.
 
@@ -124,6 +148,8 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
         protect=cast("Protect", _read("_PROTECT", environ)),
         on_mismatch=cast("OnMismatch", _read("_ON_MISMATCH", environ)),
         log=cast("LogLevel", _read("_LOG", environ)),
+        monitor=_interval(environ),
+        monitor_dir=environ.get(_table("_MONITOR_DIR").name, "").strip() or _table("_MONITOR_DIR").values[0],
     )
 
 
