@@ -1,4 +1,4 @@
-"""The command line: `run` a program under the plugin, or see the defect in a `demo`."""
+"""The command line: `run` a program under the plugin, `report` on its monitor, or see the defect in a `demo`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 
+from megatron_fp32_router.monitor import report as monitor_report
 from megatron_fp32_router.version import __version__
 
 
@@ -39,6 +40,10 @@ def _demo(arguments: argparse.Namespace) -> int:
     return code
 
 
+def _report(arguments: argparse.Namespace) -> int:
+    return monitor_report.main(arguments)
+
+
 def _parser(with_demo: bool) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megatron-fp32-router",
@@ -50,6 +55,9 @@ def _parser(with_demo: bool) -> argparse.ArgumentParser:
     run.add_argument("-m", dest="module", action="store_true", help="run a module instead of a script")
     run.add_argument("program", nargs=argparse.REMAINDER, help="the script or module, and its own arguments")
     run.set_defaults(action=_run)
+    report = commands.add_parser("report", help="turn the monitor's file into a page")
+    report.set_defaults(action=_report)
+    monitor_report.add_arguments(report)
     demo = commands.add_parser("demo", help="train a tiny MoE with the plugin off and on, and compare")
     demo.set_defaults(action=_demo)
     if with_demo:
