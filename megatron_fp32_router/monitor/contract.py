@@ -74,7 +74,7 @@ def _optimizer_state(parameter: torch.Tensor) -> Iterator[tuple[str, torch.dtype
         main = _main_copy(optimizer, parameter)
         inner = getattr(optimizer, "optimizer", None)
         state = getattr(inner, "state", {}).get(parameter if main is None else main, {})
-        if main is not None:
+        if main is not None and main is not parameter:
             yield "main", main.dtype
         for name, value in state.items():
             if isinstance(value, torch.Tensor) and value.dim() and value.is_floating_point():
@@ -114,7 +114,7 @@ def probe(router: Any, dtype: torch.dtype) -> tuple[torch.dtype, torch.Tensor] |
     weight_EH = router.weight.detach()
     if below_fp32(weight_EH.dtype) and promised("weight", True):
         return None  # a violation of its own, on which the gating itself raises
-    if type(router.weight.data).__name__ == "DTensor" or weight_EH.dim() != 2 or not weight_EH.numel():
+    if type(router.weight).__name__ == "DTensor" or weight_EH.dim() != 2 or not weight_EH.numel():
         return None
     columns = weight_EH.shape[1]
     rows = min(_ROWS, columns)
@@ -164,6 +164,11 @@ def promised(name: str, mixed: bool) -> bool:
     return registry.settings.protect == "all" and (derived in ("", "grad") or not _moments_are_chosen())
 
 
+def breaks(name: str, dtype: torch.dtype, mixed: bool) -> bool:
+    """Whether `dtype` breaks what is promised of `name`; see promised()."""
+    return below_fp32(dtype) and promised(name, mixed)
+
+
 def _moments_are_chosen() -> bool:
     configs = (getattr(optimizer, "config", None) for optimizer in _optimizers)
     return any(getattr(config, "use_precision_aware_optimizer", False) for config in configs)
@@ -190,9 +195,10 @@ class Watch:
         """
         found = []
         for name, dtype in now.items():
-            if below_fp32(dtype) and promised(name, mixed):
+            if breaks(name, dtype, mixed):
                 was = self._last.get(name)
-                since = f"; it was {_short(was)} {step - self._step} steps before" if was not in (None, dtype) else ""
+                ago = f"{step - self._step} step{'' if step - self._step == 1 else 's'}"
+                since = f"; it was {_short(was)} {ago} before" if was not in (None, dtype) else ""
                 found.append(f"{router}: {name} is {_short(dtype)}{since}")
         if bits is not None and bits < _FP32_BITS and promised("arithmetic", mixed):
             kind = "bf16" if bits < 9.5 else "TF32 or fp16"

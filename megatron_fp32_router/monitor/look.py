@@ -5,10 +5,9 @@ Shapes: L layers, E experts, T tokens, H hidden size.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -165,6 +164,17 @@ def _input_dtype(config: Any) -> torch.dtype:
     return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
 
 
+def broken(seen: Seen) -> bool:
+    """Whether a promise is broken that can be seen without waiting for the device."""
+    mixed = is_mixed(seen.router.config)
+    return any(contract.breaks(name, dtype, mixed) for name, dtype in seen.dtypes.items())
+
+
+def is_mixed(config: Any) -> bool:
+    """Whether the model trains in bf16 or fp16."""
+    return bool(config.bf16 or config.fp16)
+
+
 def reduce_the_rest(seen: Iterable[Seen]) -> None:
     """Sum the counts that the balance update has not: models without expert biases, routers in eval mode.
 
@@ -218,8 +228,7 @@ def entry(seen: Seen, memory: Memory, step: int) -> Entry:
     if "arithmetic" in numbers:
         bits = contract.bits_of(numbers.pop("arithmetic"), seen.dtypes["logits"])
         metrics["precision/arithmetic_bits"] = bits
-    mixed = bool(config.bf16 or config.fp16)
-    violations = memory.watch.violations(seen.name, seen.dtypes, bits, mixed, step)
+    violations = memory.watch.violations(seen.name, seen.dtypes, bits, is_mixed(config), step)
     if seen.reduced_E is not None:
         metrics |= load(seen.reduced_E.tolist())
     if seen.before_E is not None and seen.after_E is not None:
@@ -229,14 +238,3 @@ def entry(seen: Seen, memory: Memory, step: int) -> Entry:
         memory.mean, memory.mean_step = float(seen.after_E.double().mean()), step
     finite = {name: value for name, value in (metrics | numbers).items() if math.isfinite(value)}
     return {"metrics": finite, "violations": violations}
-
-
-@contextlib.contextmanager
-def listening_to(layers: Mapping[Layer, tuple[str, Any]]) -> Iterator[dict[Layer, Listener]]:
-    """Hooks on every router inside; they are gone when the context ends."""
-    listeners = listen(layers, samples=True)
-    try:
-        yield listeners
-    finally:
-        for listener in listeners.values():
-            listener.remove()

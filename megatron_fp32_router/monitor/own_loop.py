@@ -11,6 +11,7 @@ import torch
 from megatron_fp32_router.monitor import look, sinks, watch
 from megatron_fp32_router.monitor.load import load
 from megatron_fp32_router.monitor.sinks import Layer
+from megatron_fp32_router.registry import registry
 
 _heard: dict[Layer, look.Listener] = {}
 _memory: dict[Layer, look.Memory] = {}
@@ -24,10 +25,14 @@ def listening(model: Any) -> Iterator[None]:
     Args:
         model: a torch.nn.Module, or a list of model chunks.
     """
-    with look.listening_to(look.layers_of(model)) as listeners:
-        yield
     _heard.clear()
-    _heard.update(listeners)
+    _heard.update(look.listen(look.layers_of(model), samples=True))
+    listeners = list(_heard.values())
+    try:
+        yield
+    finally:
+        for listener in listeners:
+            listener.remove()
 
 
 def metrics(model: Any) -> dict[str, float]:
@@ -63,4 +68,5 @@ def latest() -> dict[str, float]:
 
     Empty before the first look, and where MEGATRON_FP32_ROUTER_MONITOR is off.
     """
-    return sinks.flat(watch.current.entries) if watch.current.entries else {}
+    on = registry.active and registry.settings.monitor
+    return sinks.flat(watch.current.entries) if on and watch.current.entries else {}

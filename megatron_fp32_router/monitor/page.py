@@ -236,6 +236,7 @@ def render(run: Run, found: list[Finding]) -> str:
         f"steps {run.steps[0]} to {run.steps[-1]}.</p>"
         f'<p class="verdict{" bad" if problems else ""}">{e(verdict)}</p><ul>{points}</ul>'
         f"<h2>Every layer at step {run.steps[-1]}</h2>{_table(run)}<p class=soft>Flips are shares of sampled tokens; "
-        "bits are significant bits of the arithmetic that computes logits, 24 for fp32. docs/monitor.md explains every number.</p>"
+        "bits are significant bits of the arithmetic that computes logits, 24 for fp32. docs/monitor.md explains every "
+        "number.</p>"
         f"{body}</body></html>\n"
     )

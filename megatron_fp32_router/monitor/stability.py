@@ -29,7 +29,7 @@ class Sample:
 
 @dataclass
 class Probe:
-    """Tokens that stay the same for the whole run of this process, and whom they were last sent to. On the CPU."""
+    """Tokens that stay the same for the whole run of this process, on the CPU, and whom they were last sent to."""
 
     hidden_TH: torch.Tensor
     chosen_TE: torch.Tensor
@@ -48,7 +48,7 @@ def obstacle(router: Any) -> str | None:
             return f"{option} is on"
     if getattr(config, "moe_router_force_biased", None) is not None:
         return "moe_router_force_biased is on"
-    if type(router.weight.data).__name__ == "DTensor":
+    if type(router.weight).__name__ == "DTensor":
         return "the weight is sharded over ranks (DTensor)"
     if router.topk >= router.weight.shape[0]:
         return "every token goes to every expert"
@@ -169,8 +169,7 @@ def changed(rule: Rule, probe: Probe) -> dict[str, torch.Tensor]:
     """What docs/monitor.md calls probe/*, and remembers today's choice for the next look."""
     hidden_TH = probe.hidden_TH.to(rule.weight_EH.device)
     now_TE = rule.chosen(rule.biased(rule.scores(rule.logits(hidden_TH))))
-    last_TE = probe.chosen_TE.to(now_TE.device)
-    probe.chosen_TE = now_TE.cpu()
+    last_TE, probe.chosen_TE = probe.chosen_TE, now_TE
     slots = (last_TE & ~now_TE).double().sum() / (now_TE.shape[0] * rule.topk)
     return {"probe/changed": _flips(now_TE, last_TE), "probe/slots_changed": slots}
 
@@ -178,7 +177,7 @@ def changed(rule: Rule, probe: Probe) -> dict[str, torch.Tensor]:
 def new_probe(rule: Rule, sample: Sample) -> Probe:
     """A probe out of a sample."""
     chosen_TE = rule.chosen(rule.biased(rule.scores(rule.logits(sample.hidden_TH))))
-    return Probe(sample.hidden_TH.cpu(), chosen_TE.cpu())
+    return Probe(sample.hidden_TH.cpu(), chosen_TE)
 
 
 def _bf16(tensor: torch.Tensor) -> torch.Tensor:

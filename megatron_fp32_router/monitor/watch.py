@@ -117,10 +117,13 @@ class Monitor:
                 memory = self._memory.setdefault(layer, look.Memory())
                 self._open[layer] = look.see(name, router, listeners.get(layer), samples, memory)
         updates = getattr(config, "moe_router_enable_expert_bias", False)
-        if updates and any(seen.before_E is not None for seen in self._open.values()):
-            balance.watchers.append(self._after_update)
-        else:
+        if not updates or all(seen.before_E is None for seen in self._open.values()):
             self._close()
+        elif any(look.broken(seen) for seen in self._open.values()):
+            # At once, without the numbers of the update: it may refuse to work on what it finds.
+            self._close(reduce=False)
+        else:
+            balance.watchers.append(self._after_update)
 
     def _after_update(self, updated: list[tuple[list[Any], torch.Tensor]]) -> None:
         with self._own_failures():
@@ -136,13 +139,17 @@ class Monitor:
             seen.reduced_E = rows.get(id(seen.router))
         self._close()
 
-    def _close(self) -> None:
-        """The end of a look: read the numbers, hand them on, judge."""
+    def _close(self, reduce: bool = True) -> None:
+        """The end of a look: read the numbers, hand them on, judge.
+
+        `reduce`: sum up counts that nobody else has; only where every rank does so.
+        """
         seen, self._open = self._open or {}, None
         if self._after_update in balance.watchers:
             balance.watchers.remove(self._after_update)
         with torch.no_grad():
-            look.reduce_the_rest(seen.values())
+            if reduce:
+                look.reduce_the_rest(seen.values())
             look.read(seen.values())
         self._hand_on({layer: look.entry(each, self._memory[layer], self.step) for layer, each in seen.items()})
 
