@@ -98,6 +98,7 @@ def _palette(number: int) -> list[Any]:
 
 def _ends(axis: Any, run: Run) -> None:
     axis.set_xlabel("training step")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     if len(run.steps) > 1:
         axis.set_xlim(run.steps[0], run.steps[-1])
 
@@ -154,7 +155,7 @@ def _layered(run: Run, metric: str, label: str) -> str:
         _map(figure, axes[0, 1], run, metric)
         _band(axes[0, 0], run, metric)
     axes[0, 0].set_ylabel(label)
-    if all(value >= 0 for by_step in layers.values() for value in by_step.values()):
+    if not metric.startswith("bias/") and all(value >= 0 for by_step in layers.values() for value in by_step.values()):
         axes[0, 0].set_ylim(bottom=-0.02 * max(axes[0, 0].get_ylim()[1], 1e-9))  # a line at 0 is drawn whole
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=6)
     return as_svg(figure, name)
@@ -232,11 +233,10 @@ def render(run: Run, found: list[Finding]) -> str:
         "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
         '<meta name=viewport content="width=device-width, initial-scale=1">'
         f"<title>Router monitor, steps {run.steps[0]} to {run.steps[-1]}</title><style>{CSS}{_OWN_CSS}</style></head>"
-        f"<body><h1>How the routers are</h1><p class=soft>{e(str(run.path))}: {looks} at {len(run.layers)} routers, "
+        f"<body><h1>Router monitor</h1><p class=soft>{e(str(run.path))}: {looks} at {len(run.layers)} routers, "
         f"steps {run.steps[0]} to {run.steps[-1]}.</p>"
         f'<p class="verdict{" bad" if problems else ""}">{e(verdict)}</p><ul>{points}</ul>'
-        f"<h2>Every layer at step {run.steps[-1]}</h2>{_table(run)}<p class=soft>Flips are shares of sampled tokens; "
-        "bits are significant bits of the arithmetic that computes logits, 24 for fp32. docs/monitor.md explains every "
-        "number.</p>"
-        f"{body}</body></html>\n"
+        f"{body}<h2>Every layer at step {run.steps[-1]}</h2>{_table(run)}<p class=soft>From “bf16 weight” to “probe”: "
+        "shares of tokens, see the drawings. Bits: significant bits of the arithmetic that computes logits, 24 for "
+        "fp32. docs/monitor.md explains every number.</p></body></html>\n"
     )

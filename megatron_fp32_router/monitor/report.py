@@ -189,24 +189,16 @@ def _choices(run: Run) -> list[Finding]:
                 f"{actual[worst]:.2%} of tokens (layer {worst})",
             )
         )
-    for metric, what in (
-        ("flips/bf16_weight", "a bf16 router weight"),
-        ("flips/bf16_logits", "bf16 logits"),
-        ("flips/bf16_scores", "bf16 scores"),
-        ("flips/bf16_bias", "a bf16 expert bias"),
-        ("flips/tf32", "TF32"),
-    ):
-        now = run.last(metric)
+    parts = []
+    for name in ("bf16_weight", "bf16_logits", "bf16_scores", "bf16_bias", "tf32"):
+        now = run.last(f"flips/{name}")
         if now:
             worst = max(now, key=lambda layer: now[layer])
-            mean = sum(now.values()) / len(now)
-            found.append(
-                Finding(
-                    False,
-                    f"{what} would send {mean:.2%} of tokens to other experts (mean of layers; layer {worst}: "
-                    f"{now[worst]:.2%})",
-                )
-            )
+            where = f" (layer {worst}: {now[worst]:.2%})" if now[worst] else ""
+            arithmetic = name.replace("_", " ").replace("tf32", "TF32")
+            parts.append(f"{sum(now.values()) / len(now):.2%} with {arithmetic}{where}")
+    if parts:
+        found.append(Finding(False, f"tokens that would go to other experts, mean of layers: {', '.join(parts)}"))
     return found
 
 
@@ -284,6 +276,7 @@ def main(arguments: argparse.Namespace) -> int:
         out: Path = arguments.out or run.path.with_suffix(".html")
         from megatron_fp32_router.monitor import page
 
+        print("report: drawing, a few seconds", file=sys.stderr)
         out.write_text(page.render(run, found), encoding="utf-8")
     except (UnreadableRunError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
