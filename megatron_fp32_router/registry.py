@@ -233,8 +233,6 @@ def _status(patch: Patch) -> tuple[State, str]:
     module = sys.modules.get(patch.module)
     if not registry.active:
         return "off", ""
-    if _not_asked_for(patch):
-        return "off", f"{PREFIX}_MONITOR is off"
     if module is None:
         return "armed", "waits for the import"
     if patch.id in registry.problems:
@@ -254,5 +252,6 @@ def _status(patch: Patch) -> tuple[State, str]:
 
 
 def status() -> tuple[PatchStatus, ...]:
-    """The state of every patch, asked of the modules as they are now."""
-    return tuple(PatchStatus(patch.id, patch.target, *_status(patch)) for patch in PATCHES)
+    """The state of every patch, asked of the modules as they are now; the monitor's only where it is on."""
+    asked_for = [patch for patch in PATCHES if not _not_asked_for(patch)]
+    return tuple(PatchStatus(patch.id, patch.target, *_status(patch)) for patch in asked_for)
