@@ -17,8 +17,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_fp32_router.errors import SettingsError
-from megatron_fp32_router.monitor import bias, page, report, sinks, stability
+from megatron_fp32_router.errors import MonitorError, SettingsError
+from megatron_fp32_router.monitor import bias, collect, page, report, sinks, stability, watch
 from megatron_fp32_router.monitor.load import load
 from megatron_fp32_router.registry import registry
 from megatron_fp32_router.settings import Settings, from_environment
@@ -233,6 +233,67 @@ def test_the_writers_of_megatron_training_get_aggregates_and_the_chosen_layers(
     assert scalars["moe_router/violations"] == (0, 7)
     assert "moe_router/layer_3/flips/tf32" not in scalars
     assert logged == [({name: value for name, (value, _) in scalars.items()}, 7)]
+
+
+# Steps, failures, other stages -----------------------------------------------------------------------------------
+
+
+def _steps(monitor: watch.Monitor, number: int) -> None:
+    for _ in range(number):
+        monitor.at_gradients([torch.nn.Linear(2, 2)], SimpleNamespace())
+
+
+def test_the_step_is_megatron_trainings_own_and_one_that_is_computed_again_is_not_looked_at_twice(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType("megatron.training.global_vars")
+    module._GLOBAL_ARGS = SimpleNamespace(curr_iteration=99)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monitor = watch.Monitor()
+    _steps(monitor, 2)
+    module._GLOBAL_ARGS.curr_iteration = 100  # type: ignore[attr-defined]
+    _steps(monitor, 1)
+    lines = (folder / "monitor.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [100, 101]
+
+
+def test_a_failure_of_the_monitor_is_not_taken_for_one_of_the_training(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(model: Any) -> Any:
+        raise ValueError("something unforeseen")
+
+    monkeypatch.setattr(watch.look, "layers_of", fail)
+    with pytest.raises(MonitorError, match="ValueError: something unforeseen") as raised:
+        _steps(watch.Monitor(), 1)
+    assert isinstance(raised.value.__cause__, ValueError)
+    monkeypatch.setattr(registry, "settings", Settings(monitor=1, monitor_dir=str(folder), on_mismatch="warn"))
+    _steps(watch.Monitor(), 3)
+    assert caplog.text.count("something unforeseen") == 1
+
+
+def test_a_stage_that_says_nothing_is_named_and_the_others_are_kept(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(collect, "_store", lambda: store)
+    monkeypatch.setattr(collect, "_PATIENCE", 0.05)
+    exchange = collect.Exchange()
+    exchange.post(1, 0, dict(ENTRIES))
+    assert dict(exchange.collect(1, 2)) == ENTRIES
+    assert "heard nothing from pipeline stage 1" in caplog.text
+    exchange.post(2, 0, dict(ENTRIES))
+    assert not store.check(["megatron_fp32_router/monitor/1/0"])  # nothing piles up there
+
+
+def test_rank_0_hears_each_complaint_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(collect, "_store", lambda: store)
+    exchange = collect.Exchange()
+    assert list(exchange.complaints()) == []
+    exchange.complain(3, "weight is bfloat16")
+    assert list(exchange.complaints()) == [(3, "weight is bfloat16 (rank 0)")]
+    assert list(exchange.complaints()) == []
 
 
 # The report ------------------------------------------------------------------------------------------------------

@@ -171,6 +171,8 @@ class Monitor:
                 for layer, text in self._exchange.complaints():
                     together.setdefault(layer, {"metrics": {}, "violations": []})["violations"].append(text)
         self.entries = together
+        if first and not together:
+            say(logging.WARNING, f"{PREFIX}_MONITOR is on, and there is no router to look at", once=True)
         step = self._label(self.step)
         if first:
             sinks.append(step, together)
