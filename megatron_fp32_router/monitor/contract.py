@@ -96,6 +96,11 @@ def _main_copy(optimizer: Any, parameter: torch.Tensor) -> torch.Tensor | None:
     return None
 
 
+def sharded(weight: torch.Tensor) -> bool:
+    """Whether this rank holds only a part of `weight` now, or nothing: FSDP of one kind or another."""
+    return type(weight).__name__ == "DTensor" or not weight.untyped_storage().size()
+
+
 def probe(router: Any, dtype: torch.dtype) -> tuple[torch.dtype, torch.Tensor] | None:
     """Send rows with a single one in them through the router's own gating.
 
@@ -114,7 +119,7 @@ def probe(router: Any, dtype: torch.dtype) -> tuple[torch.dtype, torch.Tensor] |
     weight_EH = router.weight.detach()
     if below_fp32(weight_EH.dtype) and promised("weight", True):
         return None  # a violation of its own, on which the gating itself raises
-    if type(router.weight).__name__ == "DTensor" or weight_EH.dim() != 2 or not weight_EH.numel():
+    if sharded(router.weight):
         return None
     columns = weight_EH.shape[1]
     rows = min(_ROWS, columns)

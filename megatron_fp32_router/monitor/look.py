@@ -44,6 +44,11 @@ def layers_of(model: Any) -> dict[Layer, tuple[str, Any]]:
     return found
 
 
+def capturing() -> bool:
+    """Whether what runs now is being recorded into a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 class Listener:
     """What a forward hook keeps of one router during one step."""
 
@@ -55,9 +60,9 @@ class Listener:
         self.remove: Callable[[], None] = router.register_forward_hook(self._hook, with_kwargs=True).remove
 
     def _hook(self, router: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        # Recomputation's first pass and evaluation have no gradients, and Megatron does not count them. A traced
-        # program would keep for ever what the hook leaves in it.
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        # Recomputation's first pass and evaluation have no gradients, and Megatron does not count them. A traced or
+        # captured program would keep for ever what the hook leaves in it.
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or capturing():
             return
         hidden = (args[0] if args else kwargs["input"]).detach()
         chosen_TE = output[1].detach()
@@ -105,6 +110,8 @@ class Seen:
     #: int64: this rank's tokens, and those of all ranks that share a balance update.
     local_E: torch.Tensor | None = None
     reduced_E: torch.Tensor | None = None
+    #: Whether an update of the bias was due in this step, for a router that is neither frozen nor in eval mode.
+    updated: bool = False
     #: 0-dimensional fp64 tensors on the device, and what they are once they have been read.
     pending: dict[str, torch.Tensor] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
@@ -232,7 +239,7 @@ def entry(seen: Seen, memory: Memory, step: int) -> Entry:
     if seen.reduced_E is not None:
         metrics |= load(seen.reduced_E.tolist())
     if seen.before_E is not None and seen.after_E is not None:
-        if seen.reduced_E is not None:
+        if seen.reduced_E is not None and seen.updated:
             metrics |= bias.update(seen.before_E, seen.after_E, seen.reduced_E, config.moe_router_bias_update_rate)
         metrics |= bias.drift(seen.after_E, memory.mean, step - memory.mean_step)
         memory.mean, memory.mean_step = float(seen.after_E.double().mean()), step

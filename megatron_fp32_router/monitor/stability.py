@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megatron_fp32_router.monitor.contract import sharded
 from megatron_fp32_router.protect.matmul import mm
 
 
@@ -48,8 +49,8 @@ def obstacle(router: Any) -> str | None:
             return f"{option} is on"
     if getattr(config, "moe_router_force_biased", None) is not None:
         return "moe_router_force_biased is on"
-    if type(router.weight).__name__ == "DTensor":
-        return "the weight is sharded over ranks (DTensor)"
+    if sharded(router.weight):
+        return "the weight is sharded over ranks"
     if router.topk >= router.weight.shape[0]:
         return "every token goes to every expert"
     return None

@@ -87,12 +87,16 @@ class Monitor:
     def _at_gradients(self, model: Any, config: Any) -> None:
         if self._failed:
             return
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if look.capturing():
             say(logging.WARNING, f"{PREFIX}_MONITOR: steps inside a CUDA graph are not looked at", once=True)
             return
         interval = registry.settings.monitor
         if self._open is not None:
-            self._close()  # somebody replaced the balance update, so nothing told us that it was done
+            # Somebody replaced the balance update, so nothing told us that it was done.
+            for seen in self._open.values():
+                frozen = getattr(seen.router, "frozen_expert_bias", False)
+                seen.updated = seen.router.training and not frozen
+            self._close()
         step = self._now()
         if step == self.step:
             return  # the same step computed again
@@ -137,6 +141,7 @@ class Monitor:
         }
         for seen in (self._open or {}).values():
             seen.reduced_E = rows.get(id(seen.router))
+            seen.updated = id(seen.router) in rows
         self._close()
 
     def _close(self, reduce: bool = True) -> None:

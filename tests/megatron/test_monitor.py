@@ -17,6 +17,9 @@ from megatron_fp32_router import lab, monitor
 from megatron_fp32_router.monitor import look
 from megatron_fp32_router.protect import balance
 
+#: Small enough for many steps.
+TINY: dict[str, Any] = {"hidden": 32, "heads": 2, "moe_ffn": 32, "seq_length": 32, "micro_batches": 1}
+
 PATCHES = ("monitor-step", "monitor-optimizer")
 
 
@@ -73,7 +76,7 @@ def test_steps_without_a_look_run_exactly_the_operations_that_they_run_with_the_
     build: Any, plugin: Any, watched: Any
 ) -> None:
     original = finalize()._allreduce_conditional_embedding_grads
-    room = build()
+    room = build(**TINY)
     batches = lab.text_batches(room.recipe, seed=1)
     room.step(batches)
     expected = operations(room, batches)
@@ -83,7 +86,7 @@ def test_steps_without_a_look_run_exactly_the_operations_that_they_run_with_the_
     file = watched(4)
     states = {status.id: status.state for status in megatron_fp32_router.status()}
     assert [states[name] for name in PATCHES] == ["applied", "applied"]
-    room = build()
+    room = build(**TINY)
     batches = lab.text_batches(room.recipe, seed=1)
     for step in range(1, 7):
         hooks = [len(router._forward_hooks) for _, router in room.routers()]
@@ -110,7 +113,7 @@ CASTS = {
 @pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS.keys())
 def test_a_cast_in_the_middle_of_a_run_stops_it_at_the_next_look(cast: Any, build: Any, watched: Any) -> None:
     file = watched(2)
-    room = build()
+    room = build(**TINY)
     batches = lab.text_batches(room.recipe, seed=1)
     for _ in range(3):
         room.step(batches)
@@ -129,7 +132,7 @@ def test_under_warn_a_cast_is_written_down_and_the_training_goes_on(
     build: Any, watched: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = watched(1, on_mismatch="warn")
-    room = build()
+    room = build(**TINY)
     batches = lab.text_batches(room.recipe, seed=1)
     room.step(batches)
     name, router = room.routers()[0]
@@ -140,6 +143,43 @@ def test_under_warn_a_cast_is_written_down_and_the_training_goes_on(
     assert first == [f"layer 1: {name}: expert_bias is bfloat16; it was float32 1 step before"]
     assert second == [f"layer 1: {name}: expert_bias is bfloat16"]
     assert "no longer in fp32" in caplog.text
+
+
+def test_a_third_partys_balance_update_is_judged_one_step_later(
+    build: Any, watched: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = watched(2)
+    room = build(bias_start=0.75, **TINY)
+    seen: list[int] = []
+
+    def update_by_half(model: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        for _, router in room.routers():
+            counts = router.local_tokens_per_expert
+            seen.append(int(counts.sum()))
+            router.expert_bias += torch.sign(counts.mean() - counts).float() * 5e-4
+            counts.zero_()
+
+    monkeypatch.setattr(finalize(), "_update_router_expert_bias", update_by_half)
+    batches = lab.text_batches(room.recipe, seed=1)
+    for _ in range(2):
+        room.step(batches)
+    assert not file.exists()
+    room.step(batches)
+    first = looks(file)[0]
+    assert first["step"] == 2
+    assert first["metrics"]["load/assignments"] == seen[0]
+    assert first["metrics"]["update/gain"] == pytest.approx(0.5, rel=1e-3)
+    assert balance.watchers == []
+
+
+def test_a_bias_that_is_frozen_has_swallowed_nothing(build: Any, watched: Any) -> None:
+    file = watched(1)
+    room = build(**TINY)
+    room.routers()[1][1].frozen_expert_bias = True  # releases before 0.19 do not know this and update all the same
+    room.step(lab.text_batches(room.recipe, seed=1))
+    for record in looks(file):
+        assert record["metrics"].get("update/swallowed", 0) == 0
+        assert record["metrics"].get("load/assignments", 1) > 0
 
 
 def test_the_probe_tells_fp32_from_tf32_from_bf16(router: Any, plugin: Any) -> None:
@@ -164,7 +204,7 @@ def test_a_restart_goes_on_in_the_same_file_and_a_line_that_was_cut_off_harms_no
 ) -> None:
     for _ in range(2):
         file = watched(2)
-        room = build()
+        room = build(**TINY)
         batches = lab.text_batches(room.recipe, seed=1)
         for _ in range(2):
             room.step(batches)
@@ -178,7 +218,7 @@ def test_a_restart_goes_on_in_the_same_file_and_a_line_that_was_cut_off_harms_no
 
 
 def test_a_loop_of_ones_own_gets_a_flat_dict(build: Any, plugin: Any) -> None:
-    room = build(bias_start=0.75)
+    room = build(bias_start=0.75, **TINY)
     batches = lab.text_batches(room.recipe, seed=1)
     counted: dict[str, float] = {}
     room.on_counts.append(lambda _: counted.update(monitor.metrics(room.chunks)))
