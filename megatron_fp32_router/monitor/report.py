@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from megatron_fp32_router.errors import Fp32RouterError
-from megatron_fp32_router.monitor.sinks import Layer
+from megatron_fp32_router.monitor.sinks import Layer, order
 
 #: A file larger than this takes more than a moment to read, so it is announced.
 _LARGE: Final = 30_000_000
@@ -92,13 +92,10 @@ def read(path: Path) -> Run:
                 run.values.setdefault(name, {}).setdefault(layer, {})[step] = float(value)
             for text in record["violations"]:
                 run.violations.setdefault((layer, text.partition("; it was ")[0]), []).append(step)
-    run.layers = sorted(
-        layers, key=lambda layer: (isinstance(layer, str), layer if isinstance(layer, int) else 0, str(layer))
-    )
-    for step in run.steps[-1:]:
-        missing = [layer for layer in run.layers if layer not in records[step]]
-        if missing:
-            run.notes.append(f"the last look has nothing from {_names(missing)}")
+    run.layers = sorted(layers, key=order)
+    missing = [layer for layer in run.layers if layer not in records[run.steps[-1]]]
+    if missing:
+        run.notes.append(f"the last look has nothing from {_names(missing)}")
     return run
 
 

@@ -35,6 +35,11 @@ Layer = int | str
 Entries = Mapping[Layer, Entry]
 
 
+def order(layer: Layer) -> tuple[bool, int, str]:
+    """Sort key: numbered layers first. Pipeline stages with virtual chunks hold layers that are not neighbours."""
+    return isinstance(layer, str), layer if isinstance(layer, int) else 0, str(layer)
+
+
 def aggregate(entries: Entries) -> dict[str, float]:
     """Name/max, /mean, /min, /p10, /p50 and /p90 of every metric over all layers that have it."""
     columns: dict[str, list[float]] = {}

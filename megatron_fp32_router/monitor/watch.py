@@ -175,11 +175,14 @@ class Monitor:
             if first:
                 for layer, text in self._exchange.complaints():
                     together.setdefault(layer, {"metrics": {}, "violations": []})["violations"].append(text)
-        self.entries = together
+        self.entries = together = {layer: together[layer] for layer in sorted(together, key=sinks.order)}
         if first and not together:
             say(logging.WARNING, f"{PREFIX}_MONITOR is on, and there is no router to look at", once=True)
         step = self._label(self.step)
         if first:
+            before = f", which goes on after step {self._offset}" if self._offset else ""
+            where = f"the monitor looks every {registry.settings.monitor} steps and writes {sinks.path()}{before}"
+            say(logging.INFO, where, threshold=registry.settings.log, once=True)
             sinks.append(step, together)
         sinks.publish(step, together)
         self._judge(together)

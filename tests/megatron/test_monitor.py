@@ -182,6 +182,17 @@ def test_a_bias_that_is_frozen_has_swallowed_nothing(build: Any, watched: Any) -
         assert record["metrics"].get("load/assignments", 1) > 0
 
 
+def test_where_only_buffers_are_protected_a_bf16_weight_breaks_no_promise(build: Any, watched: Any) -> None:
+    file = watched(1, protect="buffers")
+    room = build(**TINY)
+    room.step(lab.text_batches(room.recipe, seed=1))
+    for record in looks(file)[:2]:
+        assert record["violations"] == []
+        bits = {name: record["metrics"][f"precision/{name}_bits"] for name in ("weight", "expert_bias", "weight_main")}
+        assert bits == {"weight": 16, "expert_bias": 32, "weight_main": 32}
+        assert record["metrics"]["precision/arithmetic_bits"] == 24
+
+
 def test_the_probe_tells_fp32_from_tf32_from_bf16(router: Any, plugin: Any) -> None:
     from megatron_fp32_router.monitor.contract import bits_of, probe
     from megatron_fp32_router.monitor.stability import tf32
