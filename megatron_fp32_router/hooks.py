@@ -64,6 +64,11 @@ def on_distrib_optimizer(module: ModuleType) -> None:
     _wake("megatron.core.optimizer.distrib_optimizer", module)
 
 
+def on_schedules(module: ModuleType) -> None:
+    """megatron.core.pipeline_parallel.schedules: what a step is, for splits of router weights."""
+    _wake("megatron.core.pipeline_parallel.schedules", module)
+
+
 def on_legacy_module(module: ModuleType) -> None:
     """megatron.legacy.model.module, which 0.11's own training wraps with; no wheel contains it."""
     _wake("megatron.legacy.model.module", module)
@@ -73,6 +78,7 @@ def on_legacy_module(module: ModuleType) -> None:
 HOOKS: Final[dict[str, Callable[[ModuleType], None]]] = {
     "megatron.core.distributed.finalize_model_grads": on_finalize_model_grads,
     "megatron.core.optimizer.distrib_optimizer": on_distrib_optimizer,
+    "megatron.core.pipeline_parallel.schedules": on_schedules,
     "megatron.core.transformer.module": on_module,
     "megatron.core.transformer.moe.moe_utils": on_moe_utils,
     "megatron.core.transformer.moe.router": on_router,

@@ -13,6 +13,7 @@ _ROUTER: Final = "megatron.core.transformer.moe.router"
 _MOE_UTILS: Final = "megatron.core.transformer.moe.moe_utils"
 _FINALIZE: Final = "megatron.core.distributed.finalize_model_grads"
 _DISTRIBUTED_OPTIMIZER: Final = "megatron.core.optimizer.distrib_optimizer"
+_SCHEDULES: Final = "megatron.core.pipeline_parallel.schedules"
 _ISSUES: Final = "https://github.com/NVIDIA/Megatron-LM"
 
 
@@ -32,6 +33,7 @@ class Patch:
         until: the first release that no longer has it, None while it lives.
         parameters: parameters of the target that the replacement relies on, in order.
         inherited: whether the target may come from a base class (torch's own method).
+        essential: whether training without it is wrong. False: it is only slower.
     """
 
     id: str
@@ -45,6 +47,7 @@ class Patch:
     until: str | None = None
     parameters: tuple[str, ...] = ()
     inherited: bool = False
+    essential: bool = True
 
     @property
     def target(self) -> str:
@@ -198,6 +201,23 @@ PATCHES: Final = (
         issue=f"{_ISSUES}/issues/2777",
         remove_when="the index map follows the groups (#5835)",
         parameters=("self",),
+    ),
+    *(
+        Patch(
+            id=f"step-{name}",
+            module=_SCHEDULES,
+            path=path,
+            factory="protect.split_cache:keep_splits",
+            why="router weights are split again in every micro-batch",
+            issue="none: it exists for the gating patch",
+            remove_when="the gating patch goes",
+            essential=False,
+        )
+        for name, path in (
+            ("no-pipelining", "forward_backward_no_pipelining"),
+            ("pipelining", "forward_backward_pipelining_without_interleaving"),
+            ("interleaving", "forward_backward_pipelining_with_interleaving"),
+        )
     ),
     Patch(
         id="legacy-wrap-check",

@@ -13,6 +13,9 @@ import torch
 
 from megatron_fp32_router.errors import ModelInUseError, UnprotectedRouterError
 from megatron_fp32_router.protect.casts import below_fp32, protects_parameters, widen_counter
+from megatron_fp32_router.protect.gating import compute_dtype
+from megatron_fp32_router.protect.linear import in_words
+from megatron_fp32_router.protect.split import why_not
 from megatron_fp32_router.registry import mismatch, registry, replaces, settle
 from megatron_fp32_router.say import say
 from megatron_fp32_router.settings import PREFIX
@@ -82,6 +85,16 @@ def survey(module: torch.nn.Module) -> Survey:
     return Survey(len(routers), dict(dtypes), tuple(below), foreign)
 
 
+def _products(module: torch.nn.Module, config: Any) -> str:
+    """How the routers of `module` will multiply, as far as can be told before the first forward."""
+    activations = torch.float16 if getattr(config, "fp16", False) else torch.bfloat16
+    ways = {
+        in_words(why_not(weight.device, activations, weight, compute_dtype(config, weight)))
+        for weight in (router.weight for _, router in _routers(module)[0])
+    }
+    return "; ".join(sorted(ways))
+
+
 def _report(module: torch.nn.Module, config: Any) -> None:
     """Say what is there; raise or warn when it is not what was promised."""
     found = survey(module)
@@ -107,7 +120,8 @@ def _report(module: torch.nn.Module, config: Any) -> None:
     elif found.routers:
         say(
             logging.INFO,
-            f"megatron-fp32-router {__version__} on {release}{chunk}: {found} (protect={registry.settings.protect})",
+            f"megatron-fp32-router {__version__} on {release}{chunk}: {found} (protect={registry.settings.protect}); "
+            f"gating in {_products(module, config)}",
             threshold=registry.settings.log,
         )
 
