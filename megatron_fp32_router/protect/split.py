@@ -97,8 +97,8 @@ def _trial(device: torch.device) -> str:
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
     """Sums of bf16 products stay in fp32 accumulators inside, and autocast stays out; every switch is put back."""
-    if device.type != "cuda":
-        with true_fp32(), torch.autocast(device.type, enabled=False):
+    if device.type == "cpu":
+        with true_fp32(), torch.autocast("cpu", enabled=False):
             yield
         return
     switches = torch.backends.cuda.matmul
@@ -118,16 +118,16 @@ def exact_products(device: torch.device) -> Iterator[None]:
 
 def _to_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`a @ b` of bf16 matrices, in fp32."""
-    if a.device.type == "cuda":
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a.float(), b.float())
+    if a.device.type == "cpu":
+        return torch.mm(a.float(), b.float())
+    return torch.mm(a, b, out_dtype=torch.float32)
 
 
 def _to_bf16(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`a @ b` of bf16 matrices, summed in fp32 and rounded once, to bf16."""
-    if a.device.type == "cuda":
-        return torch.mm(a, b)
-    return torch.mm(a.float(), b.float()).bfloat16()
+    if a.device.type == "cpu":
+        return torch.mm(a.float(), b.float()).bfloat16()
+    return torch.mm(a, b)
 
 
 def _split(number: torch.Tensor, lo: torch.Tensor, mid: torch.Tensor, hi: torch.Tensor) -> None:
@@ -136,7 +136,7 @@ def _split(number: torch.Tensor, lo: torch.Tensor, mid: torch.Tensor, hi: torch.
     hi.clamp_(-_LARGEST, _LARGEST)  # fp32's last 2^-9 above bf16's largest number rounds to infinity
     rest = number - hi
     mid.copy_(rest)
-    lo.copy_(rest.sub_(mid))
+    torch.sub(rest, mid, out=lo)  # exact: a bf16 number
 
 
 def split_weight(weight_EH: torch.Tensor) -> torch.Tensor:
