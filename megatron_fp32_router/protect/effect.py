@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from megatron_fp32_router.errors import ModelInUseError, UnprotectedRouterError
+from megatron_fp32_router.protect import split
 from megatron_fp32_router.protect.casts import below_fp32, protects_parameters, widen_counter
 from megatron_fp32_router.protect.gating import compute_dtype
 from megatron_fp32_router.protect.linear import in_words
-from megatron_fp32_router.protect.split import why_not
 from megatron_fp32_router.registry import mismatch, registry, replaces, settle
 from megatron_fp32_router.say import say
 from megatron_fp32_router.settings import PREFIX
@@ -89,7 +89,7 @@ def _products(module: torch.nn.Module, config: Any) -> str:
     """How the routers of `module` will multiply, as far as can be told before the first forward."""
     activations = torch.float16 if getattr(config, "fp16", False) else torch.bfloat16
     ways = {
-        in_words(why_not(weight.device, activations, weight, compute_dtype(config, weight)))
+        in_words(split.why_not(weight.device, activations, weight, compute_dtype(config, weight)))
         for weight in (router.weight for _, router in _routers(module)[0])
     }
     return "; ".join(sorted(ways))

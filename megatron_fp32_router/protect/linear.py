@@ -33,9 +33,7 @@ def _uses_split(tokens: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) 
     return not reason
 
 
-def _logits(
-    tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
+def _logits(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     if _uses_split(tokens, weight, dtype):
         return split.logits(tokens, parts_of(weight), weight.shape[0], bias)
     return mm(tokens.to(dtype), weight.to(dtype).t(), None if bias is None else bias.to(dtype))
@@ -101,7 +99,7 @@ class RouterLinear(torch.autograd.Function):
         return compute(tokens_TH, weight, bias, dtype).view(*input.shape[:-1], weight.shape[0])
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         input, weight = ctx.saved_tensors
         needs_input, needs_weight, needs_bias, _ = ctx.needs_input_grad

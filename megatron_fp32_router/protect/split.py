@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -78,7 +78,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def _trial(device: torch.device) -> str:
     """Try one small product whose result bf16 cannot hold. Synchronises with the device; done once for each."""
-    if "dtype" not in torch.ops.aten.mm.overloads():
+    if not hasattr(torch.ops.aten.mm, "dtype"):
         return f"torch {torch.__version__} has no mm(out_dtype=...); 2.8 has"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} has no bf16 tensor cores"
@@ -101,19 +101,19 @@ def exact_products(device: torch.device) -> Iterator[None]:
         with true_fp32(), torch.autocast("cpu", enabled=False):
             yield
         return
-    switches = torch.backends.cuda.matmul
-    saved: bool | tuple[bool, bool] = switches.allow_bf16_reduced_precision_reduction
-    if hasattr(torch.backends.cuda.cuBLASModule, "_parse_reduction_setting"):  # torch 2.10 has two switches in one
-        saved = (saved, switches.allow_bf16_reduced_precision_reduction_split_k)
-    if saved is not False:
-        # Partial sums of a product that was cut along its inner dimension would be added in bf16.
-        switches.allow_bf16_reduced_precision_reduction = (False, *saved[1:]) if isinstance(saved, tuple) else False
+    name = "allow_bf16_reduced_precision_reduction"
+    switches: Any = torch.backends.cuda.matmul
+    allowed = getattr(switches, name)
+    # Whether a product may be cut along its inner dimension at all; torch 2.10 and later set it by the same name.
+    cut = getattr(switches, f"{name}_split_k", None)
+    if allowed:
+        setattr(switches, name, False if cut is None else (False, cut))
     try:
         with torch.autocast("cuda", enabled=False):
             yield
     finally:
-        if saved is not False:
-            switches.allow_bf16_reduced_precision_reduction = saved
+        if allowed:
+            setattr(switches, name, True if cut is None else (True, cut))
 
 
 def _to_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -153,7 +153,7 @@ def _split_gradient(grad_TE: torch.Tensor, terms: int) -> torch.Tensor:
     """bf16 [T, terms E]: the columns hi, mid, lo and, for 6 terms, hi, mid and hi once more."""
     experts = grad_TE.shape[1]
     parts = grad_TE.new_empty((grad_TE.shape[0], terms * experts), dtype=torch.bfloat16)
-    hi, mid, lo = parts[:, : 3 * experts].split(experts, dim=1)
+    hi, mid, lo = torch.split(parts[:, : 3 * experts], experts, dim=1)
     _split(grad_TE, lo, mid, hi)
     if terms == 6:
         parts[:, 3 * experts : 5 * experts].copy_(parts[:, : 2 * experts])
