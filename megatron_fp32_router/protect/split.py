@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Final
 
 import torch
 
@@ -101,19 +101,17 @@ def exact_products(device: torch.device) -> Iterator[None]:
         with true_fp32(), torch.autocast("cpu", enabled=False):
             yield
         return
-    name = "allow_bf16_reduced_precision_reduction"
-    switches: Any = torch.backends.cuda.matmul
-    allowed = getattr(switches, name)
-    # Whether a product may be cut along its inner dimension at all; torch 2.10 and later set it by the same name.
-    cut = getattr(switches, f"{name}_split_k", None)
+    switches = torch.backends.cuda.matmul
+    allowed = switches.allow_bf16_reduced_precision_reduction
     if allowed:
-        setattr(switches, name, False if cut is None else (False, cut))
+        # Partial sums of a product that was cut along its inner dimension would be added in bf16.
+        switches.allow_bf16_reduced_precision_reduction = False
     try:
         with torch.autocast("cuda", enabled=False):
             yield
     finally:
         if allowed:
-            setattr(switches, name, True if cut is None else (True, cut))
+            switches.allow_bf16_reduced_precision_reduction = True
 
 
 def _to_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
