@@ -111,8 +111,9 @@ def _startup(found: dict[str, Any]) -> str:
         (
             text,
             f"{found[way]['ms']:.1f}",
-            "" if way == "absent" else f"{found[way]['more_ms']:.2f} "
-            f"({found[way]['more_from_ms']:.2f} to {found[way]['more_to_ms']:.2f})",
+            ""
+            if way == "absent"
+            else f"{found[way]['more_ms']:.2f} ({found[way]['more_from_ms']:.2f} to {found[way]['more_to_ms']:.2f})",
         )
         for way, text in names.items()
     ]
@@ -257,9 +258,7 @@ def _growth(cpu: dict[str, Any]) -> str:
     for row in cpu["balance"]:
         if (row["layers"], row["experts"]) in ((4, 64), (58, 256), (128, 512)):
             off, on = row["off"]["bytes"], row["on"]["bytes"]
-            moved = [
-                f"{2 * (ranks - 1) / ranks * payload / 1024:.0f}" for ranks in (8, 4096) for payload in (off, on)
-            ]
+            moved = [f"{2 * (ranks - 1) / ranks * payload / 1024:.0f}" for ranks in (8, 4096) for payload in (off, on)]
             rows.append((row["layers"], row["experts"], off, on, *moved))
     return (
         "## As work grows\n\n"

@@ -16,7 +16,7 @@ from benchmarks.pairs import Report, clock, compare
 SIZES: dict[str, dict[str, Any]] = {
     "small": {"hidden": 64, "layers": 2, "experts": 8, "topk": 2},
     "medium": {"hidden": 256, "layers": 4, "experts": 32, "topk": 4, "moe_ffn": 128, "seq_length": 256},
-    "large": {"hidden": 512, "layers": 4, "experts": 64, "topk": 8, "moe_ffn": 256, "seq_length": 512},
+    "large": {"hidden": 512, "layers": 4, "experts": 64, "topk": 8, "moe_ffn": 256, "seq_length": 256},
 }
 
 
