@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from megatron_fp32_router.protect.balance import _counted, _held, _modules
+from megatron_fp32_router.protect.balance import _counted, _held
 from megatron_fp32_router.protect.casts import COUNTER
+from megatron_fp32_router.protect.walk import modules_of
 
 
 class WithProperty(torch.nn.Module):
@@ -19,8 +20,8 @@ def test_modules_come_in_torchs_own_order_and_each_once() -> None:
     block = torch.nn.Sequential(torch.nn.ModuleList([shared, torch.nn.ReLU()]), torch.nn.ModuleDict({"a": shared}))
     block.register_module("none", None)
     model = torch.nn.ModuleList([block, torch.nn.Sequential(block, shared)])
-    assert [*_modules([model])] == [*model.modules()]
-    assert [*_modules([model, shared])] == [*model.modules(), shared]
+    assert [*modules_of([model])] == [*model.modules()]
+    assert [*modules_of([model, shared])] == [*model.modules(), shared]
 
 
 def test_a_bias_is_found_wherever_a_router_may_keep_it() -> None:

@@ -8,7 +8,7 @@ depends on data. Shapes: L layers, E experts.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 
 from megatron_fp32_router.errors import UnprotectedRouterError
 from megatron_fp32_router.protect.casts import COUNTER, below_fp32
+from megatron_fp32_router.protect.walk import modules_of
 from megatron_fp32_router.registry import mismatch, replaces
 
 
@@ -104,19 +105,6 @@ def _rules(original: Callable[..., Any]) -> _Rules:
     )
 
 
-def _modules(model: Iterable[Any]) -> Iterator[Any]:
-    """Every module of every chunk once, in the order of modules(), which takes several times as long."""
-    for chunk in model:
-        seen, waiting = set(), [chunk]
-        while waiting:
-            module = waiting.pop()
-            if module is not None and module not in seen:
-                seen.add(module)
-                yield module
-                if module._modules:
-                    waiting.extend(reversed(module._modules.values()))
-
-
 def _held(module: Any, name: str) -> Any:
     """What `module` has under `name`, or None.
 
@@ -143,7 +131,7 @@ def exact_update(original: Callable[..., None]) -> Callable[..., None]:
     @replaces(original)
     def _update_router_expert_bias(model: Any, config: Any, tp_dp_cp_group: Any = None) -> None:
         batches: dict[tuple[int, torch.dtype, torch.dtype, torch.device], list[Any]] = {}
-        for module in _modules(model):
+        for module in modules_of(model):
             if not _counted(module):
                 continue
             if rules.training_only and not module.training:
@@ -183,7 +171,7 @@ def reset_in_one_go(original: Callable[..., None]) -> Callable[..., None]:
             by_dtype.setdefault(tensor.dtype, []).append(tensor)
 
         balancing = config.moe_router_load_balancing_type
-        for module in _modules(model):
+        for module in modules_of(model):
             if config.moe_router_enable_expert_bias and _counted(module):
                 zero(_held(module, COUNTER))
             if "global_aux_loss" in balancing and hasattr(module, "reset_global_aux_loss_tracker"):

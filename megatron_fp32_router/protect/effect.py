@@ -16,6 +16,7 @@ from megatron_fp32_router.protect import split
 from megatron_fp32_router.protect.casts import below_fp32, protects_parameters, widen_counter
 from megatron_fp32_router.protect.gating import compute_dtype
 from megatron_fp32_router.protect.linear import in_words
+from megatron_fp32_router.protect.walk import modules_of
 from megatron_fp32_router.registry import mismatch, registry, replaces, settle
 from megatron_fp32_router.say import say
 from megatron_fp32_router.settings import PREFIX
@@ -88,9 +89,10 @@ def survey(module: torch.nn.Module) -> Survey:
 def _products(module: torch.nn.Module, config: Any) -> str:
     """How the routers of `module` will multiply, as far as can be told before the first forward."""
     activations = torch.float16 if getattr(config, "fp16", False) else torch.bfloat16
+    router = sys.modules[_ROUTER_MODULE].TopKRouter
     ways = {
         in_words(split.why_not(weight.device, activations, weight, compute_dtype(config, weight)))
-        for weight in (router.weight for _, router in _routers(module)[0])
+        for weight in (child.weight for child in modules_of([module]) if isinstance(child, router))
     }
     return "; ".join(sorted(ways))
 

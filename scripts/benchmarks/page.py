@@ -148,7 +148,7 @@ def _construction(found: dict[str, Any]) -> str:
 
 def _step(rows: list[dict[str, Any]]) -> str:
     return (
-        "## A training step\n\nThe laboratory's model on a CPU in bf16: forward, backward, optimizer, two micro-batches."
+        "## A training step\n\nThe laboratory's model in bf16 on a CPU: forward, backward, optimizer; two micro-batches."
         "\n\n"
         + _table(
             ("model", "hidden", "layers", "experts", "tokens", "off, ms", "on, ms", "pairs", "on/off"),
@@ -215,8 +215,8 @@ def _gating(results: dict[str, Any]) -> str:
     text = _table(head, rows)
     if cpu:
         return (
-            "bf16 is what upstream multiplies in while `moe_router_dtype` is unset, fp32 what the plugin does on a CPU; "
-            "the cast of the activations is in it. Split products are for CUDA: here they are only emulated.\n\n"
+            "bf16 is what upstream multiplies in while `moe_router_dtype` is unset, fp32 what the plugin does on a "
+            "CPU; the cast of the activations is in it. Split products are for CUDA: here they are only emulated.\n\n"
             + text
             + "\nThe CPU's best is what a square product of 1,536 reaches in the same arithmetic.\n"
         )
@@ -237,10 +237,10 @@ def _not_measured() -> str:
 def _accuracy(cases: dict[str, Any]) -> str:
     ways = ("fp32", "split", "TF32", "bf16")
     parts = [
-        "## Accuracy\n\nErrors against fp64 for bf16 activations and an fp32 weight, relative to the sum of the absolute "
-        "terms of each result (what error bounds of matrix products speak of): maximum / mean. fp32 is this CPU's; TF32 "
-        "and split products are emulated. The last line of each table is the share of tokens whose top-8 experts are not "
-        "those of fp64.\n"
+        "## Accuracy\n\nErrors against fp64 for bf16 activations and an fp32 weight, relative to the sum of the "
+        "absolute terms of each result (what error bounds of matrix products speak of): maximum / mean. fp32 is this "
+        "CPU's; TF32 and split products are emulated. The last line of each table is the share of tokens whose top-8 "
+        "experts are not those of fp64.\n"
     ]
     for name, table in cases.items():
         rows = []
