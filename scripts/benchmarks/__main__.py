@@ -145,7 +145,7 @@ def main(arguments: list[str]) -> int:
         found = _measure(options, progress)
     kind = "gpu" if options.gpu else "cpu"
     committed = RESULTS / f"{kind}.json"
-    target: Path = options.out or committed
+    target: Path = (options.out or committed).resolve()
     command = " ".join(["scripts/bench", *(["--gpu"] if options.gpu else [])])
     results = {"command": command, "machine": _machine(options.gpu), **found}
     if target == committed and target.exists() and options.only:

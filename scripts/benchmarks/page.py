@@ -148,7 +148,7 @@ def _construction(found: dict[str, Any]) -> str:
 
 def _step(rows: list[dict[str, Any]]) -> str:
     return (
-        "## A training step\n\nThe laboratory's model in bf16 on a CPU: forward, backward, optimizer; two micro-batches."
+        "## A training step\n\nThe laboratory's model on a CPU in bf16, two micro-batches; forward to optimizer."
         "\n\n"
         + _table(
             ("model", "hidden", "layers", "experts", "tokens", "off, ms", "on, ms", "pairs", "on/off"),
