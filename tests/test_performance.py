@@ -1,4 +1,4 @@
-"""docs/performance.md and what scripts/bench wrote: the page is that of the files, and the files keep what was promised."""
+"""docs/performance.md belongs to what scripts/bench wrote, and what it wrote keeps what was promised."""
 
 from __future__ import annotations
 

@@ -60,18 +60,20 @@ def synthetic(tokens: int = 1024, hidden: int = 1024, experts: int = 64, seed: i
 
 
 def real(steps: int = 20, **fields: Any) -> Operands:
-    """Of a router that the laboratory has trained for `steps` steps. Needs lab.prepare and no open process group."""
+    """Of a router trained for `steps` steps under the plugin. Needs lab.prepare and no open process group."""
+    import megatron_fp32_router
     from megatron_fp32_router import lab
 
     recipe = lab.Recipe(**{"hidden": 256, "experts": 32, "topk": TOPK, "seq_length": 256, **fields})
     seen: list[torch.Tensor] = []
+    megatron_fp32_router.enable()
     with lab.parallel(recipe):
         room = lab.build(recipe)
         batches = lab.text_batches(recipe, seed=6)
         for _ in range(steps):
             room.step(batches)
         router = room.routers()[-1][1]
-        original, weight = router.gating, router.weight.detach().float().clone()
+        original, weight = router.gating, router.weight.detach().clone()
 
         def gating(input: torch.Tensor) -> torch.Tensor:
             logits: torch.Tensor = original(input)
@@ -83,6 +85,8 @@ def real(steps: int = 20, **fields: Any) -> Operands:
         router.gating = gating
         room.step(batches)
         del router.gating
+    megatron_fp32_router.disable()
+    assert weight.dtype == torch.float32
     return Operands(torch.cat(seen[::2]).bfloat16(), weight, torch.cat(seen[1::2]))
 
 
@@ -148,7 +152,8 @@ def errors(o: Operands) -> dict[str, Any]:
     for name, reference in exact.items():
         table[name] = {}
         for way in WAYS:
-            error = (results[way][name].double() - reference).abs() / units[name]
+            # An expert that no token chose has no terms at all, and no error.
+            error = (results[way][name].double() - reference).abs() / units[name].clamp_min(1e-300)
             table[name][way] = {"max": float(error.max()), "mean": float(error.mean())}
     best = _chosen(exact["logits"])
     table["tokens that get other experts"] = {
