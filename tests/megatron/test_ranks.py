@@ -26,7 +26,7 @@ def test_every_rank_ends_with_the_bias_that_integers_give(
     ranks = lab.run_ranks(
         "megatron_ranks:train",
         recipe,
-        {},
+        {"split": recipe.uses_sequence_parallel},
         megatron=request.config.getoption("--megatron"),
         plugin=True,
         logs=tmp_path,
