@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,28 @@ CALLED_BY_NAME = ("forward", "__init__")
 FINALIZE = "megatron.core.distributed.finalize_model_grads"
 
 
-#: Functions whose callers live elsewhere: these are renamed alone. Training does without the last three.
-ALONE = (*CALLED_BY_NAME, "_forward", "sharded_state_dict", "get_parameter_state_dp_zero")
+#: Functions of these files are called where a training goes: they are renamed together with their callers. All the
+#: others (optimizers, checkpoints, refusals) are renamed alone, and nothing is trained.
+TRAINING = (
+    "megatron.core.transformer.moe.router",
+    "megatron.core.transformer.moe.moe_utils",
+    FINALIZE,
+)
+
+
+def alone(patch: Patch) -> bool:
+    return patch.module not in TRAINING or patch.path.rpartition(".")[2] in (*CALLED_BY_NAME, "_forward")
+
+
+def trains(patch: Patch) -> bool:
+    return patch.module in TRAINING and patch.path.rpartition(".")[2] not in CALLED_BY_NAME
 
 
 @contextmanager
 def renamed(tree: Path, patch: Patch) -> Iterator[None]:
     """Rename the target and its callers, which lie in the same file or in finalize_model_grads.py, while inside."""
     home, finalize = file_of(tree, patch.module), file_of(tree, FINALIZE)
-    files = {home} if patch.path.rpartition(".")[2] in ALONE else {home, finalize}
+    files = {home} if alone(patch) else {home, finalize}
     changed = {file: text_with_another_name(patch, file.read_text(encoding="utf-8"), file == home) for file in files}
     for file, text in changed.items():
         # Moved aside, not written over: it may be a link to the release itself.
@@ -52,22 +65,37 @@ def renamed(tree: Path, patch: Patch) -> Iterator[None]:
 
 
 def file_of(tree: Path, module: str) -> Path:
-    return tree / (module.replace(".", "/") + ".py")
+    path = tree / module.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 def text_with_another_name(patch: Patch, text: str, is_home: bool) -> str:
     owner, _, name = patch.path.rpartition(".")
-    if name in ALONE:
-        (cls,) = (n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == owner)
-        (function,) = (n for n in cls.body if isinstance(n, ast.FunctionDef) and n.name == name)
-        lines = text.splitlines(keepends=True)
-        lines[function.lineno - 1] = lines[function.lineno - 1].replace(f"def {name}(", f"def {name}_renamed(")
-        return "".join(lines)
+    if alone(patch):
+        return text_with_another_definition(owner, name, text)
     text = re.sub(rf"\b{name}\b", f"{name}_renamed", text)
     if is_home and f"def {name}_renamed(" not in text:
         # Imported here under the name that is the target: that name alone changes, at the import and below it.
         text = text.replace(f"{name}_renamed", f"{name} as {name}_renamed", 1)
     return text
+
+
+def text_with_another_definition(owner: str, name: str, text: str) -> str:
+    """Rename the one statement that defines `name`: a method, a function, or an import of it."""
+    body: list[ast.stmt] = ast.parse(text).body
+    if owner:
+        (cls,) = (n for n in body if isinstance(n, ast.ClassDef) and n.name == owner)
+        body = cls.body
+    lines = text.splitlines(keepends=True)
+    for node in body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            lines[node.lineno - 1] = lines[node.lineno - 1].replace(f"def {name}(", f"def {name}_renamed(")
+        for alias in node.names if isinstance(node, ast.ImportFrom) else ():
+            if alias.name == name:
+                start = alias.col_offset + len(name)
+                line = lines[alias.lineno - 1]
+                lines[alias.lineno - 1] = f"{line[:start]} as {name}_renamed{line[start:]}"
+    return "".join(lines)
 
 
 def in_a_fork(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -101,9 +129,11 @@ def under_warn(patch: Patch) -> dict[str, Any]:
 
     logging.getLogger("megatron_fp32_router").addHandler(Keep())
     megatron_fp32_router.enable(on_mismatch="warn")
-    import_module(patch.module)
+    # What is renamed alone may be imported by name elsewhere in Megatron, which then breaks by itself, afterwards.
+    with nullcontext() if trains(patch) else suppress(ImportError):
+        import_module(patch.module)
     loss = None
-    if patch.path.rpartition(".")[2] not in CALLED_BY_NAME:
+    if trains(patch):
         recipe = lab.Recipe(layers=1, hidden=16, moe_ffn=16, seq_length=16)
         with lab.parallel(recipe):
             loss = lab.build(recipe).step(lab.text_batches(recipe, seed=1))
@@ -118,14 +148,15 @@ def main(tree: Path) -> None:
     found = {}
     for patch in PATCHES:
         here = megatron.at_least(patch.since) and not (patch.until and megatron.at_least(patch.until))
-        # Torch's own functions are not Megatron's to rename; no wheel holds megatron.legacy.
-        if not here or patch.inherited or not patch.module.startswith("megatron.core."):
+        # Torch's own functions are not Megatron's to rename; no wheel holds megatron.legacy, and not every release
+        # has every file.
+        if not here or patch.inherited or not file_of(tree, patch.module).exists():
             continue
         with renamed(tree, patch):
             found[patch.id] = {
                 "target": patch.target,
                 "why": patch.why,
-                "trains": patch.path.rpartition(".")[2] not in CALLED_BY_NAME,
+                "trains": trains(patch),
                 "raise": in_a_fork(lambda patch=patch: under_raise(patch)),  # type: ignore[misc]
                 "warn": in_a_fork(lambda patch=patch: under_warn(patch)),  # type: ignore[misc]
             }
