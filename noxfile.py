@@ -87,6 +87,12 @@ def release(session: nox.Session, megatron: str) -> None:
     session.run(sys.executable, *PYTEST, *where, *session.posargs, success_codes=_good_codes(session))
 
 
+@nox.session
+def patches(session: nox.Session) -> None:
+    """The source patches of every line: they apply, behave as the plugin does, and come out again."""
+    session.run(sys.executable, "scripts/patches", "verify", *session.posargs)
+
+
 def _good_codes(session: nox.Session) -> list[int]:
     """A selection may leave nothing to test here (5); test_matrix.py asks that something was left."""
     return [0, 5] if session.posargs else [0]

@@ -44,6 +44,14 @@ def _audit(arguments: argparse.Namespace) -> int:
     return audit_command.main(arguments)
 
 
+def _patch(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from megatron_fp32_router import source_patches
+
+    return source_patches.main(Path(arguments.megatron), check=arguments.check, reverse=arguments.reverse)
+
+
 def _parser(with_demo: bool) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megatron-fp32-router",
@@ -58,6 +66,16 @@ def _parser(with_demo: bool) -> argparse.ArgumentParser:
     audit = commands.add_parser("audit", help="say what a checkpoint on disk tells about its routers")
     audit.set_defaults(action=_audit)
     audit_command.add_arguments(audit)
+    patch = commands.add_parser(
+        "patch",
+        help="write the plugin's changes into the source of a Megatron checkout",
+        epilog="Exit codes: 0 done, 1 the tree has changes of its own (or, with --check, is not as wanted), "
+        "2 not a tree that the patches were made for.",
+    )
+    patch.add_argument("--megatron", required=True, metavar="PATH", help="the folder that holds megatron/")
+    patch.add_argument("--reverse", action="store_true", help="take the patches back")
+    patch.add_argument("--check", action="store_true", help="change nothing; say whether the tree is patched")
+    patch.set_defaults(action=_patch)
     demo = commands.add_parser("demo", help="train a tiny MoE with the plugin off and on, and compare")
     demo.set_defaults(action=_demo)
     if with_demo:

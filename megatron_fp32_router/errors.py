@@ -23,6 +23,10 @@ class UnprotectedRouterError(Fp32RouterError):
     """A router tensor is below fp32 although the plugin was asked to keep it there."""
 
 
+class RanksDisagreeError(Fp32RouterError):
+    """Some rank of this job runs without the plugin, or with another version, setting or Megatron."""
+
+
 class DisplacedPatchError(Fp32RouterError):
     """disable() was called while somebody else's patch sits on top of ours, so ours cannot be lifted out."""
 

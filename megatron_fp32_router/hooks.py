@@ -60,7 +60,7 @@ def on_module(module: ModuleType) -> None:
 
 
 def on_distributed_data_parallel(module: ModuleType) -> None:
-    """megatron.core.distributed.distributed_data_parallel: groups of buckets."""
+    """megatron.core.distributed.distributed_data_parallel: groups of buckets, agreement between ranks."""
     _wake("megatron.core.distributed.distributed_data_parallel", module)
 
 
@@ -80,7 +80,7 @@ def on_distrib_optimizer(module: ModuleType) -> None:
 
 
 def on_optimizer(module: ModuleType) -> None:
-    """megatron.core.optimizer.optimizer: the plain optimizer's checkpoints."""
+    """megatron.core.optimizer.optimizer: the plain optimizer: its checkpoints, what it refuses, and agreement between ranks."""
     _wake("megatron.core.optimizer.optimizer", module)
 
 

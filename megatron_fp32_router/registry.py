@@ -87,11 +87,11 @@ def replaces(original: Callable[..., Any]) -> Callable[[Callable[..., Any]], Cal
     return functools.wraps(original, updated=())
 
 
-def mismatch(error: type[Fp32RouterError], message: str) -> None:
-    """Raise `error`, or warn once on rank 0 where the user chose `warn`."""
+def mismatch(error: type[Fp32RouterError], message: str, speaker: int = 0) -> None:
+    """Raise `error`, or warn once on one rank where the user chose `warn`."""
     if registry.settings.on_mismatch == "raise":
         raise error(message)
-    say(logging.WARNING, message, threshold=registry.settings.log, once=True)
+    say(logging.WARNING, message, threshold=registry.settings.log, once=True, speaker=speaker)
 
 
 def initializing(module: ModuleType) -> bool:

@@ -57,6 +57,12 @@ VARIABLES: Final = (
         "the first step, or one warning.",
     ),
     Variable(
+        f"{PREFIX}_AGREE_TIMEOUT",
+        ("300",),
+        "How many seconds, before the first step, to wait for a slow rank to say that it runs the plugin alike. "
+        "A rank that says nothing in that time stops the program. `0`: ranks are not compared.",
+    ),
+    Variable(
         f"{PREFIX}_LOG",
         ("info", "debug", "warning"),
         "The least severe message that is shown.",
@@ -73,12 +79,14 @@ class Settings:
         on_mismatch: "raise" stops the program when something is unprotected, "warn" says so and goes on.
         untested: "refuse" stops before the first step where no test has run a combination, "allow" says so and goes on.
         log: the least severe message that is shown.
+        agree_timeout: seconds to wait for the other ranks before the first step; 0 compares nothing.
     """
 
     protect: Protect = "all"
     on_mismatch: OnMismatch = "raise"
     untested: Untested = "refuse"
     log: LogLevel = "info"
+    agree_timeout: float = 300
 
     def updated(self, protect: str | None = None, on_mismatch: str | None = None) -> Settings:
         """These settings with the given fields replaced (None leaves a field as it is).
@@ -114,6 +122,18 @@ def _read(suffix: str, environ: Mapping[str, str]) -> str:
     return _accepted(variable.name, value, variable.values) if value else variable.values[0]
 
 
+def _seconds(suffix: str, environ: Mapping[str, str]) -> float:
+    variable = _table(suffix)
+    value = environ.get(variable.name, "").strip() or variable.values[0]
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = -1
+    if not 0 <= seconds < float("inf"):
+        raise SettingsError(f"{variable.name} has the value {value!r}; accepted is a number of seconds, 0 or more")
+    return seconds
+
+
 def switch(environ: Mapping[str, str] = os.environ) -> bool | None:
     """What MEGATRON_FP32_ROUTER says: True for `1`, False for `0`, None when unset.
 
@@ -134,6 +154,7 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
         on_mismatch=cast("OnMismatch", _read("_ON_MISMATCH", environ)),
         untested=cast("Untested", _read("_UNTESTED", environ)),
         log=cast("LogLevel", _read("_LOG", environ)),
+        agree_timeout=_seconds("_AGREE_TIMEOUT", environ),
     )
 
 

@@ -23,6 +23,7 @@ _MARKS = ("shows", "repairs")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--megatron", metavar="TREE", help="folder that holds the release under test as megatron/")
+    parser.addoption("--patched", action="store_true", help="TREE has the source patches: test it without the plugin")
     parser.addoption("--ledger", metavar="FILE", help="write which tests ran, and how they ended, to FILE")
 
 

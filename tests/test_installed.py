@@ -66,6 +66,13 @@ def test_the_hooks_and_the_command_are_registered(installed: Environment) -> Non
     assert (sorted(entry_points[HOOKS]), done.stderr) == (json.loads(done.stdout), "")
 
 
+def test_the_source_patches_are_there(installed: Environment) -> None:
+    program = "from megatron_fp32_router.source_patches import lines; print([len(line.patches) for line in lines()])"
+    here = [len(list(folder.glob("*.patch"))) for folder in sorted((ROOT / "patches").glob("core_v*"))]
+    done = installed.run(program)
+    assert (done.stdout, done.stderr) == (f"{here}\n", "")
+
+
 def test_the_variable_works_after_the_installation(installed: Environment, tmp_path: Path) -> None:
     (tmp_path / "megatron").mkdir()
     program = """
@@ -118,7 +125,9 @@ def test_a_training_that_does_not_mention_the_plugin_is_protected_on_both_ranks(
     )
     assert done.returncode == 0, done.stderr
     ours = [line for line in done.stderr.splitlines() if "megatron_fp32_router" in line]
-    assert len(ours) == 1, done.stderr
+    # What rank 0 sees of its own model, and that all ranks agree.
+    assert ["2 routers: " in line for line in ours] == [True, False], done.stderr
+    assert "all 2 ranks on 1 host agree: 4 routers" in ours[1]
     printed = sorted(line for line in done.stdout.splitlines() if line.startswith("rank "))
     ranks = [json.loads(line.partition(": ")[2]) for line in printed]
     assert len(ranks) == 2

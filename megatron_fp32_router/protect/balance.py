@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from megatron_fp32_router.errors import UnprotectedRouterError
+from megatron_fp32_router.protect.agreement import agree
 from megatron_fp32_router.protect.casts import COUNTER, below_fp32
 from megatron_fp32_router.registry import mismatch, replaces, somebody_elses
 
@@ -128,6 +129,7 @@ def exact_update(original: Callable[..., None]) -> Callable[..., None]:
 
     @replaces(original)
     def _update_router_expert_bias(model: Any, config: Any, tp_dp_cp_group: Any = None) -> None:
+        agree()  # a training that uses neither Megatron's DDP nor its optimizers has not been asked before
         batches: dict[tuple[int, torch.dtype, torch.dtype, torch.device], list[Any]] = {}
         for module in _modules(model):
             if not _counted(module):

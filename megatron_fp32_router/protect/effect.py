@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -20,6 +21,9 @@ from megatron_fp32_router.upstream import of_module
 from megatron_fp32_router.version import __version__
 
 _ROUTER_MODULE = "megatron.core.transformer.moe.router"
+
+#: Models that were wrapped and still live; DDP, which also wraps models in fp32, adds to it.
+seen: Final[weakref.WeakSet[torch.nn.Module]] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
@@ -135,8 +139,16 @@ def look_after_wrapping(original: Callable[..., None]) -> Callable[..., None]:
         settle()
         original(self, *args, **kwargs)
         _report(self.module, getattr(self.module, "config", None))
+        seen.add(self.module)
 
     return __init__
+
+
+def totals() -> tuple[int, int]:
+    """Over all models seen: how many TopKRouters there are, and how many of their tensors are fp32 or better."""
+    routers = {id(router): router for module in seen for _, router in _routers(module)[0]}
+    tensors = [tensor for router in routers.values() for _, tensor, _ in _tensors(router)]
+    return len(routers), sum(not below_fp32(tensor.dtype) for tensor in tensors)
 
 
 def _chunks(model: Any) -> Iterable[torch.nn.Module]:
