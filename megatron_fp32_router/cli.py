@@ -1,4 +1,4 @@
-"""The command line: `run` a program under the plugin, see the defect in a `demo`, or `audit` a checkpoint."""
+"""The command line: `run`, `demo`, `audit`, `report` and `patch`; see the help of each."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_fp32_router.audit import command as audit_command
+from megatron_fp32_router.monitor import report as monitor_report
 from megatron_fp32_router.version import __version__
 
 
@@ -52,6 +53,10 @@ def _patch(arguments: argparse.Namespace) -> int:
     return source_patches.main(Path(arguments.megatron), check=arguments.check, reverse=arguments.reverse)
 
 
+def _report(arguments: argparse.Namespace) -> int:
+    return monitor_report.main(arguments)
+
+
 def _parser(with_demo: bool) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megatron-fp32-router",
@@ -76,6 +81,9 @@ def _parser(with_demo: bool) -> argparse.ArgumentParser:
     patch.add_argument("--reverse", action="store_true", help="take the patches back")
     patch.add_argument("--check", action="store_true", help="change nothing; say whether the tree is patched")
     patch.set_defaults(action=_patch)
+    report = commands.add_parser("report", help="turn the monitor's file into a page")
+    report.set_defaults(action=_report)
+    monitor_report.add_arguments(report)
     demo = commands.add_parser("demo", help="train a tiny MoE with the plugin off and on, and compare")
     demo.set_defaults(action=_demo)
     if with_demo:

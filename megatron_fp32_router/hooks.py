@@ -80,7 +80,7 @@ def on_distrib_optimizer(module: ModuleType) -> None:
 
 
 def on_optimizer(module: ModuleType) -> None:
-    """megatron.core.optimizer.optimizer: the plain optimizer: its checkpoints, what it refuses, and agreement between ranks."""
+    """megatron.core.optimizer.optimizer: checkpoints, refusals, agreement between ranks, the monitor."""
     _wake("megatron.core.optimizer.optimizer", module)
 
 

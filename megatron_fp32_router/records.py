@@ -12,8 +12,8 @@ from typing import Final
 _ROUTER: Final = "megatron.core.transformer.moe.router"
 _MOE_UTILS: Final = "megatron.core.transformer.moe.moe_utils"
 _FINALIZE: Final = "megatron.core.distributed.finalize_model_grads"
-_DISTRIBUTED_OPTIMIZER: Final = "megatron.core.optimizer.distrib_optimizer"
 _OPTIMIZER: Final = "megatron.core.optimizer.optimizer"
+_DISTRIBUTED_OPTIMIZER: Final = "megatron.core.optimizer.distrib_optimizer"
 _DIST_CHECKPOINTING: Final = "megatron.core.dist_checkpointing"
 _HYBRID_OPTIMIZER: Final = "megatron.core.optimizer.cpu_offloading.hybrid_optimizer"
 _OPTIMIZERS: Final = "megatron.core.optimizer"
@@ -40,6 +40,7 @@ class Patch:
         inherited: whether the target may come from a base class (torch's own method).
         supersedes: whether the replacement works without the original. Somebody else's function in the target's place
             is then left there, as it would be if it had come after ours.
+        monitor: installed only where MEGATRON_FP32_ROUTER_MONITOR asks for looks.
     """
 
     id: str
@@ -54,6 +55,7 @@ class Patch:
     parameters: tuple[str, ...] = ()
     inherited: bool = False
     supersedes: bool = False
+    monitor: bool = False
 
     @property
     def target(self) -> str:
@@ -484,5 +486,27 @@ PATCHES: Final = (
         issue=f"{_ISSUES}/issues/1482",
         remove_when="0.11 is no longer supported",
         parameters=("self", "module"),
+    ),
+    Patch(
+        id="monitor-step",
+        module=_FINALIZE,
+        path="_allreduce_conditional_embedding_grads",
+        factory="monitor.watch:look_at_steps",
+        why="the monitor would not know when a step's gradients are there",
+        issue=f"{_ISSUES}/issues/2398",
+        remove_when="the monitor goes; the target is only a place that every finalize_model_grads passes once",
+        parameters=("model", "config"),
+        monitor=True,
+    ),
+    Patch(
+        id="monitor-optimizer",
+        module=_OPTIMIZER,
+        path="MegatronOptimizer.__init__",
+        factory="monitor.contract:remember_optimizer",
+        why="the monitor could not say what dtype main copies and moments have",
+        issue=f"{_ISSUES}/issues/2777",
+        remove_when="the monitor goes",
+        parameters=("self", "optimizer", "config"),
+        monitor=True,
     ),
 )

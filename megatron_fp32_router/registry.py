@@ -134,6 +134,10 @@ def _not_in_this_release(patch: Patch, megatron: Megatron) -> str | None:
     return None
 
 
+def _not_asked_for(patch: Patch) -> bool:
+    return patch.monitor and not registry.settings.monitor and patch.id not in registry.replacements
+
+
 def _problem(patch: Patch, module: ModuleType, megatron: Megatron) -> str | None:
     """What about the target is not as the patch expects, or None."""
     parts = patch.path.split(".")
@@ -159,7 +163,7 @@ def _problem(patch: Patch, module: ModuleType, megatron: Megatron) -> str | None
 
 def _apply(patch: Patch, module: ModuleType, megatron: Megatron) -> None:
     registry.problems.pop(patch.id, None)
-    if _not_in_this_release(patch, megatron):
+    if _not_in_this_release(patch, megatron) or _not_asked_for(patch):
         return
     if _left_to_somebody_else(patch, module):
         return  # status() says so, and a line in the log when a model is wrapped
@@ -297,5 +301,6 @@ def _status(patch: Patch) -> tuple[State, str]:
 
 
 def status() -> tuple[PatchStatus, ...]:
-    """The state of every patch, asked of the modules as they are now."""
-    return tuple(PatchStatus(patch.id, patch.target, *_status(patch)) for patch in PATCHES)
+    """The state of every patch, asked of the modules as they are now; the monitor's only where it is on."""
+    asked_for = [patch for patch in PATCHES if not _not_asked_for(patch)]
+    return tuple(PatchStatus(patch.id, patch.target, *_status(patch)) for patch in asked_for)

@@ -63,6 +63,16 @@ VARIABLES: Final = (
         "A rank that says nothing in that time stops the program. `0`: ranks are not compared.",
     ),
     Variable(
+        f"{PREFIX}_MONITOR",
+        ("off", "N"),
+        "A number of steps: every N-th step the routers are looked at (docs/monitor.md).",
+    ),
+    Variable(
+        f"{PREFIX}_MONITOR_DIR",
+        ("fp32_router_monitor",),
+        "The folder that the monitor's `monitor.jsonl` goes to; rank 0 makes it.",
+    ),
+    Variable(
         f"{PREFIX}_LOG",
         ("info", "debug", "warning"),
         "The least severe message that is shown.",
@@ -80,6 +90,8 @@ class Settings:
         untested: "refuse" stops before the first step where no test has run a combination, "allow" says so and goes on.
         log: the least severe message that is shown.
         agree_timeout: seconds to wait for the other ranks before the first step; 0 compares nothing.
+        monitor: look at the routers every so many steps; 0: never.
+        monitor_dir: the folder that monitor.jsonl goes to.
     """
 
     protect: Protect = "all"
@@ -87,6 +99,8 @@ class Settings:
     untested: Untested = "refuse"
     log: LogLevel = "info"
     agree_timeout: float = 300
+    monitor: int = 0
+    monitor_dir: str = "fp32_router_monitor"
 
     def updated(self, protect: str | None = None, on_mismatch: str | None = None) -> Settings:
         """These settings with the given fields replaced (None leaves a field as it is).
@@ -134,6 +148,16 @@ def _seconds(suffix: str, environ: Mapping[str, str]) -> float:
     return seconds
 
 
+def _interval(environ: Mapping[str, str]) -> int:
+    name = _table("_MONITOR").name
+    value = environ.get(name, "").strip()
+    if value in ("", "off"):
+        return 0
+    if value.isascii() and value.isdigit() and int(value) > 0:
+        return int(value)
+    raise SettingsError(f"{name} has the value {value!r}; accepted are 'off' and a whole number of steps, at least 1")
+
+
 def switch(environ: Mapping[str, str] = os.environ) -> bool | None:
     """What MEGATRON_FP32_ROUTER says: True for `1`, False for `0`, None when unset.
 
@@ -155,6 +179,8 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
         untested=cast("Untested", _read("_UNTESTED", environ)),
         log=cast("LogLevel", _read("_LOG", environ)),
         agree_timeout=_seconds("_AGREE_TIMEOUT", environ),
+        monitor=_interval(environ),
+        monitor_dir=environ.get(_table("_MONITOR_DIR").name, "").strip() or _table("_MONITOR_DIR").values[0],
     )
 
 

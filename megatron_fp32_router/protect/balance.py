@@ -36,6 +36,11 @@ def direction(counts_LE: torch.Tensor) -> torch.Tensor:
     return torch.sign(total - counts_LE * counts_LE.shape[-1])
 
 
+#: Called after the biases have moved, with [(routers, their counts [L, E] over all ranks, int64), …]. Empty unless the
+#: monitor looks at this very step.
+watchers: list[Callable[[list[tuple[list[Any], torch.Tensor]]], None]] = []
+
+
 def _group(given: Any) -> Any:
     """The group that shares a balance update: tensor x data x context parallel, as upstream takes it."""
     if given is not None:
@@ -144,17 +149,20 @@ def exact_update(original: Callable[..., None]) -> Callable[..., None]:
             batches.setdefault((bias.shape[-1], bias.dtype, counter.dtype, bias.device), []).append(module)
         rate, theirs = config.moe_router_bias_update_rate, names.get("get_updated_expert_bias")
         with torch.no_grad():
+            updated = []
             for modules in batches.values():
                 if theirs is not None and somebody_elses(theirs):
                     group = {"tp_dp_cp_group": tp_dp_cp_group} if rules.takes_group else {}
                     _update_by(theirs, modules, rate, group, rules.zeroes)
                 else:
-                    _update(modules, rate, _group(tp_dp_cp_group), rules.zeroes)
+                    updated.append((modules, _update(modules, rate, _group(tp_dp_cp_group), rules.zeroes)))
+        for watcher in list(watchers):
+            watcher(updated)
 
     return _update_router_expert_bias
 
 
-def _update(modules: list[Any], rate: float, group: Any, zero: bool) -> None:
+def _update(modules: list[Any], rate: float, group: Any, zero: bool) -> torch.Tensor:
     counters = [getattr(module, COUNTER) for module in modules]
     biases = [module.expert_bias for module in modules]
     counts_LE = torch.stack(counters).to(torch.int64)
@@ -163,6 +171,7 @@ def _update(modules: list[Any], rate: float, group: Any, zero: bool) -> None:
     torch._foreach_add_(biases, step_LE.unbind(0), alpha=rate)
     if zero:
         torch._foreach_zero_(counters)
+    return counts_LE
 
 
 def _update_by(rule: Callable[..., torch.Tensor], modules: list[Any], rate: float, group: Any, zero: bool) -> None:
