@@ -66,6 +66,8 @@ def independent(session: nox.Session) -> None:
         "tests/megatron",
         "--ignore",
         "tests/test_matrix.py",
+        "--ignore",
+        "tests/gpu",
         "--ledger",
         str(ledger),
     ]

@@ -19,6 +19,7 @@ _HYBRID_OPTIMIZER: Final = "megatron.core.optimizer.cpu_offloading.hybrid_optimi
 _OPTIMIZERS: Final = "megatron.core.optimizer"
 _DISTRIBUTED: Final = "megatron.core.distributed"
 _DDP: Final = "megatron.core.distributed.distributed_data_parallel"
+_SCHEDULES: Final = "megatron.core.pipeline_parallel.schedules"
 _ISSUES: Final = "https://github.com/NVIDIA/Megatron-LM"
 
 
@@ -41,6 +42,7 @@ class Patch:
         supersedes: whether the replacement works without the original. Somebody else's function in the target's place
             is then left there, as it would be if it had come after ours.
         monitor: installed only where MEGATRON_FP32_ROUTER_MONITOR asks for looks.
+        essential: whether training without it is wrong. False: it is only slower.
     """
 
     id: str
@@ -56,6 +58,7 @@ class Patch:
     inherited: bool = False
     supersedes: bool = False
     monitor: bool = False
+    essential: bool = True
 
     @property
     def target(self) -> str:
@@ -264,6 +267,23 @@ PATCHES: Final = (
         issue=f"{_ISSUES}/issues/2777",
         remove_when="the index map follows the groups (#5835)",
         parameters=("self",),
+    ),
+    *(
+        Patch(
+            id=f"step-{name}",
+            module=_SCHEDULES,
+            path=path,
+            factory="protect.split_cache:keep_splits",
+            why="router weights are split again in every micro-batch",
+            issue="none: it exists for the gating patch",
+            remove_when="the gating patch goes",
+            essential=False,
+        )
+        for name, path in (
+            ("no-pipelining", "forward_backward_no_pipelining"),
+            ("pipelining", "forward_backward_pipelining_without_interleaving"),
+            ("interleaving", "forward_backward_pipelining_with_interleaving"),
+        )
     ),
     Patch(
         id="optimizer-misplaced-state",

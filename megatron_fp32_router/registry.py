@@ -69,6 +69,8 @@ class _Registry:
     problems: dict[str, str] = field(default_factory=dict)
     #: patch id -> how a patch that is in place saw that upstream needs it no more.
     needless: dict[str, str] = field(default_factory=dict)
+    #: patch id -> what its replacement has to add to status().
+    notes: dict[str, set[str]] = field(default_factory=dict)
     #: modules that were half imported when the plugin was armed.
     pending: set[str] = field(default_factory=set)
     #: modules that were reloaded: their classes are new objects, so they are looked at whenever a model is built.
@@ -172,6 +174,15 @@ def _apply(patch: Patch, module: ModuleType, megatron: Megatron) -> None:
         return
     if problem is not None:
         registry.problems[patch.id] = problem
+        if not patch.essential:
+            # Nothing is wrong without it: that is no reason to stop a training.
+            say(
+                logging.WARNING,
+                f"{patch.target} {problem} in {megatron}; without the patch {patch.id!r} {patch.why}.",
+                threshold=registry.settings.log,
+                once=True,
+            )
+            return
         mismatch(
             TargetMissingError,
             f"{patch.target} {problem} in {megatron} ({megatron.path}); the patch {patch.id!r} was written for it. "
@@ -272,6 +283,7 @@ def undo_all() -> None:
     registry.replacements.clear()
     registry.problems.clear()
     registry.needless.clear()
+    registry.notes.clear()
     registry.pending.clear()
 
 
@@ -295,7 +307,9 @@ def _status(patch: Patch) -> tuple[State, str]:
         return "drifted", "was not applied"
     position, above = _position(patch, module)
     if position == "outermost":
-        return ("native", registry.needless[patch.id]) if patch.id in registry.needless else ("applied", "")
+        if patch.id in registry.needless:
+            return "native", registry.needless[patch.id]
+        return "applied", "; ".join(sorted(registry.notes.get(patch.id, ())))
     verb = "wrapped" if position == "below" else "replaced"
     return "displaced", f"{verb} by {above}"
 

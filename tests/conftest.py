@@ -35,7 +35,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header(config: pytest.Config) -> str:
     tree = config.getoption("--megatron")
     release = f"megatron-core {ledger.release_of(Path(tree))}" if tree else "no Megatron: release-independent tests"
-    return f"{release}; GPU tests did not run: this suite is for machines without one"
+    apart = (
+        ""
+        if any("tests/gpu" in argument for argument in config.args)
+        else "; tests/gpu are run by themselves, on a GPU"
+    )
+    return f"{release}{apart}"
 
 
 @pytest.fixture

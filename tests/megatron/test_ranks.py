@@ -63,7 +63,7 @@ def test_every_rank_ends_with_the_bias_that_integers_give_however_the_counts_are
     ranks = lab.run_ranks(
         "megatron_ranks:train",
         recipe,
-        {"totals": torch.from_numpy(TOTALS)},
+        {"totals": torch.from_numpy(TOTALS), "split_products": recipe.uses_sequence_parallel},
         megatron=request.config.getoption("--megatron"),
         plugin=True,
         logs=tmp_path,
