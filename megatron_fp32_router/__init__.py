@@ -24,6 +24,7 @@ from megatron_fp32_router.errors import (
     MonitorError,
     RanksDisagreeError,
     SettingsError,
+    TargetChangedError,
     TargetMissingError,
     UnprotectedRouterError,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "RanksDisagreeError",
     "Settings",
     "SettingsError",
+    "TargetChangedError",
     "TargetMissingError",
     "UnprotectedRouterError",
     "__version__",

@@ -1,4 +1,4 @@
-"""The command line: `run`, `demo`, `audit`, `report` and `patch`; see the help of each."""
+"""The command line: `run`, `check`, `doctor`, `demo`, `audit`, `report`, `patch`; see the help of each."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 
 from megatron_fp32_router.audit import command as audit_command
+from megatron_fp32_router.compat import check as compat_check
+from megatron_fp32_router.compat import doctor as compat_doctor
 from megatron_fp32_router.monitor import report as monitor_report
 from megatron_fp32_router.version import __version__
 
@@ -57,6 +59,14 @@ def _report(arguments: argparse.Namespace) -> int:
     return monitor_report.main(arguments)
 
 
+def _check(arguments: argparse.Namespace) -> int:
+    return compat_check.main(arguments)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    return compat_doctor.main(arguments)
+
+
 def _parser(with_demo: bool) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megatron-fp32-router",
@@ -84,6 +94,12 @@ def _parser(with_demo: bool) -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="turn the monitor's file into a page")
     report.set_defaults(action=_report)
     monitor_report.add_arguments(report)
+    check = commands.add_parser("check", help="is the plugin right for a Megatron? exit codes: 0 yes, 1 no, 2 unknown")
+    check.set_defaults(action=_check)
+    compat_check.add_arguments(check)
+    doctor = commands.add_parser("doctor", help="everything about this environment on one screen; exit codes as check")
+    doctor.set_defaults(action=_doctor)
+    compat_doctor.add_arguments(doctor)
     demo = commands.add_parser("demo", help="train a tiny MoE with the plugin off and on, and compare")
     demo.set_defaults(action=_demo)
     if with_demo:

@@ -19,6 +19,10 @@ class TargetMissingError(Fp32RouterError):
     """This Megatron lacks, or has changed the signature of, a function that a patch was written for."""
 
 
+class TargetChangedError(TargetMissingError):
+    """The source of a function that a patch replaces or relies on is not that of a Megatron it was written for."""
+
+
 class UnprotectedRouterError(Fp32RouterError):
     """A router tensor is below fp32 although the plugin was asked to keep it there."""
 

@@ -39,6 +39,8 @@ class Patch:
         until: the first release that no longer has it, None while it lives.
         parameters: parameters of the target that the replacement relies on, in order.
         inherited: whether the target may come from a base class (torch's own method).
+        needs: ids of patches of the same module without which this one does harm: under on_mismatch="warn" it is
+            left out with them.
         supersedes: whether the replacement works without the original. Somebody else's function in the target's place
             is then left there, as it would be if it had come after ours.
         monitor: installed only where MEGATRON_FP32_ROUTER_MONITOR asks for looks.
@@ -56,6 +58,7 @@ class Patch:
     until: str | None = None
     parameters: tuple[str, ...] = ()
     inherited: bool = False
+    needs: tuple[str, ...] = ()
     supersedes: bool = False
     monitor: bool = False
     essential: bool = True
@@ -77,6 +80,7 @@ PATCHES: Final = (
         remove_when="Router.__init__ no longer casts (from 0.13 reset_parameters does)",
         until="0.13",
         parameters=("self", "config"),
+        needs=("gating",),
     ),
     Patch(
         id="router-reset",
@@ -88,6 +92,7 @@ PATCHES: Final = (
         remove_when="reset_parameters leaves the router's parameters in fp32",
         since="0.13",
         parameters=("self",),
+        needs=("gating",),
     ),
     Patch(
         id="router-casts",
@@ -99,6 +104,7 @@ PATCHES: Final = (
         remove_when="every router tensor carries main's keep_in_fp32 mark (#5929) through device moves",
         parameters=("self", "fn"),
         inherited=True,
+        needs=("gating",),
     ),
     Patch(
         id="gating",
@@ -109,6 +115,7 @@ PATCHES: Final = (
         issue=f"{_ISSUES}/issues/1421",
         remove_when="gating computes fp32 logits from an fp32 weight without TF32",
         parameters=("self", "input"),
+        needs=("router-output", "inference-output"),
         supersedes=True,
     ),
     Patch(

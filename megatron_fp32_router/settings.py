@@ -45,6 +45,11 @@ VARIABLES: Final = (
         "Megatron, so checkpoints and optimizers keep their layout.",
     ),
     Variable(
+        f"{PREFIX}_ACCEPTED",
+        ("",),
+        "The file that `check --accept` wrote: changes in Megatron's source that a passing probe has proven harmless.",
+    ),
+    Variable(
         f"{PREFIX}_ON_MISMATCH",
         ("raise", "warn"),
         "What happens when a patch does not fit this Megatron or a router tensor is below fp32: an error, or one "
@@ -92,6 +97,7 @@ class Settings:
         agree_timeout: seconds to wait for the other ranks before the first step; 0 compares nothing.
         monitor: look at the routers every so many steps; 0: never.
         monitor_dir: the folder that monitor.jsonl goes to.
+        accepted: path of the file with accepted changes in Megatron's source, or "".
     """
 
     protect: Protect = "all"
@@ -101,6 +107,7 @@ class Settings:
     agree_timeout: float = 300
     monitor: int = 0
     monitor_dir: str = "fp32_router_monitor"
+    accepted: str = ""
 
     def updated(self, protect: str | None = None, on_mismatch: str | None = None) -> Settings:
         """These settings with the given fields replaced (None leaves a field as it is).
@@ -181,6 +188,8 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
         agree_timeout=_seconds("_AGREE_TIMEOUT", environ),
         monitor=_interval(environ),
         monitor_dir=environ.get(_table("_MONITOR_DIR").name, "").strip() or _table("_MONITOR_DIR").values[0],
+        # Any path. It is read, and refused if it is not such a file, when the first module is patched.
+        accepted=environ.get(f"{PREFIX}_ACCEPTED", "").strip(),
     )
 
 
