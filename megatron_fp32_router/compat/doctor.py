@@ -191,8 +191,13 @@ def _marks(judge: Judge) -> bool:
 
 def _look_at_patches(found: Diagnosis, megatron: Megatron, targets: list[Target]) -> None:
     """The state that each patch would have in a program that runs with this Megatron."""
+    from megatron_fp32_router.settings import from_environment
+
     off = environment.switched() is False
+    monitored = bool(from_environment().monitor)
     for patch in PATCHES:
+        if patch.monitor and not monitored:
+            continue
         unfit = [target for target in targets if patch.id in target.patches and not target.fits]
         native = _native(patch, megatron)
         if off:

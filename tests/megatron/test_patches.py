@@ -194,4 +194,11 @@ def test_the_doctor_foretells_the_states_that_the_patches_have(plugin: Any, requ
     tree = request.config.getoption("--megatron")
     assert cli.main(["doctor", "--json", "--megatron", tree]) == 0
     foretold = {patch["id"]: patch["state"] for patch in json.loads(capsys.readouterr().out)["patches"]}
-    assert foretold == {record.id: record.state for record in megatron_fp32_router.status()}
+    found = {record.id: record.state for record in megatron_fp32_router.status()}
+    assert foretold.keys() == found.keys()
+    # A module that the release lacks is waited for in a program; the doctor knows that it will not come.
+    waiting = {name for name, state in found.items() if state == "armed"}
+    assert {foretold[name] for name in waiting} <= {"armed", "native"}
+    assert {name: foretold[name] for name in found.keys() - waiting} == {
+        name: found[name] for name in found.keys() - waiting
+    }
