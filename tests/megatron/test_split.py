@@ -1,4 +1,4 @@
-"""Split gating in a real training. Its arithmetic is emulated here, on a CPU; tests/test_split.py says what it is."""
+"""Split gating in a real training. Its arithmetic is emulated here, on a CPU; tests/test_split_products.py says what it is."""
 
 from __future__ import annotations
 
