@@ -17,6 +17,9 @@ from megatron_fp32_router import lab, monitor
 from megatron_fp32_router.monitor import look
 from megatron_fp32_router.protect import balance
 
+# What is asked here is alike on the lines in between.
+pytestmark = pytest.mark.on_lines("0.11", "0.15", "0.19")
+
 #: Small enough for many steps.
 TINY: dict[str, Any] = {"hidden": 32, "heads": 2, "moe_ffn": 32, "seq_length": 32, "micro_batches": 1}
 

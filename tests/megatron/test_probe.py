@@ -5,8 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from megatron_fp32_router import lab
 from megatron_fp32_router.compat.probe_run import PROMISES, RECIPE, prove
+
+# What is asked here is alike on the lines in between.
+pytestmark = pytest.mark.on_lines("0.11", "0.16", "0.19")
 
 
 def test_every_promise_holds_and_the_functions_that_matter_ran(request: Any, plugin: Any, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Split gating in a real training. Its arithmetic is emulated here, on a CPU; tests/test_split_products.py says what it is."""
+"""Split gating in a real training, emulated on a CPU; tests/test_split_products.py says what its arithmetic is."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ import torch
 import megatron_fp32_router
 from megatron_fp32_router import lab
 from megatron_fp32_router.protect import linear, split, split_cache
+
+# What is asked here is alike on the lines in between.
+pytestmark = pytest.mark.on_lines("0.11", "0.16", "0.19")
 
 SCHEDULES = "megatron.core.pipeline_parallel.schedules"
 
