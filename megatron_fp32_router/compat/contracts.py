@@ -173,7 +173,8 @@ def relied_on() -> dict[str, tuple[str, ...]]:
     """Every target that has a fingerprint -> ids of the patches that stand or fall with it, in order of records."""
     found: dict[str, tuple[str, ...]] = {}
     for patch in PATCHES:
-        found[key(patch.module, patch.path)] = (patch.id,)
+        name = key(patch.module, patch.path)
+        found[name] = (*found.get(name, ()), patch.id)
     for contract in CONTRACTS:
         for path in contract.paths.split():
             name = key(contract.module, path)
