@@ -33,6 +33,19 @@ def init() -> None:
             print(error, file=sys.stderr)
 
 
+def command() -> int:
+    """The console script. Where the package cannot start, it says why in a line, and returns 2: no traceback."""
+    import sys
+
+    try:
+        _require_unwrapping()
+        from megatron_fp32_router.cli import main
+    except Exception as error:
+        print(f"megatron-fp32-router: {type(error).__name__}: {error}. To go on: {_remedy(error)}", file=sys.stderr)
+        return 2
+    return main()
+
+
 class Gate:
     """A finder, first on sys.meta_path, that finds nothing: it arms the plugin before Megatron is looked for.
 
@@ -133,19 +146,21 @@ def _require_unwrapping() -> None:
         raise ImportError(f"wrapt {found} is too old: 2.4 or newer is needed", name="wrapt")
 
 
-def _explain(error: Exception) -> str:
+def _remedy(error: Exception) -> str:
     import sys
 
     if not isinstance(error, ImportError):
-        remedy = "correct what the error names"
-    elif getattr(error, "name", None) == "megatron_fp32_router":
-        remedy = f"install it again: {sys.executable} -m pip install --force-reinstall megatron-fp32-router"
-    else:
-        remedy = f"give this Python what is missing: {sys.executable} -m pip install 'wrapt>=2.4,<3' packaging"
+        return "correct what the error names"
+    if getattr(error, "name", None) == "megatron_fp32_router":
+        return f"install it again: {sys.executable} -m pip install --force-reinstall megatron-fp32-router"
+    return f"give this Python what is missing: {sys.executable} -m pip install 'wrapt>=2.4,<3' packaging"
+
+
+def _explain(error: Exception) -> str:
     return (
         f"MEGATRON_FP32_ROUTER={_asked_for()} asks for megatron_fp32_router, which could not start:\n"
         f"    {type(error).__name__}: {error}\n"
         "Megatron is not imported, because it would train unprotected. Either\n"
-        f"  - {remedy}; or\n"
+        f"  - {_remedy(error)}; or\n"
         "  - unset MEGATRON_FP32_ROUTER to train without the plugin."
     )

@@ -66,6 +66,8 @@ def independent(session: nox.Session) -> None:
         "tests/megatron",
         "--ignore",
         "tests/test_matrix.py",
+        "--ignore",
+        "tests/gpu",
         "--ledger",
         str(ledger),
     ]
@@ -85,6 +87,12 @@ def release(session: nox.Session, megatron: str) -> None:
         tests += ["tests/megatron/test_optimizer_checkpoints.py", "tests/megatron/test_resume.py"]
     where = [*tests, "--megatron", str(tree), "--ledger", str(ledger)]
     session.run(sys.executable, *PYTEST, *where, *session.posargs, success_codes=_good_codes(session))
+
+
+@nox.session
+def patches(session: nox.Session) -> None:
+    """The source patches of every line: they apply, behave as the plugin does, and come out again."""
+    session.run(sys.executable, "scripts/patches", "verify", *session.posargs)
 
 
 def _good_codes(session: nox.Session) -> list[int]:

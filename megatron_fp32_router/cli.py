@@ -1,4 +1,4 @@
-"""The command line: `run` a program under the plugin, see the defect in a `demo`, or `audit` a checkpoint."""
+"""The command line: `run`, `check`, `doctor`, `demo`, `audit`, `report`, `patch`; see the help of each."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import sys
 from collections.abc import Sequence
 
 from megatron_fp32_router.audit import command as audit_command
+from megatron_fp32_router.compat import check as compat_check
+from megatron_fp32_router.compat import doctor as compat_doctor
+from megatron_fp32_router.monitor import report as monitor_report
 from megatron_fp32_router.version import __version__
 
 
@@ -44,6 +47,26 @@ def _audit(arguments: argparse.Namespace) -> int:
     return audit_command.main(arguments)
 
 
+def _patch(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from megatron_fp32_router import source_patches
+
+    return source_patches.main(Path(arguments.megatron), check=arguments.check, reverse=arguments.reverse)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    return monitor_report.main(arguments)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    return compat_check.main(arguments)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    return compat_doctor.main(arguments)
+
+
 def _parser(with_demo: bool) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megatron-fp32-router",
@@ -58,6 +81,25 @@ def _parser(with_demo: bool) -> argparse.ArgumentParser:
     audit = commands.add_parser("audit", help="say what a checkpoint on disk tells about its routers")
     audit.set_defaults(action=_audit)
     audit_command.add_arguments(audit)
+    patch = commands.add_parser(
+        "patch",
+        help="write the plugin's changes into the source of a Megatron checkout",
+        epilog="Exit codes: 0 done, 1 the tree has changes of its own (or, with --check, is not as wanted), "
+        "2 not a tree that the patches were made for.",
+    )
+    patch.add_argument("--megatron", required=True, metavar="PATH", help="the folder that holds megatron/")
+    patch.add_argument("--reverse", action="store_true", help="take the patches back")
+    patch.add_argument("--check", action="store_true", help="change nothing; say whether the tree is patched")
+    patch.set_defaults(action=_patch)
+    report = commands.add_parser("report", help="turn the monitor's file into a page")
+    report.set_defaults(action=_report)
+    monitor_report.add_arguments(report)
+    check = commands.add_parser("check", help="is the plugin right for a Megatron? exit codes: 0 yes, 1 no, 2 unknown")
+    check.set_defaults(action=_check)
+    compat_check.add_arguments(check)
+    doctor = commands.add_parser("doctor", help="everything about this environment on one screen; exit codes as check")
+    doctor.set_defaults(action=_doctor)
+    compat_doctor.add_arguments(doctor)
     demo = commands.add_parser("demo", help="train a tiny MoE with the plugin off and on, and compare")
     demo.set_defaults(action=_demo)
     if with_demo:

@@ -19,8 +19,20 @@ class TargetMissingError(Fp32RouterError):
     """This Megatron lacks, or has changed the signature of, a function that a patch was written for."""
 
 
+class TargetChangedError(TargetMissingError):
+    """The source of a function that a patch replaces or relies on is not that of a Megatron it was written for."""
+
+
 class UnprotectedRouterError(Fp32RouterError):
     """A router tensor is below fp32 although the plugin was asked to keep it there."""
+
+
+class RanksDisagreeError(Fp32RouterError):
+    """Some rank of this job runs without the plugin, or with another version, setting or Megatron."""
+
+
+class MonitorError(Fp32RouterError):
+    """The monitor itself failed; training can go on without it."""
 
 
 class DisplacedPatchError(Fp32RouterError):

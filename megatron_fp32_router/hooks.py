@@ -60,7 +60,7 @@ def on_module(module: ModuleType) -> None:
 
 
 def on_distributed_data_parallel(module: ModuleType) -> None:
-    """megatron.core.distributed.distributed_data_parallel: groups of buckets."""
+    """megatron.core.distributed.distributed_data_parallel: groups of buckets, agreement between ranks."""
     _wake("megatron.core.distributed.distributed_data_parallel", module)
 
 
@@ -80,7 +80,7 @@ def on_distrib_optimizer(module: ModuleType) -> None:
 
 
 def on_optimizer(module: ModuleType) -> None:
-    """megatron.core.optimizer.optimizer: the plain optimizer's checkpoints."""
+    """megatron.core.optimizer.optimizer: checkpoints, refusals, agreement between ranks, the monitor."""
     _wake("megatron.core.optimizer.optimizer", module)
 
 
@@ -114,6 +114,11 @@ def on_refit_planner(module: ModuleType) -> None:
     _wake("megatron.core.resharding.planner", module)
 
 
+def on_schedules(module: ModuleType) -> None:
+    """megatron.core.pipeline_parallel.schedules: what a step is, for splits of router weights."""
+    _wake("megatron.core.pipeline_parallel.schedules", module)
+
+
 def on_legacy_module(module: ModuleType) -> None:
     """megatron.legacy.model.module, which 0.11's own training wraps with; no wheel contains it."""
     _wake("megatron.legacy.model.module", module)
@@ -133,6 +138,7 @@ HOOKS: Final[dict[str, Callable[[ModuleType], None]]] = {
     "megatron.core.optimizer.layer_wise_optimizer": on_layer_wise_optimizer,
     "megatron.core.optimizer.optimizer": on_optimizer,
     "megatron.core.resharding.planner": on_refit_planner,
+    "megatron.core.pipeline_parallel.schedules": on_schedules,
     "megatron.core.transformer.module": on_module,
     "megatron.core.transformer.moe.moe_utils": on_moe_utils,
     "megatron.core.transformer.moe.router": on_router,

@@ -12,13 +12,14 @@ from typing import Final
 _ROUTER: Final = "megatron.core.transformer.moe.router"
 _MOE_UTILS: Final = "megatron.core.transformer.moe.moe_utils"
 _FINALIZE: Final = "megatron.core.distributed.finalize_model_grads"
-_DISTRIBUTED_OPTIMIZER: Final = "megatron.core.optimizer.distrib_optimizer"
 _OPTIMIZER: Final = "megatron.core.optimizer.optimizer"
+_DISTRIBUTED_OPTIMIZER: Final = "megatron.core.optimizer.distrib_optimizer"
 _DIST_CHECKPOINTING: Final = "megatron.core.dist_checkpointing"
 _HYBRID_OPTIMIZER: Final = "megatron.core.optimizer.cpu_offloading.hybrid_optimizer"
 _OPTIMIZERS: Final = "megatron.core.optimizer"
 _DISTRIBUTED: Final = "megatron.core.distributed"
 _DDP: Final = "megatron.core.distributed.distributed_data_parallel"
+_SCHEDULES: Final = "megatron.core.pipeline_parallel.schedules"
 _ISSUES: Final = "https://github.com/NVIDIA/Megatron-LM"
 
 
@@ -38,8 +39,12 @@ class Patch:
         until: the first release that no longer has it, None while it lives.
         parameters: parameters of the target that the replacement relies on, in order.
         inherited: whether the target may come from a base class (torch's own method).
+        needs: ids of patches of the same module without which this one does harm: under on_mismatch="warn" it is
+            left out with them.
         supersedes: whether the replacement works without the original. Somebody else's function in the target's place
             is then left there, as it would be if it had come after ours.
+        monitor: installed only where MEGATRON_FP32_ROUTER_MONITOR asks for looks.
+        essential: whether training without it is wrong. False: it is only slower.
     """
 
     id: str
@@ -53,7 +58,10 @@ class Patch:
     until: str | None = None
     parameters: tuple[str, ...] = ()
     inherited: bool = False
+    needs: tuple[str, ...] = ()
     supersedes: bool = False
+    monitor: bool = False
+    essential: bool = True
 
     @property
     def target(self) -> str:
@@ -72,6 +80,7 @@ PATCHES: Final = (
         remove_when="Router.__init__ no longer casts (from 0.13 reset_parameters does)",
         until="0.13",
         parameters=("self", "config"),
+        needs=("gating",),
     ),
     Patch(
         id="router-reset",
@@ -83,6 +92,7 @@ PATCHES: Final = (
         remove_when="reset_parameters leaves the router's parameters in fp32",
         since="0.13",
         parameters=("self",),
+        needs=("gating",),
     ),
     Patch(
         id="router-casts",
@@ -94,6 +104,7 @@ PATCHES: Final = (
         remove_when="every router tensor carries main's keep_in_fp32 mark (#5929) through device moves",
         parameters=("self", "fn"),
         inherited=True,
+        needs=("gating",),
     ),
     Patch(
         id="gating",
@@ -104,6 +115,7 @@ PATCHES: Final = (
         issue=f"{_ISSUES}/issues/1421",
         remove_when="gating computes fp32 logits from an fp32 weight without TF32",
         parameters=("self", "input"),
+        needs=("router-output", "inference-output"),
         supersedes=True,
     ),
     Patch(
@@ -194,6 +206,36 @@ PATCHES: Final = (
         parameters=("self", "config", "module"),
     ),
     Patch(
+        id="ranks-speak",
+        module=_DDP,
+        path="DistributedDataParallel.__init__",
+        factory="protect.agreement:publish_when_wrapping",
+        why="a rank without the plugin would be noticed by nobody",
+        issue=f"{_ISSUES}/issues/1482",
+        remove_when="router-casts goes",
+        parameters=("self", "config", "ddp_config", "module"),
+    ),
+    Patch(
+        id="ranks-agree-before-broadcast",
+        module=_DDP,
+        path="DistributedDataParallel.broadcast_params",
+        factory="protect.agreement:agree_first",
+        why="parameters of different dtypes would be broadcast into each other where a rank lacks the plugin",
+        issue=f"{_ISSUES}/issues/1482",
+        remove_when="router-casts goes",
+        parameters=("self",),
+    ),
+    Patch(
+        id="ranks-agree",
+        module=_OPTIMIZER,
+        path="MegatronOptimizer.__init__",
+        factory="protect.agreement:agree_first",
+        why="the first step would hang or mix up gradients where a rank lacks the plugin",
+        issue=f"{_ISSUES}/issues/1482",
+        remove_when="router-casts goes",
+        parameters=("self", "optimizer", "config"),
+    ),
+    Patch(
         id="bucket-groups",
         module=_DDP,
         path="partition_buckets",
@@ -232,6 +274,23 @@ PATCHES: Final = (
         issue=f"{_ISSUES}/issues/2777",
         remove_when="the index map follows the groups (#5835)",
         parameters=("self",),
+    ),
+    *(
+        Patch(
+            id=f"step-{name}",
+            module=_SCHEDULES,
+            path=path,
+            factory="protect.split_cache:keep_splits",
+            why="router weights are split again in every micro-batch",
+            issue="none: it exists for the gating patch",
+            remove_when="the gating patch goes",
+            essential=False,
+        )
+        for name, path in (
+            ("no-pipelining", "forward_backward_no_pipelining"),
+            ("pipelining", "forward_backward_pipelining_without_interleaving"),
+            ("interleaving", "forward_backward_pipelining_with_interleaving"),
+        )
     ),
     Patch(
         id="optimizer-misplaced-state",
@@ -454,5 +513,27 @@ PATCHES: Final = (
         issue=f"{_ISSUES}/issues/1482",
         remove_when="0.11 is no longer supported",
         parameters=("self", "module"),
+    ),
+    Patch(
+        id="monitor-step",
+        module=_FINALIZE,
+        path="_allreduce_conditional_embedding_grads",
+        factory="monitor.watch:look_at_steps",
+        why="the monitor would not know when a step's gradients are there",
+        issue=f"{_ISSUES}/issues/2398",
+        remove_when="the monitor goes; the target is only a place that every finalize_model_grads passes once",
+        parameters=("model", "config"),
+        monitor=True,
+    ),
+    Patch(
+        id="monitor-optimizer",
+        module=_OPTIMIZER,
+        path="MegatronOptimizer.__init__",
+        factory="monitor.contract:remember_optimizer",
+        why="the monitor could not say what dtype main copies and moments have",
+        issue=f"{_ISSUES}/issues/2777",
+        remove_when="the monitor goes",
+        parameters=("self", "optimizer", "config"),
+        monitor=True,
     ),
 )

@@ -19,7 +19,7 @@ from typing import Any, Final, Literal
 
 import wrapt
 
-from megatron_fp32_router.errors import DisplacedPatchError, Fp32RouterError, TargetMissingError
+from megatron_fp32_router.errors import DisplacedPatchError, Fp32RouterError, TargetChangedError, TargetMissingError
 from megatron_fp32_router.records import PATCHES, Patch
 from megatron_fp32_router.say import say
 from megatron_fp32_router.settings import PREFIX, Settings
@@ -36,6 +36,9 @@ State = Literal["armed", "applied", "native", "displaced", "drifted", "off"]
 #: Marks our replacements, so that an import of the plugin that lost its memory still knows its own work. The mark is
 #: the replacement itself: functools.wraps copies attributes, so somebody else's wrapper around ours carries it too.
 _MARK: Final = "__megatron_fp32_router__"
+
+#: The factory of a replacement: two patches may share a target, and then lie one upon the other.
+_MADE_BY: Final = "__megatron_fp32_router_factory__"
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class _Registry:
     problems: dict[str, str] = field(default_factory=dict)
     #: patch id -> how a patch that is in place saw that upstream needs it no more.
     needless: dict[str, str] = field(default_factory=dict)
+    #: patch id -> what its replacement has to add to status().
+    notes: dict[str, set[str]] = field(default_factory=dict)
     #: modules that were half imported when the plugin was armed.
     pending: set[str] = field(default_factory=set)
     #: modules that were reloaded: their classes are new objects, so they are looked at whenever a model is built.
@@ -87,11 +92,11 @@ def replaces(original: Callable[..., Any]) -> Callable[[Callable[..., Any]], Cal
     return functools.wraps(original, updated=())
 
 
-def mismatch(error: type[Fp32RouterError], message: str) -> None:
-    """Raise `error`, or warn once on rank 0 where the user chose `warn`."""
+def mismatch(error: type[Fp32RouterError], message: str, speaker: int = 0) -> None:
+    """Raise `error`, or warn once on one rank where the user chose `warn`."""
     if registry.settings.on_mismatch == "raise":
         raise error(message)
-    say(logging.WARNING, message, threshold=registry.settings.log, once=True)
+    say(logging.WARNING, message, threshold=registry.settings.log, once=True, speaker=speaker)
 
 
 def initializing(module: ModuleType) -> bool:
@@ -104,11 +109,36 @@ def apply_all(module: ModuleType, name: str) -> None:
 
     Raises:
         TargetMissingError: a target is missing or has another signature (under on_mismatch="raise").
+        TargetChangedError: its source, or that of something its patch relies on, is not what the patch was written
+            for (likewise).
     """
     megatron = of_module(module)
+    changed = _changed(name, megatron)
     for patch in PATCHES:
         if patch.module == name:
-            _apply(patch, module, megatron)
+            _apply(patch, module, megatron, changed.get(patch.id))
+
+
+def _changed(name: str, megatron: Megatron) -> dict[str, str]:
+    """Patch id -> what about its target's source stands against it, for the patches of one module."""
+    # Here, since nothing of it is needed in a process that never imports Megatron.
+    from megatron_fp32_router.compat.gate import objection
+
+    patches = [
+        patch
+        for patch in PATCHES
+        if patch.module == name and not (_not_in_this_release(patch, megatron) or _not_asked_for(patch))
+    ]
+    accepted = registry.settings.accepted
+    changed = {patch.id: found for patch in patches if (found := objection(patch.id, megatron, accepted)) is not None}
+    if registry.settings.on_mismatch == "warn":
+        # What would do harm without a patch that is left out is left out with it.
+        for _ in patches:
+            for patch in patches:
+                missing = next((needed for needed in patch.needs if needed in changed), None)
+                if missing is not None:
+                    changed.setdefault(patch.id, f"is left alone, because its patch does harm without {missing!r},")
+    return changed
 
 
 def settle() -> None:
@@ -134,6 +164,10 @@ def _not_in_this_release(patch: Patch, megatron: Megatron) -> str | None:
     return None
 
 
+def _not_asked_for(patch: Patch) -> bool:
+    return patch.monitor and not registry.settings.monitor and patch.id not in registry.replacements
+
+
 def _problem(patch: Patch, module: ModuleType, megatron: Megatron) -> str | None:
     """What about the target is not as the patch expects, or None."""
     parts = patch.path.split(".")
@@ -157,29 +191,46 @@ def _problem(patch: Patch, module: ModuleType, megatron: Megatron) -> str | None
     return None
 
 
-def _apply(patch: Patch, module: ModuleType, megatron: Megatron) -> None:
+def _apply(patch: Patch, module: ModuleType, megatron: Megatron, changed: str | None) -> None:
     registry.problems.pop(patch.id, None)
-    if _not_in_this_release(patch, megatron):
+    if _not_in_this_release(patch, megatron) or _not_asked_for(patch):
         return
     if _left_to_somebody_else(patch, module):
         return  # status() says so, and a line in the log when a model is wrapped
     problem = _problem(patch, module, megatron)
     if problem == "does not exist" and megatron.is_prerelease_of(patch.since):
         return
+    error, way_out = TargetMissingError, "Use a release that the plugin knows"
+    if problem is None and changed is not None:
+        problem, error = changed, TargetChangedError
+        tree = str(megatron.path).removesuffix("/megatron/core")
+        way_out += (
+            f", or run `megatron-fp32-router check --megatron {tree} --accept`, which shows the change, tries the "
+            f"plugin on this Megatron, and records it as harmless, if it is, in a file for {PREFIX}_ACCEPTED"
+        )
     if problem is not None:
         registry.problems[patch.id] = problem
+        if not patch.essential:
+            # Nothing is wrong without it: that is no reason to stop a training.
+            say(
+                logging.WARNING,
+                f"{patch.target} {problem} in {megatron}; without the patch {patch.id!r} {patch.why}.",
+                threshold=registry.settings.log,
+                once=True,
+            )
+            return
         mismatch(
-            TargetMissingError,
+            error,
             f"{patch.target} {problem} in {megatron} ({megatron.path}); the patch {patch.id!r} was written for it. "
-            f"Without that patch {patch.why}. Use a release that the plugin knows, or set "
+            f"Without that patch {patch.why}. {way_out}, or set "
             f"{PREFIX}_ON_MISMATCH=warn to train with this unprotected, or {PREFIX}=0 to train without the plugin.",
         )
         return
     current = wrapt.resolve_path(module, patch.path)[2]
     for entry in wrapt.wrapper_chain(current):
-        if is_ours(entry):
-            # Ours already, maybe below somebody else's: the hook fired twice, or the name was imported from a module
-            # that is patched.
+        if is_ours(entry) and getattr(entry, _MADE_BY) == patch.factory:
+            # In place already, maybe below somebody else's: the hook fired twice, or the name was imported from a
+            # module that is patched.
             registry.replacements[patch.id] = entry
             return
     file, _, name = patch.factory.partition(":")
@@ -188,6 +239,7 @@ def _apply(patch: Patch, module: ModuleType, megatron: Megatron) -> None:
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         replacement: Callable[..., Any] = factory(original)
         setattr(replacement, _MARK, replacement)
+        setattr(replacement, _MADE_BY, patch.factory)
         return replacement
 
     # A plain closure, not a FunctionWrapper: torch.compile silently skips the latter.
@@ -196,15 +248,18 @@ def _apply(patch: Patch, module: ModuleType, megatron: Megatron) -> None:
 
 
 def _position(patch: Patch, module: ModuleType) -> tuple[Literal["outermost", "below", "gone"], str]:
-    """Where our replacement sits now, and who sits in its place."""
+    """Where our replacement sits now, and who sits in its place. Another replacement of ours on it does not count."""
     try:
         current = wrapt.resolve_path(module, patch.path)[2]
     except wrapt.PathResolutionError:
         return "gone", "nothing"
     replacement = registry.replacements[patch.id]
     above = _name(current)
-    if current is replacement:
-        return "outermost", ""
+    for entry in wrapt.wrapper_chain(current):
+        if entry is replacement:
+            return "outermost", ""
+        if not is_ours(entry):
+            break
     if any(entry is replacement for entry in wrapt.wrapper_chain(current)):
         return "below", above
     return "gone", above
@@ -263,11 +318,13 @@ def undo_all() -> None:
                 )
             if position == "outermost":
                 placed.append((patch, module))
-    for patch, module in placed:
+    # Backwards: of two that share a target, the later one lies on the other.
+    for patch, module in reversed(placed):
         wrapt.unwrap_object(module, patch.path, registry.replacements[patch.id])
     registry.replacements.clear()
     registry.problems.clear()
     registry.needless.clear()
+    registry.notes.clear()
     registry.pending.clear()
 
 
@@ -291,11 +348,14 @@ def _status(patch: Patch) -> tuple[State, str]:
         return "drifted", "was not applied"
     position, above = _position(patch, module)
     if position == "outermost":
-        return ("native", registry.needless[patch.id]) if patch.id in registry.needless else ("applied", "")
+        if patch.id in registry.needless:
+            return "native", registry.needless[patch.id]
+        return "applied", "; ".join(sorted(registry.notes.get(patch.id, ())))
     verb = "wrapped" if position == "below" else "replaced"
     return "displaced", f"{verb} by {above}"
 
 
 def status() -> tuple[PatchStatus, ...]:
-    """The state of every patch, asked of the modules as they are now."""
-    return tuple(PatchStatus(patch.id, patch.target, *_status(patch)) for patch in PATCHES)
+    """The state of every patch, asked of the modules as they are now; the monitor's only where it is on."""
+    asked_for = [patch for patch in PATCHES if not _not_asked_for(patch)]
+    return tuple(PatchStatus(patch.id, patch.target, *_status(patch)) for patch in asked_for)

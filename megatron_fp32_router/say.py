@@ -25,14 +25,14 @@ def rank() -> int:
     return int(value) if value.isdigit() else 0
 
 
-def say(level: int, message: str, *, threshold: str = "info", once: bool = False) -> None:
-    """Log `message` on rank 0.
+def say(level: int, message: str, *, threshold: str = "info", once: bool = False, speaker: int = 0) -> None:
+    """Log `message` on rank 0, or on rank `speaker` where rank 0 cannot know.
 
     Python's root logger sits at WARNING and has no handler in a program that never configured logging: an INFO
     record would vanish. There the line goes to standard error through a handler that exists for this one record,
     so that a later basicConfig() does not make everything appear twice.
     """
-    if level < logging.getLevelName(threshold.upper()) or rank() != 0:
+    if level < logging.getLevelName(threshold.upper()) or rank() != speaker:
         return
     if once:
         if message in _said:

@@ -45,6 +45,11 @@ VARIABLES: Final = (
         "Megatron, so checkpoints and optimizers keep their layout.",
     ),
     Variable(
+        f"{PREFIX}_ACCEPTED",
+        ("",),
+        "The file that `check --accept` wrote: changes in Megatron's source that a passing probe has proven harmless.",
+    ),
+    Variable(
         f"{PREFIX}_ON_MISMATCH",
         ("raise", "warn"),
         "What happens when a patch does not fit this Megatron or a router tensor is below fp32: an error, or one "
@@ -55,6 +60,22 @@ VARIABLES: Final = (
         ("refuse", "allow"),
         "Optimizers and wrappers that no test has run with fp32 router parameters (docs/limits.md): an error before "
         "the first step, or one warning.",
+    ),
+    Variable(
+        f"{PREFIX}_AGREE_TIMEOUT",
+        ("300",),
+        "How many seconds, before the first step, to wait for a slow rank to say that it runs the plugin alike. "
+        "A rank that says nothing in that time stops the program. `0`: ranks are not compared.",
+    ),
+    Variable(
+        f"{PREFIX}_MONITOR",
+        ("off", "N"),
+        "A number of steps: every N-th step the routers are looked at (docs/monitor.md).",
+    ),
+    Variable(
+        f"{PREFIX}_MONITOR_DIR",
+        ("fp32_router_monitor",),
+        "The folder that the monitor's `monitor.jsonl` goes to; rank 0 makes it.",
     ),
     Variable(
         f"{PREFIX}_LOG",
@@ -73,12 +94,20 @@ class Settings:
         on_mismatch: "raise" stops the program when something is unprotected, "warn" says so and goes on.
         untested: "refuse" stops before the first step where no test has run a combination, "allow" says so and goes on.
         log: the least severe message that is shown.
+        agree_timeout: seconds to wait for the other ranks before the first step; 0 compares nothing.
+        monitor: look at the routers every so many steps; 0: never.
+        monitor_dir: the folder that monitor.jsonl goes to.
+        accepted: path of the file with accepted changes in Megatron's source, or "".
     """
 
     protect: Protect = "all"
     on_mismatch: OnMismatch = "raise"
     untested: Untested = "refuse"
     log: LogLevel = "info"
+    agree_timeout: float = 300
+    monitor: int = 0
+    monitor_dir: str = "fp32_router_monitor"
+    accepted: str = ""
 
     def updated(self, protect: str | None = None, on_mismatch: str | None = None) -> Settings:
         """These settings with the given fields replaced (None leaves a field as it is).
@@ -114,6 +143,28 @@ def _read(suffix: str, environ: Mapping[str, str]) -> str:
     return _accepted(variable.name, value, variable.values) if value else variable.values[0]
 
 
+def _seconds(suffix: str, environ: Mapping[str, str]) -> float:
+    variable = _table(suffix)
+    value = environ.get(variable.name, "").strip() or variable.values[0]
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = -1
+    if not 0 <= seconds < float("inf"):
+        raise SettingsError(f"{variable.name} has the value {value!r}; accepted is a number of seconds, 0 or more")
+    return seconds
+
+
+def _interval(environ: Mapping[str, str]) -> int:
+    name = _table("_MONITOR").name
+    value = environ.get(name, "").strip()
+    if value in ("", "off"):
+        return 0
+    if value.isascii() and value.isdigit() and int(value) > 0:
+        return int(value)
+    raise SettingsError(f"{name} has the value {value!r}; accepted are 'off' and a whole number of steps, at least 1")
+
+
 def switch(environ: Mapping[str, str] = os.environ) -> bool | None:
     """What MEGATRON_FP32_ROUTER says: True for `1`, False for `0`, None when unset.
 
@@ -134,6 +185,11 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
         on_mismatch=cast("OnMismatch", _read("_ON_MISMATCH", environ)),
         untested=cast("Untested", _read("_UNTESTED", environ)),
         log=cast("LogLevel", _read("_LOG", environ)),
+        agree_timeout=_seconds("_AGREE_TIMEOUT", environ),
+        monitor=_interval(environ),
+        monitor_dir=environ.get(_table("_MONITOR_DIR").name, "").strip() or _table("_MONITOR_DIR").values[0],
+        # Any path. It is read, and refused if it is not such a file, when the first module is patched.
+        accepted=environ.get(f"{PREFIX}_ACCEPTED", "").strip(),
     )
 
 

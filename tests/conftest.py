@@ -35,12 +35,23 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header(config: pytest.Config) -> str:
     tree = config.getoption("--megatron")
     release = f"megatron-core {ledger.release_of(Path(tree))}" if tree else "no Megatron: release-independent tests"
-    return f"{release}; GPU tests did not run: this suite is for machines without one"
+    apart = (
+        ""
+        if any("tests/gpu" in argument for argument in config.args)
+        else "; tests/gpu are run by themselves, on a GPU"
+    )
+    return f"{release}{apart}"
 
 
 @pytest.fixture
-def plugin() -> Iterator[Callable[..., None]]:
-    """The plugin, on for this test; calling the fixture's value turns it on again with other settings."""
+def plugin(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
+    """The plugin, on for this test; calling the fixture's value turns it on again with other settings.
+
+    With --patched it stays off: the tree under test is to pass the same test by its own source.
+    """
+    if request.config.getoption("--patched"):
+        yield lambda **_: None
+        return
     megatron_fp32_router.enable()
     yield megatron_fp32_router.enable
     megatron_fp32_router.disable()

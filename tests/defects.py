@@ -38,6 +38,11 @@ DEFECTS = {
     "D16": Defect("scores are rounded to bf16 before expert_bias is added", last="0.17"),
     "D17": Defect("logits are computed in bf16 while moe_router_dtype is unset"),
     "D18": Defect("off the meta device the weight is rounded and the buffers are whatever memory held", first="0.13"),
+    "D23": Defect(
+        "a padding mask is broadcast along experts instead of tokens: a crash, or wrong counts", first="0.16"
+    ),
+    "D24": Defect("the balance update crashes at a router whose bias is None"),
+    "D25": Defect("the reset of the counters crashes at a router whose bias is None", first="0.15"),
 }
 
 

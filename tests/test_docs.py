@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from defects import DEFECTS
+from retirement import GOES_WITH, REPAIRS, needed_for, state_on
+
+from megatron_fp32_router.records import PATCHES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -18,6 +23,22 @@ def test_every_generated_table_is_up_to_date() -> None:
         [sys.executable, "scripts/docs", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_every_patch_says_what_it_is_needed_for() -> None:
+    ids = {patch.id for patch in PATCHES}
+    for patch in PATCHES:
+        names = needed_for(patch)
+        assert set(names) <= ids or set(names) <= DEFECTS.keys(), patch.id
+    assert REPAIRS.keys() | GOES_WITH.keys() <= ids
+
+
+def test_a_patch_is_needed_native_or_has_nothing_to_patch() -> None:
+    states = {patch.id: [state_on(patch, line) for line in ("0.11", "0.12", "0.13", "0.19")] for patch in PATCHES}
+    assert states["router-init"] == ["needed", "needed", "native", "native"]
+    assert states["router-reset"] == ["n/a", "n/a", "needed", "needed"]
+    assert states["router-output"] == ["needed"] * 4
+    assert states["padding-mask"] == ["n/a", "n/a", "n/a", "needed"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -36,3 +57,28 @@ def test_every_variable_that_is_named_exists(page: Path) -> None:
 
     named = set(re.findall(r"MEGATRON_FP32_ROUTER(?:_[A-Z]+)*", page.read_text(encoding="utf-8")))
     assert named <= {variable.name for variable in VARIABLES}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_line_that_is_shown_is_one_that_the_program_takes(page: Path) -> None:
+    from megatron_fp32_router import cli
+
+    text = page.read_text(encoding="utf-8")
+    shown = re.findall(r"(?:^|- run: |- )megatron-fp32-router ((?:check|doctor)\b[^#\n`]*)", text, re.MULTILINE)
+    shown += re.findall(r"`megatron-fp32-router ((?:check|doctor)\b[^`\n]*)`", text)
+    for line in shown:
+        cli._parser(with_demo=False).parse_args(line.split())
+    assert page.name != "check.md" or len(shown) >= 10
+
+
+def test_the_pre_commit_hook_starts_the_command_and_is_the_one_in_the_recipe() -> None:
+    (hook,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text(encoding="utf-8"))
+    recipes = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "check.md").read_text(encoding="utf-8"), re.DOTALL)
+    loaded = [yaml.safe_load(recipe) for recipe in recipes]
+    (used,) = (recipe["repos"][0]["hooks"][0] for recipe in loaded if "repos" in recipe)
+    assert used["id"] == hook["id"]
+    from megatron_fp32_router import cli
+
+    command = [*hook["entry"].split(), *used["args"]]
+    assert command.pop(0) == "megatron-fp32-router"
+    assert cli._parser(with_demo=False).parse_args(command).pin == "0.16.1"

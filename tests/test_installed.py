@@ -47,6 +47,7 @@ def test_the_wheel_holds_all_that_an_installation_needs_and_no_more(wheel: Path)
     at_the_root = {name.split("/")[0] for name in names if not name.split("/")[0].endswith(".dist-info")}
     assert at_the_root == {"megatron_fp32_router", *STARTUP_FILES}
     assert "megatron_fp32_router/py.typed" in names
+    assert "megatron_fp32_router/compat/fingerprints.json" in names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
@@ -60,10 +61,17 @@ def test_the_hooks_and_the_command_are_registered(installed: Environment) -> Non
     entry_points = ConfigParser(delimiters="=")
     entry_points.optionxform = str  # type: ignore[assignment,method-assign]
     entry_points.read_string(found.read_text(encoding="utf-8"))
-    assert entry_points["console_scripts"]["megatron-fp32-router"] == "megatron_fp32_router.cli:main"
+    assert entry_points["console_scripts"]["megatron-fp32-router"] == "_megatron_fp32_router_startup:command"
     program = f"import json; from {HOOKS} import HOOKS; print(json.dumps(sorted(HOOKS)))"
     done = installed.run(program)
     assert (sorted(entry_points[HOOKS]), done.stderr) == (json.loads(done.stdout), "")
+
+
+def test_the_source_patches_are_there(installed: Environment) -> None:
+    program = "from megatron_fp32_router.source_patches import lines; print([len(line.patches) for line in lines()])"
+    here = [len(list(folder.glob("*.patch"))) for folder in sorted((ROOT / "patches").glob("core_v*"))]
+    done = installed.run(program)
+    assert (done.stdout, done.stderr) == (f"{here}\n", "")
 
 
 def test_the_variable_works_after_the_installation(installed: Environment, tmp_path: Path) -> None:
@@ -118,7 +126,9 @@ def test_a_training_that_does_not_mention_the_plugin_is_protected_on_both_ranks(
     )
     assert done.returncode == 0, done.stderr
     ours = [line for line in done.stderr.splitlines() if "megatron_fp32_router" in line]
-    assert len(ours) == 1, done.stderr
+    # What rank 0 sees of its own model, and that all ranks agree.
+    assert ["2 routers: " in line for line in ours] == [True, False], done.stderr
+    assert "all 2 ranks on 1 host agree: 4 routers" in ours[1]
     printed = sorted(line for line in done.stdout.splitlines() if line.startswith("rank "))
     ranks = [json.loads(line.partition(": ")[2]) for line in printed]
     assert len(ranks) == 2

@@ -13,6 +13,9 @@ import docs_resume
 import pytest
 from bootstrap import RELEASES
 from defects import DEFECTS, defects_of
+from retirement import REPAIRS, state_on
+
+from megatron_fp32_router.records import PATCHES
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
@@ -71,3 +74,18 @@ if RUN is not None and not RUN["selected"]:
 
         def test_the_tables_of_docs_resume_are_what_the_tests_recorded() -> None:
             assert docs_resume.main(["--check"]) == 0, "docs/resume.md is stale: run scripts/docs_resume.py"
+
+    @pytest.mark.parametrize("release", RUN["releases"])
+    def test_no_patch_is_called_needed_where_none_of_its_defects_shows_on(release: str) -> None:
+        shown = {
+            name
+            for test in read(release)["tests"].values()
+            if test["outcome"] == "passed"
+            for name in test.get("shows", ())
+        }
+        unfounded = [
+            patch.id
+            for patch in PATCHES
+            if patch.id in REPAIRS and state_on(patch, release) == "needed" and not shown & set(REPAIRS[patch.id])
+        ]
+        assert unfounded == []

@@ -3,81 +3,13 @@
 from __future__ import annotations
 
 import html
-import io
-import re
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
+from megatron_fp32_router.drawing import COLOURS, CSS, as_svg, new_figure, style
 from megatron_fp32_router.lab.demo_report import RUNS, findings, protected, rows, stopped, worst
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-#: matplotlib's colour and the CSS variable that replaces it, so that one drawing serves light and dark pages.
-_COLOURS: Final = {
-    "off": ("#c8401d", "--off"),
-    "on": ("#1f5fc9", "--on"),
-    "exact": ("#7d8590", "--exact"),
-    "ink": ("#23272e", "--ink"),
-    "soft": ("#646c78", "--soft"),
-    "line": ("#d9dde3", "--line"),
-}
-
-
-def _style() -> Any:
-    ink, soft, line = (_COLOURS[name][0] for name in ("ink", "soft", "line"))
-    return {
-        "svg.fonttype": "none",
-        "font.family": "sans-serif",
-        "font.size": 10,
-        "text.color": ink,
-        "axes.labelcolor": soft,
-        "axes.edgecolor": line,
-        "axes.titlecolor": ink,
-        "axes.titlesize": 10,
-        "axes.titlelocation": "left",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": line,
-        "grid.linewidth": 0.6,
-        "xtick.color": soft,
-        "ytick.color": soft,
-        "legend.frameon": False,
-        "lines.linewidth": 1.7,
-    }
-
-
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **kwargs: Any) -> tuple[Any, Any]:
-    """A figure without pyplot: no display, no global state."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.patch.set_alpha(0)
-    axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
-    for axis in axes.flat:
-        axis.set_facecolor("none")
-    return figure, axes
-
-
-def _svg(figure: Any, name: str) -> str:
-    """`figure` as an <svg> element that needs nothing else and takes its colours and font from the page."""
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
-    # Several drawings share one page, so their ids must differ.
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", text)
-    text = re.sub(r"font:\s*([\d.]+px)[^;\"]*", r"font-size: \1", text)
-    for colour, variable in _COLOURS.values():
-        text = text.replace(colour, f"var({variable})")
-    return re.sub(r'<svg width="[^"]*" height="[^"]*"|<svg height="[^"]*" width="[^"]*"', "<svg", text, count=1)
 
 
 def _bias_lines(axis: Any, data: dict[str, Any], layer: int, expert: int) -> None:
@@ -87,16 +19,16 @@ def _bias_lines(axis: Any, data: dict[str, Any], layer: int, expert: int) -> Non
     axis.plot(
         steps,
         off["exact"][layer][expert],
-        color=_COLOURS["exact"][0],
+        color=COLOURS["exact"][0],
         ls=(0, (4, 2)),
         label="due by exact counts, plugin off",
     )
-    axis.plot(steps, off["bias"][layer][expert], color=_COLOURS["off"][0], label="plugin off")
-    axis.plot(steps, on["bias"][layer][expert], color=_COLOURS["on"][0], label="plugin on")
+    axis.plot(steps, off["bias"][layer][expert], color=COLOURS["off"][0], label="plugin off")
+    axis.plot(steps, on["bias"][layer][expert], color=COLOURS["on"][0], label="plugin on")
     axis.plot(
         steps,
         on["exact"][layer][expert],
-        color=_COLOURS["ink"][0],
+        color=COLOURS["ink"][0],
         ls=(0, (1, 3)),
         lw=1.2,
         label="due by exact counts, plugin on",
@@ -109,7 +41,7 @@ def _biases(data: dict[str, Any]) -> str:
     experts = len(data["off"]["series"]["bias"][layer])
     columns = 4 if experts >= 4 else experts
     lines = -(-experts // columns)
-    figure, axes = _figure(10, 2.1 * lines + 0.5, lines, columns, sharex=True, sharey=True)
+    figure, axes = new_figure(10, 2.1 * lines + 0.5, lines, columns, sharex=True, sharey=True)
     for expert, axis in enumerate(axes.flat):
         if expert >= experts:
             axis.set_visible(False)
@@ -122,29 +54,29 @@ def _biases(data: dict[str, Any]) -> str:
     for line in axes:
         line[0].set_ylabel("expert_bias")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper left", ncols=4)
-    return _svg(figure, "bias")
+    return as_svg(figure, "bias")
 
 
 def _series(axis: Any, data: dict[str, Any], key: str) -> None:
     """`key` over steps, both runs; on the counter's error, also the steps in which an update went wrong."""
     for run in RUNS:
         values, steps = data[run]["series"][key], range(1, data["steps"] + 1)
-        axis.plot(steps, values, color=_COLOURS[run][0], label=f"plugin {run}")
+        axis.plot(steps, values, color=COLOURS[run][0], label=f"plugin {run}")
         wrong = [(step, values[step - 1]) for step in steps if data[run]["series"]["wrong_at"][step - 1]]
         if key == "count_error" and wrong and not stopped(data):  # there it is every step
             label = f"an update went wrong (plugin {run})"
-            axis.plot(*zip(*wrong, strict=True), "x", color=_COLOURS["ink"][0], ms=7, mew=1.8, label=label)
+            axis.plot(*zip(*wrong, strict=True), "x", color=COLOURS["ink"][0], ms=7, mew=1.8, label=label)
     axis.set_xlabel("training step")
     axis.set_ylim(bottom=-0.02 * axis.get_ylim()[1])  # a line at 0 is drawn whole
     axis.set_xlim(1, max(2, data["steps"]))
 
 
 def _curves(data: dict[str, Any], key: str, label: str) -> str:
-    figure, axes = _figure(10, 2.9)
+    figure, axes = new_figure(10, 2.9)
     _series(axes[0, 0], data, key)
     axes[0, 0].set_ylabel(label)
     figure.legend(loc="outside upper left", ncols=4)
-    return _svg(figure, key.replace("_", "-"))
+    return as_svg(figure, key.replace("_", "-"))
 
 
 def picture(several: list[dict[str, Any]], path: Path) -> None:
@@ -157,8 +89,8 @@ def picture(several: list[dict[str, Any]], path: Path) -> None:
     """
     import matplotlib
 
-    with matplotlib.rc_context(_style() | {"font.size": 11, "axes.titlesize": 12, "lines.linewidth": 2.2}):
-        figure, axes = _figure(6.2 * len(several) + (0.8 if len(several) == 1 else 0), 4.6, 1, len(several))
+    with matplotlib.rc_context(style() | {"font.size": 11, "axes.titlesize": 12, "lines.linewidth": 2.2}):
+        figure, axes = new_figure(6.2 * len(several) + (0.8 if len(several) == 1 else 0), 4.6, 1, len(several))
         figure.patch.set_alpha(1)
         figure.patch.set_facecolor("white")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.04)
@@ -181,34 +113,6 @@ def picture(several: list[dict[str, Any]], path: Path) -> None:
         figure.savefig(path, dpi=150, format="png")
 
 
-# The page ---------------------------------------------------------------------------------------------------
-
-_CSS: Final = """
-:root { color-scheme: light dark; --page: #ffffff; --card: #f6f7f9; --off: #c8401d; --on: #1f5fc9;
-  --exact: #7d8590; --ink: #23272e; --soft: #646c78; --line: #d9dde3; }
-@media (prefers-color-scheme: dark) { :root { --page: #15181c; --card: #1d2126; --off: #ff8a65; --on: #7db1ff;
-  --exact: #9aa3ae; --ink: #e8eaed; --soft: #a3abb6; --line: #343a42; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 3rem 1.5rem 5rem; max-width: 62rem; background: var(--page);
-  color: var(--ink);
-  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .5rem; letter-spacing: -.02em; }
-h2 { font-size: 1.2rem; margin: 3rem 0 .5rem; }
-p, li { max-width: 46rem; } .soft, figcaption { color: var(--soft); }
-ul { padding-left: 1.2rem; } li { margin: .4rem 0; }
-.verdict { border-left: 4px solid var(--on); padding: .7rem 1rem; background: var(--card); font-weight: 600; }
-.verdict.bad { border-color: var(--off); }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .45rem .8rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { font-weight: 600; } thead th:nth-child(2), td.off { color: var(--off); }
-thead th:nth-child(3), td.on { color: var(--on); } tbody th { font-weight: 400; }
-figure { margin: 1.5rem 0 0; } svg { width: 100%; height: auto; display: block; font-family: inherit; }
-svg text { font-family: inherit; }
-dt { font-weight: 600; margin-top: .7rem; } dd { margin: 0; color: var(--soft); max-width: 46rem; }
-"""
-
-
 def render(data: dict[str, Any]) -> str:
     """The page: findings, table and drawings of `data` in one HTML document that loads nothing."""
     import matplotlib
@@ -216,7 +120,7 @@ def render(data: dict[str, Any]) -> str:
     e = html.escape
     layer, _ = worst(data)
     layer_name = data["off"]["series"]["layers"][layer]
-    with matplotlib.rc_context(_style()):
+    with matplotlib.rc_context(style()):
         drawings = [
             (
                 "The bias of every expert",
@@ -255,7 +159,7 @@ def render(data: dict[str, Any]) -> str:
     return (
         "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
         '<meta name=viewport content="width=device-width, initial-scale=1">'
-        f"<title>Router precision, Megatron-Core {e(data['megatron'])}</title><style>{_CSS}</style></head>"
+        f"<title>Router precision, Megatron-Core {e(data['megatron'])}</title><style>{CSS}</style></head>"
         f"<body><h1>What bf16 does to a router</h1><p class=soft>Megatron-Core {e(data['megatron'])}, the "
         f"same {data['steps']} steps from one seed, without and with megatron-fp32-router "
         f"{e(data['plugin'])}. PyTorch {e(data['torch'])}, Python {e(data['python'])}.</p>"

@@ -8,14 +8,16 @@ depends on data. Shapes: L layers, E experts.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from megatron_fp32_router.errors import UnprotectedRouterError
+from megatron_fp32_router.protect.agreement import agree
 from megatron_fp32_router.protect.casts import COUNTER, below_fp32
+from megatron_fp32_router.protect.walk import modules_of
 from megatron_fp32_router.registry import mismatch, replaces, somebody_elses
 
 
@@ -32,7 +34,12 @@ def direction(counts_LE: torch.Tensor) -> torch.Tensor:
         int64 of the same shape: 1 for an expert with fewer tokens than the mean, -1 with more, 0 on it.
     """
     total = counts_LE.sum(dim=-1, keepdim=True)
-    return torch.sign(total - counts_LE * counts_LE.shape[-1])
+    return torch.sub(total, counts_LE, alpha=counts_LE.shape[-1]).sign_()
+
+
+#: Called after the biases have moved, with [(routers, their counts [L, E] over all ranks, int64), …]. Empty unless the
+#: monitor looks at this very step.
+watchers: list[Callable[[list[tuple[list[Any], torch.Tensor]]], None]] = []
 
 
 def _group(given: Any) -> Any:
@@ -107,14 +114,20 @@ def _rules(original: Callable[..., Any]) -> _Rules:
     )
 
 
-def _modules(model: Iterable[Any]) -> Iterator[Any]:
-    for chunk in model:
-        yield from chunk.modules()
+def _held(module: Any, name: str) -> Any:
+    """What `module` has under `name`, or None.
+
+    torch's own look-up comes last: a miss, as in nearly every module of a model, costs it microseconds.
+    """
+    found = module._buffers.get(name)
+    if found is None and (name in module.__dict__ or name in module._parameters or hasattr(type(module), name)):
+        return getattr(module, name, None)
+    return found
 
 
 def _counted(module: Any) -> bool:
     """Whether `module` has a bias to update. A router without one (dense layers' stand-ins) has None there."""
-    return getattr(module, "expert_bias", None) is not None and getattr(module, COUNTER, None) is not None
+    return _held(module, "expert_bias") is not None and _held(module, COUNTER) is not None
 
 
 def exact_update(original: Callable[..., None]) -> Callable[..., None]:
@@ -128,39 +141,44 @@ def exact_update(original: Callable[..., None]) -> Callable[..., None]:
 
     @replaces(original)
     def _update_router_expert_bias(model: Any, config: Any, tp_dp_cp_group: Any = None) -> None:
+        agree()  # a training that uses neither Megatron's DDP nor its optimizers has not been asked before
         batches: dict[tuple[int, torch.dtype, torch.dtype, torch.device], list[Any]] = {}
-        for module in _modules(model):
+        for module in modules_of(model):
             if not _counted(module):
                 continue
             if rules.training_only and not module.training:
                 continue
-            if rules.respects_frozen and getattr(module, "frozen_expert_bias", False):
+            if rules.respects_frozen and _held(module, "frozen_expert_bias"):
                 continue
-            bias, counter = module.expert_bias, getattr(module, COUNTER)
+            bias, counter = _held(module, "expert_bias"), _held(module, COUNTER)
             _check("expert_bias", bias)
             _check(COUNTER, counter)
             batches.setdefault((bias.shape[-1], bias.dtype, counter.dtype, bias.device), []).append(module)
         rate, theirs = config.moe_router_bias_update_rate, names.get("get_updated_expert_bias")
         with torch.no_grad():
+            updated = []
             for modules in batches.values():
                 if theirs is not None and somebody_elses(theirs):
                     group = {"tp_dp_cp_group": tp_dp_cp_group} if rules.takes_group else {}
                     _update_by(theirs, modules, rate, group, rules.zeroes)
                 else:
-                    _update(modules, rate, _group(tp_dp_cp_group), rules.zeroes)
+                    updated.append((modules, _update(modules, rate, _group(tp_dp_cp_group), rules.zeroes)))
+        for watcher in list(watchers):
+            watcher(updated)
 
     return _update_router_expert_bias
 
 
-def _update(modules: list[Any], rate: float, group: Any, zero: bool) -> None:
-    counters = [getattr(module, COUNTER) for module in modules]
-    biases = [module.expert_bias for module in modules]
+def _update(modules: list[Any], rate: float, group: Any, zero: bool) -> torch.Tensor:
+    counters = [_held(module, COUNTER) for module in modules]
+    biases = [_held(module, "expert_bias") for module in modules]
     counts_LE = torch.stack(counters).to(torch.int64)
     torch.distributed.all_reduce(counts_LE, group=group)
     step_LE = direction(counts_LE).to(biases[0].dtype)
     torch._foreach_add_(biases, step_LE.unbind(0), alpha=rate)
     if zero:
         torch._foreach_zero_(counters)
+    return counts_LE
 
 
 def _update_by(rule: Callable[..., torch.Tensor], modules: list[Any], rate: float, group: Any, zero: bool) -> None:
@@ -183,12 +201,12 @@ def reset_in_one_go(original: Callable[..., None]) -> Callable[..., None]:
             by_dtype.setdefault(tensor.dtype, []).append(tensor)
 
         balancing = config.moe_router_load_balancing_type
-        for module in _modules(model):
+        for module in modules_of(model):
             if config.moe_router_enable_expert_bias and _counted(module):
-                zero(getattr(module, COUNTER))
+                zero(_held(module, COUNTER))
             if "global_aux_loss" in balancing and hasattr(module, "reset_global_aux_loss_tracker"):
                 module.reset_global_aux_loss_tracker()
-            if getattr(module, "qb_beta_accum", None) is not None:
+            if _held(module, "qb_beta_accum") is not None:
                 zero(module.qb_beta_accum)
                 zero(module.qb_beta_count)
         with torch.no_grad():

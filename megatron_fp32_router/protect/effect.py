@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import logging
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from megatron_fp32_router.errors import ModelInUseError, UnprotectedRouterError
+from megatron_fp32_router.protect import split
 from megatron_fp32_router.protect.casts import below_fp32, protects_parameters, widen_counter
+from megatron_fp32_router.protect.gating import compute_dtype
+from megatron_fp32_router.protect.linear import in_words
+from megatron_fp32_router.protect.walk import modules_of
 from megatron_fp32_router.registry import mismatch, registry, replaces, settle, status
 from megatron_fp32_router.say import say
 from megatron_fp32_router.settings import PREFIX
@@ -20,6 +25,9 @@ from megatron_fp32_router.upstream import of_module
 from megatron_fp32_router.version import __version__
 
 _ROUTER_MODULE = "megatron.core.transformer.moe.router"
+
+#: Models that were wrapped and still live; DDP, which also wraps models in fp32, adds to it.
+seen: Final[weakref.WeakSet[torch.nn.Module]] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,17 @@ def survey(module: torch.nn.Module) -> Survey:
     return Survey(len(routers), dict(dtypes), tuple(below), foreign)
 
 
+def _products(module: torch.nn.Module, config: Any) -> str:
+    """How the routers of `module` will multiply, as far as can be told before the first forward."""
+    activations = torch.float16 if getattr(config, "fp16", False) else torch.bfloat16
+    router = sys.modules[_ROUTER_MODULE].TopKRouter
+    ways = {
+        in_words(split.why_not(weight.device, activations, weight, compute_dtype(config, weight)))
+        for weight in (child.weight for child in modules_of([module]) if isinstance(child, router))
+    }
+    return "; ".join(sorted(ways))
+
+
 def _report(module: torch.nn.Module, config: Any) -> None:
     """Say what is there; raise or warn when it is not what was promised."""
     found = survey(module)
@@ -108,7 +127,8 @@ def _report(module: torch.nn.Module, config: Any) -> None:
         protected = "all" if protects_parameters() else "buffers"
         say(
             logging.INFO,
-            f"megatron-fp32-router {__version__} on {release}{chunk}: {found} (protect={protected})",
+            f"megatron-fp32-router {__version__} on {release}{chunk}: {found} (protect={protected}); "
+            f"gating in {_products(module, config)}",
             threshold=registry.settings.log,
         )
         _say_what_is_displaced()
@@ -135,8 +155,16 @@ def look_after_wrapping(original: Callable[..., None]) -> Callable[..., None]:
         settle()
         original(self, *args, **kwargs)
         _report(self.module, getattr(self.module, "config", None))
+        seen.add(self.module)
 
     return __init__
+
+
+def totals() -> tuple[int, int]:
+    """Over all models seen: how many TopKRouters there are, and how many of their tensors are fp32 or better."""
+    routers = {id(router): router for module in seen for _, router in _routers(module)[0]}
+    tensors = [tensor for router in routers.values() for _, tensor, _ in _tensors(router)]
+    return len(routers), sum(not below_fp32(tensor.dtype) for tensor in tensors)
 
 
 def _chunks(model: Any) -> Iterable[torch.nn.Module]:

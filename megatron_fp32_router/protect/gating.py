@@ -1,7 +1,4 @@
-"""Gating: logits in true fp32 from the fp32 weight, forward and backward; the dispatcher gets upstream's dtype.
-
-Shapes: T tokens, H hidden size, E experts; S sequence, B batch.
-"""
+"""Gating: logits in fp32 from the fp32 weight, forward and backward; the dispatcher gets upstream's dtype."""
 
 from __future__ import annotations
 
@@ -12,38 +9,8 @@ import torch
 
 from megatron_fp32_router.errors import UnprotectedRouterError
 from megatron_fp32_router.protect.casts import COUNTER, below_fp32, protects_parameters
-from megatron_fp32_router.protect.matmul import mm
+from megatron_fp32_router.protect.linear import RouterLinear
 from megatron_fp32_router.registry import mismatch, replaces
-
-
-class _RouterLinear(torch.autograd.Function):
-    """`input @ weight.T + bias` computed in `dtype`. What is saved for backward stays in the input's own dtype."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
-    ) -> torch.Tensor:
-        ctx.save_for_backward(input, weight)
-        ctx.dtype = dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        tokens_TH = input.reshape(-1, input.shape[-1]).to(dtype)
-        logits_TE = mm(tokens_TH, weight.to(dtype).t(), None if bias is None else bias.to(dtype))
-        return logits_TE.view(*input.shape[:-1], weight.shape[0])
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        input, weight = ctx.saved_tensors
-        needs_input, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        grad_TE = grad_outputs[0].reshape(-1, weight.shape[0]).to(ctx.dtype)
-        grad_input = grad_weight = grad_bias = None
-        if needs_input:
-            grad_input = mm(grad_TE, weight.to(ctx.dtype)).to(input.dtype).view(input.shape)
-        if needs_weight:
-            tokens_TH = input.reshape(-1, input.shape[-1]).to(ctx.dtype)
-            grad_weight = mm(grad_TE.t(), tokens_TH).to(weight.dtype)
-        if needs_bias:
-            grad_bias = grad_TE.sum(dim=0).to(ctx.bias_dtype)
-        return grad_input, grad_weight, grad_bias, None
 
 
 def _built_too_early(tensor: str, dtype: torch.dtype) -> str:
@@ -53,6 +20,13 @@ def _built_too_early(tensor: str, dtype: torch.dtype) -> str:
         "megatron_fp32_router.protect_model(model) before DDP and the optimizer; "
         "MEGATRON_FP32_ROUTER_ON_MISMATCH=warn trains on as it is."
     )
+
+
+def compute_dtype(config: Any, weight: torch.Tensor) -> torch.dtype:
+    """What a router's products are computed in: fp32, or fp64 where the weight or moe_router_dtype is."""
+    if getattr(config, "moe_router_dtype", None) == "fp64":
+        return torch.float64
+    return torch.promote_types(torch.float32, weight.dtype)
 
 
 def compute_in_fp32(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -75,10 +49,8 @@ def compute_in_fp32(original: Callable[..., torch.Tensor]) -> Callable[..., torc
             weight.data = weight.data.to(input.device)
         if bias is not None and bias.device != input.device:
             bias.data = bias.data.to(input.device)
-        dtype = torch.promote_types(torch.float32, weight.dtype)
-        if getattr(config, "moe_router_dtype", None) == "fp64":
-            dtype = torch.float64
-        logits: torch.Tensor = _RouterLinear.apply(input, weight, bias, dtype)  # type: ignore[no-untyped-call]
+        dtype = compute_dtype(config, weight)
+        logits: torch.Tensor = RouterLinear.apply(input, weight, bias, dtype)  # type: ignore[no-untyped-call]
         return logits
 
     return gating

@@ -1,9 +1,6 @@
-# No `from __future__ import annotations` here: torch reads the operator's schema from the annotations themselves.
-"""A matrix product in true fp32, whatever the program set: TF32, bf16x1 and autocast do not reach it.
+"""A matrix product in true fp32, whatever the program set: TF32, bf16x1 and autocast do not reach it."""
 
-Eager code calls the Python function. A traced program gets an operator that tracers do not look into, since the
-switches of torch.backends cannot be turned inside a graph.
-"""
+from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,21 +46,6 @@ def true_fp32() -> Iterator[None]:
             place.fp32_precision = value
 
 
-def _mm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    with true_fp32(), torch.autocast(a.device.type, enabled=False):
-        return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
-
-
-@torch.library.custom_op("megatron_fp32_router::mm", mutates_args=())
-def _mm_operator(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return _mm(a, b, bias)
-
-
-@_mm_operator.register_fake
-def _(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return a.new_empty(a.shape[0], b.shape[1])
-
-
 def mm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`a @ b (+ bias)`.
 
@@ -75,7 +57,5 @@ def mm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> to
     Returns:
         [M, N] in the same dtype, computed in it.
     """
-    if torch.compiler.is_compiling():
-        result: torch.Tensor = _mm_operator(a, b, bias)
-        return result
-    return _mm(a, b, bias)
+    with true_fp32(), torch.autocast(a.device.type, enabled=False):
+        return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)

@@ -13,6 +13,9 @@ from programs import resume
 from megatron_fp32_router import lab
 from megatron_fp32_router.lab import checkpoint, compat
 
+# What is asked here is alike on the lines in between.
+pytestmark = pytest.mark.on_lines("0.11", "0.15", "0.19")
+
 #: fp32 keeps 24 bits. An update of at most `lr` is computed in about ten roundings.
 TOLERANCE = 16 * 2.0**-24
 

@@ -187,7 +187,46 @@ def d18(build: Any, router: Any) -> bool:
     return rounded(built.weight) or any(bool((buffer != 0).any()) for buffer in built.buffers())
 
 
-LOOKS = [d1, d2, d3, d4, d5, d6, d7, d8, d9, d10, d11, d12, d13, d14, d16, d17, d18]
+def d23(build: Any, router: Any) -> bool:
+    built = wrap(router())
+    try:
+        built._apply_expert_bias(torch.ones(10, 8, dtype=torch.bool), padding_mask=torch.arange(10) >= 6)
+    except RuntimeError:
+        return True
+    return bool((built.local_tokens_per_expert != 6).any())
+
+
+def without_a_bias(build: Any) -> Any:
+    room = build()
+    (_, last) = room.routers()[-1]
+    last.expert_bias = None
+    last.local_tokens_per_expert = None
+    return room
+
+
+def d24(build: Any, router: Any) -> bool:
+    room = without_a_bias(build)
+    try:
+        import_module("megatron.core.distributed.finalize_model_grads")._update_router_expert_bias(
+            room.chunks, room.config
+        )
+    except (AttributeError, TypeError):
+        return True
+    return False
+
+
+def d25(build: Any, router: Any) -> bool:
+    room = without_a_bias(build)
+    try:
+        import_module("megatron.core.distributed.finalize_model_grads").reset_model_temporary_tensors(
+            room.config, room.chunks
+        )
+    except AttributeError:
+        return True
+    return False
+
+
+LOOKS = [d1, d2, d3, d4, d5, d6, d7, d8, d9, d10, d11, d12, d13, d14, d16, d17, d18, d23, d24, d25]
 
 
 @pytest.mark.parametrize("look", [pytest.param(f, marks=pytest.mark.shows(f.__name__.upper())) for f in LOOKS])

@@ -17,6 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 import megatron_fp32_router
 
+# What is asked here is alike on the lines in between.
+pytestmark = pytest.mark.on_lines("0.11", "0.15", "0.19")
+
 #: Operators whose result goes to the host, or has a shape that only the data tell.
 UNSAFE = (
     "_local_scalar_dense",

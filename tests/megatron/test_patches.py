@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib
 import io
+import json
 import logging
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 import wrapt
 
 import megatron_fp32_router
+from megatron_fp32_router import cli
 from megatron_fp32_router.records import PATCHES
 
 HOME = "megatron.core.transformer.moe.router"
@@ -185,3 +187,18 @@ def test_wrapping_a_model_settles_a_reload_without_a_further_import(plugin: Any,
         assert {r.id: r.state for r in megatron_fp32_router.status()}["gating"] == "applied"
     finally:
         vars(module).update(saved)
+
+
+def test_the_doctor_foretells_the_states_that_the_patches_have(plugin: Any, request: Any, capsys: Any) -> None:
+    everything_imported()
+    tree = request.config.getoption("--megatron")
+    assert cli.main(["doctor", "--json", "--megatron", tree]) == 0
+    foretold = {patch["id"]: patch["state"] for patch in json.loads(capsys.readouterr().out)["patches"]}
+    found = {record.id: record.state for record in megatron_fp32_router.status()}
+    assert foretold.keys() == found.keys()
+    # A module that the release lacks is waited for in a program; the doctor knows that it will not come.
+    waiting = {name for name, state in found.items() if state == "armed"}
+    assert {foretold[name] for name in waiting} <= {"armed", "native"}
+    assert {name: foretold[name] for name in found.keys() - waiting} == {
+        name: found[name] for name in found.keys() - waiting
+    }

@@ -17,6 +17,9 @@ sys.path.append(str(PROGRAMS))
 
 import megatron_ranks  # noqa: E402 - the folder is no package
 
+# What is asked here is alike on the lines in between.
+pytestmark = pytest.mark.on_lines("0.11", "0.14", "0.16", "0.19")
+
 #: Few, since processes are dear: between them a layer is shared by two and by four ranks (one is tested below).
 LAYOUTS = {
     "DP=4 with EP=2": {"data_parallel": 4, "expert_parallel": 2, "optimizer": "distributed"},
@@ -63,7 +66,7 @@ def test_every_rank_ends_with_the_bias_that_integers_give_however_the_counts_are
     ranks = lab.run_ranks(
         "megatron_ranks:train",
         recipe,
-        {"totals": torch.from_numpy(TOTALS)},
+        {"totals": torch.from_numpy(TOTALS), "split_products": recipe.uses_sequence_parallel},
         megatron=request.config.getoption("--megatron"),
         plugin=True,
         logs=tmp_path,

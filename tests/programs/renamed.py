@@ -152,6 +152,9 @@ def main(tree: Path) -> None:
         # has every file.
         if not here or patch.inherited or not file_of(tree, patch.module).exists():
             continue
+        # Without these a training is only slower, or nobody has asked for them.
+        if not patch.essential or patch.monitor:
+            continue
         with renamed(tree, patch):
             found[patch.id] = {
                 "target": patch.target,

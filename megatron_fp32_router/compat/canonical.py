@@ -1,0 +1,280 @@
+"""One text for everything that behaves alike: a definition without docstrings, comments, formatting and annotations.
+
+The text is our own and not ast.dump's, which differs between Python versions: the same source must give the same
+fingerprint under every Python that the plugin runs on. What counts: names, decorators, default values, the order of
+statements, every constant. What does not: docstrings, comments, layout, quotes, type annotations.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Final, TypeAlias
+
+Definition: TypeAlias = ast.stmt
+
+#: Fields that say nothing about behaviour, or that only some Python versions have (type_params: 3.12).
+_IGNORED: Final = frozenset(
+    {"annotation", "ctx", "kind", "returns", "simple", "type_comment", "type_ignores", "type_params"}
+)
+#: Columns beyond which a line of a diff is broken.
+_LONG: Final = 100
+_FUNCTIONS: Final = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+class _Normaliser(ast.NodeTransformer):
+    """Takes out what the fingerprint ignores, so that the text shown in a diff shows nothing else."""
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        return self._function(node)
+
+    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> ast.AST:
+        return self._function(node)
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        # Annotated fields of a class stay: a dataclass is made of them.
+        node.body = _without_docstring(node.body)
+        node.body = [item if isinstance(item, ast.AnnAssign) else self.visit(item) for item in node.body]
+        node.decorator_list = [self.visit(item) for item in node.decorator_list]
+        return node
+
+    def visit_arg(self, node: ast.arg) -> ast.AST:
+        node.annotation = None
+        node.type_comment = None
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST | None:
+        if node.value is None:
+            return None
+        value = self.visit(node.value)
+        return ast.copy_location(ast.Assign(targets=[node.target], value=value), node)
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.AST:
+        # Python 3.12 parses f-strings anew and may cut their constant parts elsewhere.
+        self.generic_visit(node)
+        parts: list[ast.expr] = []
+        for part in node.values:
+            last = parts[-1] if parts else None
+            if _is_text(part) and last is not None and _is_text(last):
+                parts[-1] = ast.copy_location(ast.Constant(last.value + part.value), last)  # type: ignore[attr-defined]
+            elif not (_is_text(part) and not part.value):  # type: ignore[attr-defined]
+                parts.append(part)
+        node.values = parts
+        return node
+
+    def _function(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> ast.AST:
+        node.body = _without_docstring(node.body)
+        node.returns = None
+        node.type_comment = None
+        self.generic_visit(node)
+        node.body = node.body or [ast.Pass()]
+        return node
+
+
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def _without_docstring(body: list[ast.stmt]) -> list[ast.stmt]:
+    if body and isinstance(body[0], ast.Expr) and _is_text(body[0].value):
+        body = body[1:]
+    return body
+
+
+def normalised(definitions: list[Definition]) -> ast.Module:
+    """The definitions without what the fingerprint ignores. Line numbers stay those of the source.
+
+    They are changed in place, which a training that starts does not wait for twice: hand each over once.
+    """
+    module = ast.Module(body=definitions, type_ignores=[])
+    for node in ast.walk(module):
+        # An If or a With whose only statement was `x: int` must not lose its body.
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and all(isinstance(s, ast.AnnAssign) and s.value is None for s in body):
+            body[:] = [ast.copy_location(ast.Pass(), body[0])]
+    result = _Normaliser().visit(module)
+    assert isinstance(result, ast.Module)
+    return result
+
+
+def text(module: ast.Module) -> str:
+    """Normalised source. How it is laid out depends on the Python that prints it; see `digest`."""
+    return ast.unparse(module)
+
+
+def lines(module: ast.Module) -> list[str]:
+    """Normalised source for a diff: long lines are broken after every argument, so that one change is one line."""
+    return [part for line in text(module).splitlines() for part in (_broken(line) if len(line) > _LONG else [line])]
+
+
+def _broken(line: str) -> list[str]:
+    """One line of source as several, broken inside its outermost brackets."""
+    indent = " " * (len(line) - len(line.lstrip()) + 4)
+    parts, start, depth, quote = [], 0, 0, ""
+    for place, letter in enumerate(line):
+        if quote:
+            if letter == quote and line[place - 1] != "\\":
+                quote = ""
+        elif letter in "\"'":
+            quote = letter
+        elif letter in "([{":
+            depth += 1
+        elif letter in ")]}":
+            depth -= 1
+        if not quote and ((letter == "," and depth == 1) or (letter in "([{" and depth == 1)):
+            parts.append(line[start : place + 1].strip())
+            start = place + 1
+    parts.append(line[start:].strip())
+    return [line[: len(line) - len(line.lstrip())] + parts[0], *(indent + part for part in parts[1:] if part)]
+
+
+def digest(module: ast.Module) -> str:
+    """The fingerprint of what `normalised` returned: 32 hexadecimal digits, the same under every Python."""
+    parts: list[str] = []
+    _write(module, parts.append)
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:32]
+
+
+def _write(value: object, put: Callable[[str], None]) -> None:
+    if isinstance(value, ast.AST):
+        put(f"({type(value).__name__}")
+        for name in sorted(value._fields):
+            if name in _IGNORED:
+                continue
+            # A newer Python's extra fields are empty for what older ones can express.
+            part = getattr(value, name, None)
+            if part is not None and part != []:
+                put(f" {name}=")
+                _write(part, put)
+        if isinstance(value, ast.Constant) and value.value is None:
+            put(" None")
+        put(")")
+    elif isinstance(value, list):
+        put("[")
+        for item in value:
+            if item is None:
+                put("-")  # a missing default among keyword-only ones, or `**` in a dict
+            else:
+                _write(item, put)
+        put("]")
+    else:
+        # ascii(), since what repr() escapes follows the Python version's Unicode tables.
+        put(f"{type(value).__name__}:{value!a}")
+
+
+# Finding definitions ----------------------------------------------------------------------------------------------
+
+
+def definitions(tree: ast.Module, module: str, path: str) -> list[Definition]:
+    """Every statement of `tree` that binds `path` (`name`, `Class` or `Class.method`), in order; [] when none does.
+
+    Of a class the header alone: its name, bases and decorators. A definition under `if`, `try` or `with` comes with
+    that condition. Also found: an imported name, a plain assignment, and `Class.method = …` at module level.
+
+    Args:
+        tree: the parsed module.
+        module: its dotted name, which relative imports are resolved against.
+        path: what is looked for.
+    """
+    first, _, rest = path.partition(".")
+    found: list[Definition] = []
+    for conditions, statement in _statements(tree.body):
+        if not rest:
+            found += _wrapped(conditions, _binding(statement, first, module))
+        elif isinstance(statement, ast.ClassDef) and statement.name == first:
+            for inner, member in _statements(statement.body):
+                found += _wrapped(conditions + inner, _binding(member, rest, module))
+        elif isinstance(statement, ast.Assign) and any(ast.unparse(target) == path for target in statement.targets):
+            found += _wrapped(conditions, statement)
+    return found
+
+
+def _statements(
+    body: list[ast.stmt], conditions: tuple[ast.expr, ...] = ()
+) -> Iterator[tuple[tuple[ast.expr, ...], ast.stmt]]:
+    """Every statement of a body that runs when the module does, with the conditions that it stands under."""
+    for statement in body:
+        if isinstance(statement, ast.If):
+            yield from _statements(statement.body, (*conditions, statement.test))
+            yield from _statements(statement.orelse, (*conditions, ast.UnaryOp(ast.Not(), statement.test)))
+        elif isinstance(statement, ast.Try):
+            yield from _statements(statement.body, (*conditions, ast.Constant("try")))
+            for handler in statement.handlers:
+                caught = ast.unparse(handler.type) if handler.type is not None else ""
+                yield from _statements(handler.body, (*conditions, ast.Constant(f"except {caught}".strip())))
+            yield from _statements(statement.orelse, (*conditions, ast.Constant("try: else")))
+            yield from _statements(statement.finalbody, conditions)
+        elif isinstance(statement, ast.With):
+            yield from _statements(statement.body, conditions)
+        else:
+            yield conditions, statement
+
+
+def _binding(statement: ast.stmt, name: str, module: str) -> ast.stmt | None:
+    """`statement` as far as it binds `name`, or None."""
+    if isinstance(statement, _FUNCTIONS):
+        return statement if statement.name == name else None
+    if isinstance(statement, ast.ClassDef) and statement.name == name:
+        header = copy.copy(statement)
+        header.body = [ast.copy_location(ast.Pass(), statement)]
+        return header
+    if isinstance(statement, ast.Assign | ast.AnnAssign):
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        names = (node for target in targets for node in ast.walk(target) if isinstance(node, ast.Name))
+        bound = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+        return statement if name in bound and statement.value is not None else None
+    if isinstance(statement, ast.ImportFrom | ast.Import):
+        for alias in statement.names:
+            if (alias.asname or alias.name) == name:
+                return ast.copy_location(_absolute(statement, alias, module), statement)
+    return None
+
+
+def _absolute(statement: ast.ImportFrom | ast.Import, alias: ast.alias, module: str) -> ast.stmt:
+    if isinstance(statement, ast.Import):
+        return ast.Import(names=[alias])
+    source = statement.module or ""
+    if statement.level:
+        parents = module.split(".")[: -statement.level]
+        source = ".".join([*parents, source] if source else parents)
+    return ast.ImportFrom(module=source, names=[alias], level=0)
+
+
+def _wrapped(conditions: tuple[ast.expr, ...], statement: ast.stmt | None) -> list[ast.stmt]:
+    if statement is None:
+        return []
+    for condition in reversed(conditions):
+        statement = ast.copy_location(ast.If(test=condition, body=[statement], orelse=[]), statement)
+    return [statement]
+
+
+def first_difference(found: ast.Module, known: ast.Module) -> int | None:
+    """The line of `found`'s source where it first differs from `known`, or None when it does not.
+
+    Where something has only been taken away, the line of the statement that it stood in.
+    """
+
+    def walk(one: object, other: object, line: int) -> int | None:
+        if isinstance(one, ast.AST):
+            line = getattr(one, "lineno", line)
+            if type(one) is not type(other):
+                return line
+            for name in one._fields:
+                if name not in _IGNORED:
+                    where = walk(getattr(one, name, None), getattr(other, name, None), line)
+                    if where is not None:
+                        return where
+            return None
+        if isinstance(one, list) and isinstance(other, list):
+            for mine, theirs in zip(one, other, strict=False):
+                where = walk(mine, theirs, line)
+                if where is not None:
+                    return where
+            if len(one) > len(other):
+                return int(getattr(one[len(other)], "lineno", line))
+            return line if len(one) < len(other) else None
+        return None if one == other and type(one) is type(other) else line
+
+    return walk(found, known, getattr(found.body[0], "lineno", 1) if found.body else 1)

@@ -1,0 +1,254 @@
+"""`megatron-fp32-router doctor`: everything about this environment on one screen.
+
+Exit codes: 0 nothing stands in the way, 1 something does, 2 there is no Megatron to look at, or it cannot be read.
+Neither torch nor Megatron is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+
+from megatron_fp32_router.compat import accepted as accepting
+from megatron_fp32_router.compat import environment, find
+from megatron_fp32_router.compat.fingerprints import known
+from megatron_fp32_router.compat.judge import Judge, Target
+from megatron_fp32_router.compat.show import table
+from megatron_fp32_router.compat.source import Tree, UnreadableSourceError
+from megatron_fp32_router.errors import Fp32RouterError
+from megatron_fp32_router.records import PATCHES, Patch
+from megatron_fp32_router.settings import PREFIX
+from megatron_fp32_router.upstream import Megatron
+from megatron_fp32_router.version import __version__
+
+if TYPE_CHECKING:
+    import argparse
+
+Level: TypeAlias = Literal["ok", "note", "problem", "unknown"]
+
+_SIGNS: Final[dict[Level, str]] = {"ok": "ok", "note": "--", "problem": "!!", "unknown": "??"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report: how it stands with something, and what to do if it is a problem."""
+
+    level: Level
+    about: str
+    text: str
+
+
+@dataclass
+class Diagnosis:
+    """Everything that `doctor` has found out."""
+
+    findings: list[Finding] = field(default_factory=list)
+    #: Each patch, with the state it would have in a program, and a sentence about it.
+    patches: list[tuple[Patch, str, str]] = field(default_factory=list)
+    megatrons: list[str] = field(default_factory=list)
+    version: str | None = None
+
+    def add(self, level: Level, about: str, text: str) -> None:
+        """Add a line."""
+        self.findings.append(Finding(level, about, text))
+
+    @property
+    def code(self) -> int:
+        """The exit code."""
+        levels = {finding.level for finding in self.findings}
+        return 1 if "problem" in levels else 2 if "unknown" in levels else 0
+
+    def to_json(self) -> dict[str, Any]:
+        """What --json prints."""
+        return {
+            "verdict": {0: "good", 1: "problem", 2: "unknown"}[self.code],
+            "plugin": {"version": __version__, "path": str(Path(__file__).parents[1])},
+            "interpreter": environment.interpreter(),
+            "megatron": {"version": self.version, "paths": self.megatrons},
+            "libraries": [vars(library) for library in environment.libraries()],
+            "findings": [vars(finding) for finding in self.findings],
+            "patches": [
+                {
+                    "id": patch.id,
+                    "target": patch.target,
+                    "state": state,
+                    "detail": detail,
+                    "why": patch.why,
+                    "issue": patch.issue,
+                    "remove_when": patch.remove_when,
+                }
+                for patch, state, detail in self.patches
+            ],
+        }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options to its parser."""
+    parser.add_argument("--megatron", metavar="PATH", help="look at this Megatron instead of the installed one")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Look, print, and return the exit code."""
+    found = Diagnosis()
+    _look_at_interpreter(found)
+    _look_at_activation(found)
+    _look_at_libraries(found)
+    _look_at_megatron(found, arguments.megatron)
+    if arguments.json:
+        print(json.dumps(found.to_json(), indent=1))
+    else:
+        _print(found)
+    return found.code
+
+
+def _look_at_interpreter(found: Diagnosis) -> None:
+    python = environment.interpreter()
+    supported = sys.version_info >= (3, 10)
+    flags = f", run with {python['flags']}" if python["flags"] else ""
+    text = f"{python['version']} ({python['executable']}){flags}"
+    found.add("ok" if supported else "problem", "python", text)
+    found.add("ok", "plugin", f"{__version__}, {environment.installation()} ({Path(__file__).parents[1]})")
+
+
+def _look_at_activation(found: Diagnosis) -> None:
+    known_variables, wrong = environment.variables()
+    for name, value in known_variables:
+        found.add("ok", "variable", f"{name}={value}")
+    for sentence in wrong:
+        found.add("problem", "variable", sentence)
+    switch, (read, why) = environment.switched(), environment.startup()
+    if read:
+        found.add("ok", "start-up file", why)
+    else:
+        found.add("problem" if switch else "note", "start-up file", f"{why}. Instead: {environment.remedy()}")
+    if switch is False:
+        found.add("problem", "switch", f"{PREFIX}=0 turns the plugin off, whatever else asks for it")
+    elif switch is None and read:
+        found.add("note", "switch", f"{PREFIX} is not set: only a program that imports megatron_fp32_router has it")
+
+
+def _look_at_libraries(found: Diagnosis) -> None:
+    for library in environment.libraries():
+        text = f"{library.version or 'version unknown'} ({library.path})"
+        if library.name == "wrapt" and library.version is not None:
+            fits = environment.WRAPT.contains(library.version, prereleases=True)
+            needed = "" if fits else f"; {environment.WRAPT} is needed: {sys.executable} -m pip install 'wrapt>=2.4,<3'"
+            found.add("ok" if fits else "problem", library.name, text + needed)
+        elif library.path is None:
+            absent = "not here" if library.name == "TransformerEngine" else "not here, and Megatron needs it"
+            found.add("note", library.name, absent)
+        else:
+            found.add("ok", library.name, text)
+
+
+def _look_at_megatron(found: Diagnosis, given: str | None) -> None:
+    installed = find.installed()
+    for patcher, place in environment.patchers(installed):
+        found.add("note", "other patcher", f"{patcher.name} ({place}): {patcher.displaces}")
+    try:
+        root = find.root(given)
+        megatron = find.megatron(root)
+    except Fp32RouterError as error:
+        found.add("unknown", "Megatron", str(error))
+        return
+    found.version = str(megatron.version)
+    found.megatrons = [str(root)] if given else [str(path) for path in installed]
+    found.add("ok", "Megatron", f"{megatron} ({root})")
+    for other in installed[1:] if given is None else []:
+        found.add("note", "Megatron", f"another one on the path, which an import does not take: {other}")
+    try:
+        accepted = _accepted()
+        judge = Judge(Tree(root, known()), megatron, accepted.targets)
+        targets = judge.all()
+    except (Fp32RouterError, UnreadableSourceError) as error:
+        found.add("unknown", "Megatron", str(error))
+        return
+    if accepted.why_not:
+        found.add("problem", "accepted file", accepted.why_not)
+    elif accepted.path is not None:
+        found.add("ok", "accepted file", f"{accepted.path}: {len(accepted.targets)} accepted changes")
+    _look_at_patches(found, megatron, targets)
+    if judge.tree.has("megatron.core.transformer.module") and _marks(judge):
+        found.add("note", "upstream", "this Megatron has mark_keep_in_fp32, which its router does not use yet (#5929)")
+
+
+def _accepted() -> accepting.Accepted:
+    """What a training would honour: the variable alone."""
+    from megatron_fp32_router.settings import from_environment
+
+    path = from_environment().accepted
+    return accepting.read(Path(path)) if path else accepting.Accepted()
+
+
+def _marks(judge: Judge) -> bool:
+    return judge.tree.body("megatron.core.transformer.module:mark_keep_in_fp32", parsed=True).digest is not None
+
+
+def _look_at_patches(found: Diagnosis, megatron: Megatron, targets: list[Target]) -> None:
+    """The state that each patch would have in a program that runs with this Megatron."""
+    from megatron_fp32_router.settings import from_environment
+
+    off = environment.switched() is False
+    monitored = bool(from_environment().monitor)
+    for patch in PATCHES:
+        if patch.monitor and not monitored:
+            continue
+        unfit = [target for target in targets if patch.id in target.patches and not target.fits]
+        native = _native(patch, megatron)
+        if off:
+            found.patches.append((patch, "off", ""))
+        elif native is not None:
+            found.patches.append((patch, "native", native))
+        elif patch.module.startswith("megatron.legacy") and not (megatron.path and _has(megatron, patch)):
+            found.patches.append((patch, "armed", "this tree has no such module"))
+        elif unfit:
+            worst = unfit[0]
+            found.patches.append((patch, "drifted", f"{worst.dotted} {_what(worst)}; {worst.file}:{worst.line}"))
+        else:
+            found.patches.append((patch, "applied", ""))
+    drifted = [patch.id for patch, state, _ in found.patches if state == "drifted"]
+    counts = Counter(state for _, state, _ in found.patches)
+    told = ", ".join(f"{number} {state}" for state, number in sorted(counts.items()))
+    if drifted:
+        found.add("problem", "patches", f"{told}: `check` shows what has changed, `check --accept` tries it")
+    else:
+        found.add("ok", "patches", f"would be: {told}")
+
+
+def _native(patch: Patch, megatron: Megatron) -> str | None:
+    """Why this version needs no such patch, or None."""
+    if not megatron.at_least(patch.since):
+        return f"the function came with {patch.since}"
+    if patch.until is not None and megatron.at_least(patch.until):
+        return f"not needed from {patch.until}: {patch.remove_when}"
+    return None
+
+
+def _has(megatron: Megatron, patch: Patch) -> bool:
+    assert megatron.path is not None
+    return (megatron.path.parent.parent / (patch.module.replace(".", "/") + ".py")).is_file()
+
+
+def _what(target: Target) -> str:
+    return "does not exist" if target.state == "missing" else "has changed"
+
+
+def _print(found: Diagnosis) -> None:
+    width = max(len(finding.about) for finding in found.findings)
+    for finding in found.findings:
+        print(f"{_SIGNS[finding.level]}  {finding.about:<{width}}  {finding.text}")
+    if found.patches:
+        rows = [(patch.id, state, detail or patch.target) for patch, state, detail in found.patches]
+        table(("patch", "state", "detail"), rows)
+    problems = [finding for finding in found.findings if finding.level == "problem"]
+    if problems:
+        print(f"{len(problems)} problem{'s' if len(problems) != 1 else ''}, marked with !!")
+    elif found.code == 2:
+        print("No Megatron could be looked at.")
+    else:
+        print("Nothing stands in the way of the plugin.")

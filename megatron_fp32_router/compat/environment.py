@@ -1,0 +1,192 @@
+"""What `doctor` looks at in the interpreter that runs it. Nothing is imported: files and metadata are read."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import site
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from packaging.specifiers import SpecifierSet
+
+from megatron_fp32_router import settings
+from megatron_fp32_router.errors import SettingsError
+from megatron_fp32_router.settings import PREFIX, VARIABLES
+
+DISTRIBUTION: Final = "megatron-fp32-router"
+
+#: What pyproject.toml asks for.
+WRAPT: Final = SpecifierSet(">=2.4,<3")
+
+#: From Python 3.15 a .start file is read, and the import line of the .pth file of that name is not (PEP 829).
+STARTUP_FILE: Final = "megatron_fp32_router.start" if sys.version_info >= (3, 15) else "megatron_fp32_router.pth"
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library as this interpreter would import it: its version by its metadata, and where it lies."""
+
+    name: str
+    version: str | None
+    path: str | None
+
+
+@dataclass(frozen=True)
+class Patcher:
+    """A package that changes Megatron too.
+
+    Attributes:
+        name: what people call it.
+        module: the package by which it is recognised.
+        displaces: what of ours it replaces or goes around, as its sources were when we read them.
+    """
+
+    name: str
+    module: str
+    displaces: str
+
+
+PATCHERS: Final = (
+    Patcher("MindSpeed", "mindspeed", "replaces whole functions by its own copies once its features are on"),
+    Patcher("MindSpeed-LLM", "mindspeed_llm", "has copies of the router and of finalize_model_grads: not reached"),
+    Patcher("Primus", "primus", "replaces _update_router_expert_bias, and TopKRouter by a class of its own"),
+    Patcher("musa_patch", "musa_patch", "replaces functions of megatron.core at import"),
+    Patcher("verl", "verl", "replaces TopKRouter.__init__ and .routing when it replays routing; counts by itself"),
+    Patcher("ms-swift", "swift", "assigns forwards of its own to Megatron's classes at import"),
+    Patcher("mcore-bridge", "mcore_bridge", "assigns forwards of its own to Megatron's classes at import"),
+    Patcher("Megatron-Bridge", "megatron.bridge", "binds finalize_model_grads early, which the patches are made for"),
+    Patcher("NeMo", "nemo", "binds finalize_model_grads early, which the patches are made for"),
+    Patcher("NeMo RL", "nemo_rl", "wraps with a Float16Module of its own that derives from Megatron's"),
+    Patcher("slime", "slime", "patches Megatron's source in its container image: `check` says whether that matters"),
+)
+
+
+def interpreter() -> dict[str, str]:
+    """The Python that runs this."""
+    flags = {"-S": sys.flags.no_site, "-I": sys.flags.isolated, "-E": sys.flags.ignore_environment}
+    return {
+        "executable": sys.executable,
+        "version": ".".join(map(str, sys.version_info[:3])),
+        "prefix": sys.prefix,
+        "flags": " ".join(name for name, value in flags.items() if value),
+    }
+
+
+def installation() -> str:
+    """How the plugin got here: `installed`, `in place (editable)`, or `not installed` for a folder on the path."""
+    try:
+        found = importlib.metadata.distribution(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed: found on the path only"
+    described = json.loads(found.read_text("direct_url.json") or "{}")
+    return "in place (editable)" if described.get("dir_info", {}).get("editable") else "installed"
+
+
+def site_folders() -> list[Path]:
+    """The folders whose .pth and .start files this interpreter reads when it starts."""
+    if sys.flags.no_site:
+        return []
+    folders = list(site.getsitepackages())
+    if site.ENABLE_USER_SITE:
+        folders.append(site.getusersitepackages())
+    return [Path(folder) for folder in dict.fromkeys(folders)]
+
+
+def startup() -> tuple[bool, str]:
+    """Whether MEGATRON_FP32_ROUTER=1 has any effect in this interpreter, and why or why not."""
+    if sys.flags.no_site:
+        return False, "python -S reads no start-up files"
+    importable = importlib.util.find_spec("_megatron_fp32_router_startup") is not None
+    for folder in site_folders():
+        if (folder / STARTUP_FILE).is_file():
+            if importable:
+                return True, str(folder / STARTUP_FILE)
+            return False, f"{folder / STARTUP_FILE} is there, but _megatron_fp32_router_startup.py is not: reinstall"
+    for entry in filter(None, sys.path):
+        if (Path(entry) / STARTUP_FILE).is_file():
+            return False, (
+                f"{Path(entry) / STARTUP_FILE} is not read: PYTHONPATH and `pip install --target` folders are no site "
+                "folders"
+            )
+    return False, f"no {STARTUP_FILE} in {', '.join(map(str, site_folders())) or 'any site folder'}"
+
+
+def variables() -> tuple[list[tuple[str, str]], list[str]]:
+    """The plugin's variables that are set, as (name, value), and a sentence for each that is wrong."""
+    known = [(v.name, os.environ[v.name]) for v in VARIABLES if v.name in os.environ]
+    wrong = settings.unknown_names()
+    for look in (settings.switch, settings.from_environment):
+        try:
+            look()
+        except SettingsError as error:
+            wrong.append(str(error))
+    return known, wrong
+
+
+def switched() -> bool | None:
+    """What MEGATRON_FP32_ROUTER says; None also for a value that is not accepted, which `variables` reports."""
+    try:
+        return settings.switch()
+    except SettingsError:
+        return None
+
+
+def libraries() -> Iterator[Library]:
+    """wrapt, packaging, torch and TransformerEngine."""
+    yield _library("wrapt", "wrapt", "wrapt")
+    yield _library("packaging", "packaging", "packaging")
+    yield _library("torch", "torch", "torch")
+    yield _library("TransformerEngine", "transformer_engine", "transformer-engine", "transformer-engine-torch")
+
+
+def _library(name: str, module: str, *distributions: str) -> Library:
+    version = None
+    for distribution in distributions:
+        try:
+            version = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        break
+    return Library(name, version, _place(module))
+
+
+def _place(module: str) -> str | None:
+    """Where a top-level package would be imported from; importing nothing."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None  # half-made in sys.modules: as good as not there
+    if spec is None:
+        return None
+    return spec.origin or next(iter(spec.submodule_search_locations or ()), None)
+
+
+def patchers(megatrons: list[Path]) -> list[tuple[Patcher, str]]:
+    """The known patchers that are here, and where."""
+    found = []
+    for patcher in PATCHERS:
+        top, _, inner = patcher.module.partition(".")
+        if inner:
+            # Not find_spec, which would import `megatron` to look into it.
+            spec = importlib.util.find_spec(top)
+            places = list(spec.submodule_search_locations or ()) if spec is not None else []
+            place = next((str(Path(p) / inner) for p in places if (Path(p) / inner).is_dir()), None)
+        else:
+            place = _place(top)
+        if place is not None:
+            found.append((patcher, place))
+    return found
+
+
+def remedy() -> str:
+    """What works where start-up files are not read."""
+    return (
+        "import megatron_fp32_router in the program, or start it with "
+        f"`{Path(sys.executable).name} -m megatron_fp32_router run`; {PREFIX}=1 alone does nothing here"
+    )

@@ -1,0 +1,73 @@
+"""Where is the Megatron? Installed, or in a folder that somebody names; never imported."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from megatron_fp32_router.errors import Fp32RouterError
+from megatron_fp32_router.upstream import Megatron, read_version
+
+
+class NoMegatronError(Fp32RouterError):
+    """There is no Megatron where one was expected. The text says what was found and what to do."""
+
+
+def installed() -> list[Path]:
+    """The roots (folders that hold `megatron/core`) on this interpreter's path, the one an import takes first.
+
+    `megatron` is a namespace package: its parts may lie in several places, and only `find_spec` knows all of them,
+    editable installs included. Finding a top-level package imports nothing.
+    """
+    try:
+        spec = importlib.util.find_spec("megatron")
+    except (ImportError, ValueError, AttributeError):
+        return []  # a half-made `megatron` in sys.modules; the caller reports that none was found
+    places = list(spec.submodule_search_locations or ()) if spec is not None else []
+    return [Path(place).parent for place in dict.fromkeys(places) if (Path(place) / "core").is_dir()]
+
+
+def root(given: str | None) -> Path:
+    """The folder that holds `megatron/`: what the user named, or the installed one.
+
+    Raises:
+        NoMegatronError: there is none.
+    """
+    if given is None:
+        found = installed()
+        if not found:
+            raise NoMegatronError(
+                "no Megatron is installed in this interpreter; name a checkout, a fork or an unpacked wheel with "
+                "--megatron PATH"
+            )
+        return found[0]
+    path = Path(given).absolute()
+    if not path.exists():
+        raise NoMegatronError(f"--megatron {given}: no such path")
+    if path.suffix == ".whl":
+        raise NoMegatronError(f"--megatron {given}: a wheel; unpack it first (python -m zipfile -e {path.name} FOLDER)")
+    # The folder that holds `megatron/`, that folder itself, or its `core`.
+    for candidate in (path, path.parent, path.parent.parent):
+        if (candidate / "megatron" / "core").is_dir() and path in (
+            candidate,
+            candidate / "megatron",
+            candidate / "megatron" / "core",
+        ):
+            return candidate
+    raise NoMegatronError(f"--megatron {given}: no Megatron; expected a folder that holds megatron/core")
+
+
+def megatron(root: Path) -> Megatron:
+    """What that Megatron says of itself.
+
+    Raises:
+        NoMegatronError: `package_info.py` does not say which version it is.
+    """
+    core = root / "megatron" / "core"
+    version = read_version(core / "package_info.py")
+    if version is None:
+        raise NoMegatronError(
+            f"{core / 'package_info.py'} does not say which version this is (MAJOR, MINOR, PATCH): not a "
+            "megatron-core, or a truncated checkout"
+        )
+    return Megatron(core, version)

@@ -1,0 +1,143 @@
+"""A Megatron's source files, read and not imported: which bodies do the targets have in this tree?"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_fp32_router.compat import canonical
+from megatron_fp32_router.compat.fingerprints import Fingerprints
+
+
+class UnreadableSourceError(Exception):
+    """A file of the tree cannot be read or parsed. The text names it and says what to do; nothing can be judged."""
+
+
+@dataclass(frozen=True)
+class Body:
+    """What a tree defines under one name.
+
+    Attributes:
+        digest: its fingerprint, or None when there is no such definition.
+        module: the normalised definition, None when there is none or when the whole file is a known one.
+        line: where it stands in its file, 0 when there is none.
+        span: of a function, its first and last line there, decorators included; otherwise (0, 0).
+    """
+
+    digest: str | None
+    module: ast.Module | None = None
+    line: int = 0
+    span: tuple[int, int] = (0, 0)
+
+
+@dataclass
+class Tree:
+    """The folder that holds `megatron/`, and what has been read of it."""
+
+    root: Path
+    fingerprints: Fingerprints
+    _files: dict[str, ast.Module | int] = field(default_factory=dict)
+    _bodies: dict[str, Body] = field(default_factory=dict)
+
+    def file_of(self, module: str) -> str:
+        """The path below the root of a module's file, which a package has in its `__init__.py`."""
+        return file_of(self.root, module)
+
+    def has(self, module: str) -> bool:
+        """Whether the tree has that module at all."""
+        return (self.root / self.file_of(module)).is_file()
+
+    def body(self, target: str, *, parsed: bool = False) -> Body:
+        """What the tree defines as `target` (`module:path`).
+
+        Args:
+            parsed: parse also a file that is byte for byte a known one, for the sake of line numbers.
+
+        Raises:
+            UnreadableSourceError: the file cannot be read or parsed.
+        """
+        module, _, path = target.partition(":")
+        read = self._read(module, parsed)
+        if isinstance(read, int):
+            return Body(self.fingerprints.digest(target, read))
+        if target not in self._bodies:
+            home = f"{module}.__init__" if self.file_of(module).endswith("__init__.py") else module
+            self._bodies[target] = _body(canonical.definitions(read, home, path))
+        return self._bodies[target]
+
+    def parsed(self, module: str) -> ast.Module:
+        """A module's syntax tree.
+
+        Raises:
+            UnreadableSourceError: the file cannot be read or parsed.
+        """
+        read = self._read(module, True)
+        assert isinstance(read, ast.Module)
+        return read
+
+    def _read(self, module: str, parsed: bool) -> ast.Module | int:
+        """The parsed module; or the index of the release whose file this is, byte for byte: parsing costs more."""
+        cached = self._files.get(module)
+        if cached is not None and not (parsed and isinstance(cached, int)):
+            return cached
+        path = self.root / self.file_of(module)
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            raise UnreadableSourceError(f"{path} is missing: a truncated or partial checkout?") from None
+        except OSError as error:
+            raise UnreadableSourceError(f"{path}: {error.strerror or error}") from error
+        read: ast.Module | int | None = None
+        if not parsed:
+            read = self._known_file(module, content)
+        if read is None:
+            read = _parse(path, content)
+        self._files[module] = read
+        return read
+
+    def _known_file(self, module: str, content: bytes) -> int | None:
+        hashes = self.fingerprints.files.get(module, ())
+        own = file_hash(content)
+        return hashes.index(own) if own in hashes else None
+
+
+def file_of(root: Path, module: str) -> str:
+    """The path below `root` of the file of a module or package; of a module where neither is there."""
+    path = module.replace(".", "/")
+    package = f"{path}/__init__.py"
+    return package if (root / package).is_file() else f"{path}.py"
+
+
+def _body(found: list[canonical.Definition]) -> Body:
+    if not found:
+        return Body(None)
+    line, span = found[0].lineno, (0, 0)
+    if any(isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) for part in found for node in ast.walk(part)):
+        # A condition that canonical.py has put around it stands in no line.
+        first = min(node.lineno for node in ast.walk(found[0]) if hasattr(node, "lineno"))
+        span = (first, found[-1].end_lineno or found[-1].lineno)
+    normalised = canonical.normalised(found)
+    return Body(canonical.digest(normalised), normalised, line, span)
+
+
+def file_hash(content: bytes) -> str:
+    """What the generated file keeps of a whole source file."""
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _parse(path: Path, content: bytes) -> ast.Module:
+    if not content.strip():
+        raise UnreadableSourceError(f"{path} is empty: a truncated checkout?")
+    try:
+        return ast.parse(content)
+    except SyntaxError as error:
+        running = f"{sys.version_info.major}.{sys.version_info.minor}"
+        raise UnreadableSourceError(
+            f"{path}, line {error.lineno}: {error.msg}; a truncated checkout, or written for "
+            f"a newer Python than {running}?"
+        ) from error
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise UnreadableSourceError(f"{path} is not Python source: {error}") from error

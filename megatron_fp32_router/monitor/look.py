@@ -1,0 +1,247 @@
+"""One look at the routers of a rank: what is noted during the step, on the device, and the numbers read from it.
+
+Shapes: L layers, E experts, T tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+
+from megatron_fp32_router.monitor import bias, contract, stability
+from megatron_fp32_router.monitor.load import load
+from megatron_fp32_router.monitor.sinks import Entry, Layer
+from megatron_fp32_router.protect.balance import _group as balance_group
+from megatron_fp32_router.protect.casts import COUNTER
+from megatron_fp32_router.protect.effect import _routers as routers_of
+from megatron_fp32_router.say import say
+
+#: Tokens of a router's first micro-batch that routing stability is computed for, evenly spread over it.
+SAMPLE: Final = 512
+
+
+def layers_of(model: Any) -> dict[Layer, tuple[str, Any]]:
+    """Layer -> (module name, router): Megatron's layer number, "mtp 1" for multi-token prediction, else the name.
+
+    Args:
+        model: a module, or a list of model chunks.
+    """
+    chunks: Iterable[Any] = model if isinstance(model, (list, tuple)) else [model]
+    found: dict[Layer, tuple[str, Any]] = {}
+    for chunk in chunks:
+        for name, router in routers_of(chunk)[0]:
+            number = getattr(router, "layer_number", None)
+            in_mtp = getattr(router, "is_mtp_layer", False) or "mtp" in name.split(".")
+            layer: Layer = name if number is None else f"mtp {number}" if in_mtp else int(number)
+            while layer in found:  # two models in one training, say a student and its teacher
+                layer = f"{layer} again"
+            found[layer] = (name, router)
+    return found
+
+
+def capturing() -> bool:
+    """Whether what runs now is being recorded into a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+class Listener:
+    """What a forward hook keeps of one router during one step."""
+
+    def __init__(self, router: Any, samples: bool, counts: bool) -> None:
+        self.sample: stability.Sample | None = None
+        self.counts_E: torch.Tensor | None = None
+        self.input_dtype: torch.dtype | None = None
+        self._samples, self._counts = samples, counts
+        self.remove: Callable[[], None] = router.register_forward_hook(self._hook, with_kwargs=True).remove
+
+    def _hook(self, router: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        # Recomputation's first pass and evaluation have no gradients, and Megatron does not count them. A traced or
+        # captured program would keep for ever what the hook leaves in it.
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or capturing():
+            return
+        hidden = (args[0] if args else kwargs["input"]).detach()
+        chosen_TE = output[1].detach()
+        is_map = chosen_TE.dtype == torch.bool
+        self.input_dtype = hidden.dtype
+        if self._counts and is_map:
+            counts_E = chosen_TE.sum(dim=0)
+            self.counts_E = counts_E if self.counts_E is None else self.counts_E + counts_E
+        if self._samples and self.sample is None:
+            hidden_TH = hidden.reshape(-1, hidden.shape[-1])
+            stride = max(1, hidden_TH.shape[0] // SAMPLE)
+            same = is_map and chosen_TE.shape[0] == hidden_TH.shape[0] and stability.comparable(router)
+            # Copies: activations are freed or overwritten before the look.
+            kept_TE = chosen_TE[::stride][:SAMPLE].clone() if same else None
+            self.sample = stability.Sample(hidden_TH[::stride][:SAMPLE].clone(), kept_TE)
+
+
+def listen(layers: Mapping[Layer, tuple[str, Any]], samples: bool) -> dict[Layer, Listener]:
+    """Hooks on all routers that a look can learn something from.
+
+    Args:
+        layers: as layers_of() has them.
+        samples: whether this rank computes routing stability.
+    """
+    found = {}
+    for layer, (_, router) in layers.items():
+        counts = getattr(router, COUNTER, None) is None
+        wanted = samples and stability.obstacle(router) is None
+        if counts or wanted:
+            found[layer] = Listener(router, wanted, counts)
+    return found
+
+
+@dataclass
+class Seen:
+    """One router at one look."""
+
+    name: str
+    router: Any
+    #: Of every tensor, and of the logits.
+    dtypes: dict[str, torch.dtype]
+    #: expert_bias before and after this step's update.
+    before_E: torch.Tensor | None
+    after_E: torch.Tensor | None = None
+    #: int64: this rank's tokens, and those of all ranks that share a balance update.
+    local_E: torch.Tensor | None = None
+    reduced_E: torch.Tensor | None = None
+    #: Whether an update of the bias was due in this step, for a router that is neither frozen nor in eval mode.
+    updated: bool = False
+    #: 0-dimensional fp64 tensors on the device, and what they are once they have been read.
+    pending: dict[str, torch.Tensor] = field(default_factory=dict)
+    numbers: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Memory:
+    """What is kept of one layer between looks."""
+
+    watch: contract.Watch = field(default_factory=contract.Watch)
+    probe: stability.Probe | None = None
+    mean: float | None = None
+    mean_step: int = 0
+
+
+def see(name: str, router: Any, listener: Listener | None, samples: bool, memory: Memory) -> Seen:
+    """Everything about `router` that is there before its bias moves; nothing waits for the device."""
+    counter, expert_bias = getattr(router, COUNTER, None), getattr(router, "expert_bias", None)
+    seen = Seen(name, router, contract.facts(router), None if expert_bias is None else expert_bias.detach().clone())
+    if counter is not None:
+        seen.local_E = counter.to(torch.int64)
+    elif listener is not None:
+        seen.local_E = listener.counts_E
+    dtype = listener.input_dtype if listener is not None else None
+    measured = contract.probe(router, dtype or _input_dtype(router.config))
+    if measured is not None:
+        seen.dtypes["logits"], seen.pending["arithmetic"] = measured
+    if samples:
+        _see_stability(seen, listener, memory)
+    return seen
+
+
+def _see_stability(seen: Seen, listener: Listener | None, memory: Memory) -> None:
+    why = stability.obstacle(seen.router)
+    if why is not None:
+        say(logging.WARNING, f"the monitor computes no routing stability: {why}", once=True)
+        return
+    rule = stability.Rule(seen.router, seen.before_E)
+    if memory.probe is not None:
+        seen.pending |= stability.changed(rule, memory.probe)
+    if listener is None:
+        return  # the first look of a process that looks at its very first step
+    if listener.sample is None:
+        say(
+            logging.WARNING,
+            "the monitor saw no tokens: inside CUDA graphs and torch.compile forward hooks do not run, so it "
+            "computes no routing stability, and no load for models without expert biases",
+            once=True,
+        )
+        return
+    seen.pending |= stability.stability(rule, listener.sample)
+    if memory.probe is None:
+        memory.probe = stability.new_probe(rule, listener.sample)
+
+
+def _input_dtype(config: Any) -> torch.dtype:
+    return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
+
+
+def broken(seen: Seen) -> bool:
+    """Whether a promise is broken that can be seen without waiting for the device."""
+    mixed = is_mixed(seen.router.config)
+    return any(contract.breaks(name, dtype, mixed) for name, dtype in seen.dtypes.items())
+
+
+def is_mixed(config: Any) -> bool:
+    """Whether the model trains in bf16 or fp16."""
+    return bool(config.bf16 or config.fp16)
+
+
+def reduce_the_rest(seen: Iterable[Seen]) -> None:
+    """Sum the counts that the balance update has not: models without expert biases, routers in eval mode.
+
+    One collective for each number of experts. Which layers these are is the same on every rank of the group, whether
+    or not this rank counted anything.
+    """
+    groups: dict[tuple[int, torch.device], list[Seen]] = {}
+    for each in seen:
+        if each.reduced_E is None:
+            weight = each.router.weight
+            groups.setdefault((int(weight.shape[0]), weight.device), []).append(each)
+    for (experts, device), members in groups.items():
+        nothing = torch.zeros(experts, dtype=torch.int64, device=device)
+        counts_LE = torch.stack([nothing if each.local_E is None else each.local_E for each in members])
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(counts_LE, group=balance_group(None))
+        for each, row_E in zip(members, counts_LE.unbind(), strict=True):
+            each.reduced_E = row_E
+
+
+def read(seen: Iterable[Seen]) -> None:
+    """Bring everything to the host: a few waits for the device, however many layers there are."""
+    seen = list(seen)
+    names = [(each, name) for each in seen for name in each.pending]
+    if names:
+        values = torch.stack([each.pending[name] for each, name in names]).tolist()
+        for (each, name), value in zip(names, values, strict=True):
+            each.numbers[name] = value
+    counted = [each for each in seen if each.reduced_E is not None]
+    for each, row_E in zip(counted, _to_host(each.reduced_E for each in counted), strict=True):
+        each.reduced_E = row_E
+    biased = [each for each in seen if each.before_E is not None]
+    befores = _to_host(each.before_E for each in biased)
+    afters = _to_host(each.router.expert_bias.detach() for each in biased)
+    for each, before_E, after_E in zip(biased, befores, afters, strict=True):
+        each.before_E, each.after_E = before_E, after_E
+
+
+def _to_host(tensors: Iterable[torch.Tensor | None]) -> list[torch.Tensor]:
+    whole = [tensor for tensor in tensors if tensor is not None]
+    if len({tensor.dtype for tensor in whole}) != 1:  # none, or somebody has cast one layer of several
+        return [tensor.cpu() for tensor in whole]
+    return list(torch.split(torch.cat(whole).cpu(), [tensor.numel() for tensor in whole]))
+
+
+def entry(seen: Seen, memory: Memory, step: int) -> Entry:
+    """The numbers and broken promises of one router, read() done. `step` counts this process's."""
+    config, numbers = seen.router.config, dict(seen.numbers)
+    metrics = {f"precision/{name.replace('.', '_')}_bits": dtype.itemsize * 8.0 for name, dtype in seen.dtypes.items()}
+    bits = None
+    if "arithmetic" in numbers:
+        bits = contract.bits_of(numbers.pop("arithmetic"), seen.dtypes["logits"])
+        metrics["precision/arithmetic_bits"] = bits
+    violations = memory.watch.violations(seen.name, seen.dtypes, bits, is_mixed(config), step)
+    if seen.reduced_E is not None:
+        metrics |= load(seen.reduced_E.tolist())
+    if seen.before_E is not None and seen.after_E is not None:
+        if seen.reduced_E is not None and seen.updated:
+            metrics |= bias.update(seen.before_E, seen.after_E, seen.reduced_E, config.moe_router_bias_update_rate)
+        metrics |= bias.drift(seen.after_E, memory.mean, step - memory.mean_step)
+        memory.mean, memory.mean_step = float(seen.after_E.double().mean()), step
+    finite = {name: value for name, value in (metrics | numbers).items() if math.isfinite(value)}
+    return {"metrics": finite, "violations": violations}

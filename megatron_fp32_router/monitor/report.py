@@ -1,0 +1,301 @@
+"""`report RUN.jsonl`: reads what the monitor wrote, says in plain sentences what stands out, and writes the page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from megatron_fp32_router.errors import Fp32RouterError
+from megatron_fp32_router.monitor.sinks import Layer, order
+
+#: A file larger than this takes more than a moment to read, so it is announced.
+_LARGE: Final = 30_000_000
+_LISTED: Final = 8
+
+
+class UnreadableRunError(Fp32RouterError):
+    """The file is not what the monitor writes."""
+
+
+@dataclass
+class Run:
+    """A monitor.jsonl. Where a restart repeated steps, what was written last counts.
+
+    Attributes:
+        path: the file.
+        steps: of every look, in order.
+        layers: in order; numbers first.
+        values: metric -> layer -> step -> number.
+        violations: (layer, sentence) -> steps of the looks that found it.
+        notes: what is wrong with the file itself.
+    """
+
+    path: Path
+    steps: list[int] = field(default_factory=list)
+    layers: list[Layer] = field(default_factory=list)
+    values: dict[str, dict[Layer, dict[int, float]]] = field(default_factory=dict)
+    violations: dict[tuple[Layer, str], list[int]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def series(self, metric: str, layer: Layer) -> list[float]:
+        """One number for every step; NaN where there is none."""
+        found = self.values.get(metric, {}).get(layer, {})
+        return [found.get(step, math.nan) for step in self.steps]
+
+    def last(self, metric: str) -> dict[Layer, float]:
+        """Layer -> number at the last look; layers without one are left out."""
+        step = self.steps[-1]
+        by_layer = self.values.get(metric, {})
+        return {layer: by_layer[layer][step] for layer in self.layers if step in by_layer.get(layer, {})}
+
+
+def read(path: Path) -> Run:
+    """Read a monitor.jsonl, or the one in a folder.
+
+    Raises:
+        UnreadableRunError: there is none, or it holds something else.
+    """
+    path = path / "monitor.jsonl" if path.is_dir() else path
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UnreadableRunError(f"{path}: {error.strerror}") from error
+    records: dict[int, dict[Layer, dict[str, Any]]] = {}
+    cut = 0
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            # A job that is killed while it writes leaves half a line; the next start begins a new one.
+            cut += 1
+            continue
+        if not _is_record(record):
+            raise UnreadableRunError(f"{path}, line {number}: expected an object with step, layer, metrics, violations")
+        records.setdefault(record["step"], {})[record["layer"]] = record
+    if not records:
+        raise UnreadableRunError(f"{path}: no look of the monitor in it")
+    run = Run(path, sorted(records))
+    if cut:
+        run.notes.append(f"{_count(cut, 'line')} of the file {'is' if cut == 1 else 'are'} cut off and left out")
+    layers: set[Layer] = set()
+    for step in run.steps:
+        for layer, record in records[step].items():
+            if layer == "all":
+                continue
+            layers.add(layer)
+            for name, value in record["metrics"].items():
+                run.values.setdefault(name, {}).setdefault(layer, {})[step] = float(value)
+            for text in record["violations"]:
+                run.violations.setdefault((layer, text.partition("; it was ")[0]), []).append(step)
+    run.layers = sorted(layers, key=order)
+    missing = [layer for layer in run.layers if layer not in records[run.steps[-1]]]
+    if missing:
+        run.notes.append(f"the last look has nothing from {_names(missing)}")
+    return run
+
+
+def _is_record(record: object) -> bool:
+    return (
+        isinstance(record, dict)
+        and type(record.get("step")) is int
+        and isinstance(record.get("layer"), (int, str))
+        and isinstance(record.get("violations"), list)
+        and all(isinstance(text, str) for text in record["violations"])
+        and isinstance(record.get("metrics"), dict)
+        and all(type(value) in (int, float) for value in record["metrics"].values())
+    )
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence about a run. `problem`: something is wrong, rather than worth knowing."""
+
+    problem: bool
+    text: str
+
+
+def findings(run: Run) -> list[Finding]:
+    """What stands out, the worst first."""
+    found = [Finding(True, _violation(layer, text, steps)) for (layer, text), steps in run.violations.items()]
+    found += [Finding(True, text) for text in _dead(run)]
+    found += [Finding(True, text) for text in _updates(run)]
+    found += _choices(run)
+    found += [Finding(False, text) for text in [*_loads(run), *_biases(run), *_probe(run), *run.notes]]
+    return found
+
+
+def _violation(layer: Layer, text: str, steps: list[int]) -> str:
+    first, last = steps[0], steps[-1]
+    return f"layer {layer}: {text}, {f'at step {first}' if first == last else f'at steps {first} to {last}'}"
+
+
+def _dead(run: Run) -> list[str]:
+    now = {layer: int(number) for layer, number in run.last("load/dead_experts").items() if number > 0}
+    worst_first = sorted(now, key=lambda layer: -now[layer])
+    sentences = [
+        f"layer {layer}: {_count(now[layer], 'dead expert')} since step {_since(run, 'load/dead_experts', layer)}"
+        for layer in worst_first[:_LISTED]
+    ]
+    if len(worst_first) > _LISTED:
+        sentences.append(f"dead experts also in {_names(worst_first[_LISTED:])}")
+    return sentences
+
+
+def _since(run: Run, metric: str, layer: Layer) -> int:
+    """The first step of the last unbroken series of looks in which `metric` was above 0."""
+    since = run.steps[-1]
+    for step, value in zip(reversed(run.steps), reversed(run.series(metric, layer)), strict=True):
+        if not value > 0:
+            break
+        since = step
+    return since
+
+
+def _updates(run: Run) -> list[str]:
+    sentences = []
+    for metric, what in (
+        ("update/swallowed", "of the bias updates that were due changed nothing"),
+        ("update/reversed", "of the bias updates that were due went the wrong way"),
+        ("update/inexact", "of the biases are not what exact arithmetic gives"),
+    ):
+        worst = {layer: max(by_step.values()) for layer, by_step in run.values.get(metric, {}).items()}
+        bad = sorted((layer for layer in worst if worst[layer] > 0), key=lambda layer: -worst[layer])
+        for layer in bad[:_LISTED]:
+            steps = [step for step, value in run.values[metric][layer].items() if value > 0]
+            sentences.append(
+                f"layer {layer}: up to {worst[layer]:.1%} {what} ({len(steps)} of {len(run.steps)} looks, first at "
+                f"step {steps[0]})"
+            )
+    return sentences
+
+
+def _choices(run: Run) -> list[Finding]:
+    found = []
+    actual = {layer: share for layer, share in run.last("flips/actual").items() if share > 0}
+    if actual:
+        worst = max(actual, key=lambda layer: actual[layer])
+        found.append(
+            Finding(
+                True,
+                f"{_names(list(actual))}: the router chose other experts than fp32 arithmetic does, for up to "
+                f"{actual[worst]:.2%} of tokens (layer {worst})",
+            )
+        )
+    parts = []
+    for name in ("bf16_weight", "bf16_logits", "bf16_scores", "bf16_bias", "tf32"):
+        now = run.last(f"flips/{name}")
+        if now:
+            worst = max(now, key=lambda layer: now[layer])
+            where = f" (layer {worst}: {now[worst]:.2%})" if now[worst] else ""
+            arithmetic = name.replace("_", " ").replace("tf32", "TF32")
+            parts.append(f"{sum(now.values()) / len(now):.2%} with {arithmetic}{where}")
+    if parts:
+        found.append(Finding(False, f"tokens that would go to other experts, mean of layers: {', '.join(parts)}"))
+    return found
+
+
+def _loads(run: Run) -> list[str]:
+    now = run.last("load/max_vio")
+    if not now:
+        return []
+    worst = max(now, key=lambda layer: now[layer])
+    first = [run.values["load/max_vio"][layer][min(run.values["load/max_vio"][layer])] for layer in now]
+    return [
+        f"load: the busiest expert gets {1 + now[worst]:.2f} times its fair share in layer {worst}; MaxVio is "
+        f"{sum(now.values()) / len(now):.2f} in the mean of layers, {sum(first) / len(first):.2f} at the first look"
+    ]
+
+
+def _biases(run: Run) -> list[str]:
+    sentences = []
+    for name in ("fp32", "bf16", "fp16"):
+        left = run.last(f"bias/steps_to_blind_{name}")
+        if not left:
+            continue
+        worst = min(left, key=lambda layer: left[layer])
+        when = f"in about {left[worst]:,.0f} steps at its current drift" if left[worst] else "already"
+        if name == "bf16" or left[worst] < 1e6:
+            sentences.append(f"layer {worst}: the biases of all experts would be one number in {name} {when}")
+    distinct, exact = run.last("bias/distinct_bf16"), run.last("bias/distinct_fp32")
+    shared = [layer for layer in distinct if layer in exact and exact[layer] > 1]
+    if shared:
+        worst = min(shared, key=lambda layer: distinct[layer] / exact[layer])
+        sentences.append(
+            f"layer {worst}: a cast to bf16 would leave {distinct[worst]:.0f} of {exact[worst]:.0f} distinct biases"
+        )
+    return sentences
+
+
+def _probe(run: Run) -> list[str]:
+    now = run.last("probe/changed")
+    if not now:
+        return []
+    worst = max(now, key=lambda layer: now[layer])
+    return [
+        f"{sum(now.values()) / len(now):.1%} of the probe tokens changed experts since the look before (mean of "
+        f"layers; layer {worst}: {now[worst]:.1%})"
+    ]
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def _names(layers: list[Layer]) -> str:
+    listed = ", ".join(map(str, layers[:_LISTED]))
+    more = f" and {len(layers) - _LISTED} more" if len(layers) > _LISTED else ""
+    return f"layer{'' if len(layers) == 1 else 's'} {listed}{more}"
+
+
+# The command -------------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `report`."""
+    parser.add_argument("run", metavar="RUN.jsonl", type=Path, help="the monitor's file, or the folder that holds it")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="the page; default: beside the file, as .html")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Do it. 0: the page is written; 2: it could not be."""
+    try:
+        path: Path = arguments.run
+        if path.is_file() and path.stat().st_size > _LARGE:
+            print(f"report: reading {path} ({path.stat().st_size / 1e6:,.0f} MB)", file=sys.stderr)
+        run = read(path)
+        found = findings(run)
+        out: Path = arguments.out or run.path.with_suffix(".html")
+        from megatron_fp32_router.monitor import page
+
+        print("report: drawing, a few seconds", file=sys.stderr)
+        out.write_text(page.render(run, found), encoding="utf-8")
+    except (UnreadableRunError, OSError) as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        print("report: needs matplotlib: pip install 'megatron-fp32-router[report]'", file=sys.stderr)
+        return 2
+    if arguments.json:
+        summary = {
+            "file": str(run.path),
+            "page": str(out),
+            "first_step": run.steps[0],
+            "last_step": run.steps[-1],
+            "looks": len(run.steps),
+            "layers": run.layers,
+            "findings": [asdict(finding) for finding in found],
+        }
+        print(json.dumps(summary, indent=1))
+    else:
+        for finding in found:
+            print(f"{'! ' if finding.problem else '  '}{finding.text}")
+        print(f"page: {out}")
+    return 0

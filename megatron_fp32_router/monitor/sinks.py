@@ -1,0 +1,176 @@
+"""Where a look goes: monitor.jsonl, and Megatron's own TensorBoard and W&B writers where megatron.training has them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import math
+import statistics
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, TypedDict
+
+from megatron_fp32_router.registry import registry
+from megatron_fp32_router.say import rank, say
+
+#: In front of every name in TensorBoard and W&B.
+PREFIX: Final = "moe_router"
+
+#: What is worth a curve for every single layer in TensorBoard and W&B; monitor.jsonl has everything.
+PER_LAYER: Final = ("load/max_vio", "load/dead_experts", "bias/spread", "update/swallowed", "flips/bf16_weight")
+
+
+class Entry(TypedDict):
+    """What one look found in one layer."""
+
+    metrics: dict[str, float]
+    violations: list[str]
+
+
+#: Megatron's layer number, or "mtp 1" and the like.
+Layer = int | str
+
+Entries = Mapping[Layer, Entry]
+
+
+def order(layer: Layer) -> tuple[bool, int, str]:
+    """Sort key: numbered layers first. Pipeline stages with virtual chunks hold layers that are not neighbours."""
+    return isinstance(layer, str), layer if isinstance(layer, int) else 0, str(layer)
+
+
+def aggregate(entries: Entries) -> dict[str, float]:
+    """Name/max, /mean, /min, /p10, /p50 and /p90 of every metric over all layers that have it."""
+    columns: dict[str, list[float]] = {}
+    for entry in entries.values():
+        for name, value in entry["metrics"].items():
+            columns.setdefault(name, []).append(value)
+    found = {}
+    for name, values in columns.items():
+        found[f"{name}/max"], found[f"{name}/min"] = max(values), min(values)
+        found[f"{name}/mean"] = statistics.fmean(values)
+        for percent in (10, 50, 90):
+            found[f"{name}/p{percent}"] = _percentile(values, percent)
+    return found
+
+
+def _percentile(values: list[float], percent: int) -> float:
+    """Linear between the two nearest values, as NumPy's default."""
+    ordered = sorted(values)
+    place = (len(ordered) - 1) * percent / 100
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def flat(entries: Entries) -> dict[str, float]:
+    """One dict: `layer_3/load/max_vio`, `all/load/max_vio/mean`; `violations` counts the broken promises."""
+    found = {
+        f"layer_{str(layer).replace(' ', '_')}/{name}": value
+        for layer, entry in entries.items()
+        for name, value in entry["metrics"].items()
+    }
+    found |= {f"all/{name}": value for name, value in aggregate(entries).items()}
+    found["violations"] = float(sum(len(entry["violations"]) for entry in entries.values()))
+    return found
+
+
+# The file --------------------------------------------------------------------------------------------------------
+
+
+def path() -> Path:
+    """Where monitor.jsonl is, or will be."""
+    return Path(registry.settings.monitor_dir) / "monitor.jsonl"
+
+
+def last_step(file: Path) -> int:
+    """The step of the last whole line of `file`; 0 when there is none."""
+    try:
+        with file.open("rb") as stream:
+            stream.seek(0, 2)
+            stream.seek(max(0, stream.tell() - 2**20))
+            lines = stream.read().splitlines()
+    except FileNotFoundError:
+        return 0
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):
+            continue  # the job was killed while it wrote this line
+    return 0
+
+
+def append(step: int, entries: Entries) -> None:
+    """Add a look to monitor.jsonl; a disk that is full must not end a training, so that is a warning."""
+    records: list[dict[str, Any]] = [
+        {"step": step, "layer": layer, "metrics": entry["metrics"], "violations": entry["violations"]}
+        for layer, entry in entries.items()
+    ]
+    violations = [f"layer {layer}: {text}" for layer, entry in entries.items() for text in entry["violations"]]
+    records.append({"step": step, "layer": "all", "metrics": aggregate(entries), "violations": violations})
+    text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+    file = path()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a+b") as stream:
+            if stream.tell() and _ends_inside_a_line(stream):
+                text = "\n" + text
+            stream.write(text.encode())
+    except OSError as error:
+        say(logging.WARNING, f"the monitor cannot write {file}: {error}", once=True)
+
+
+def _ends_inside_a_line(stream: Any) -> bool:
+    """Whether the job was killed while it wrote: its last line must not swallow ours."""
+    stream.seek(-1, 2)
+    last: bytes = stream.read(1)
+    return last != b"\n"
+
+
+# TensorBoard and W&B ---------------------------------------------------------------------------------------------
+
+_own_writer: Any = None
+
+
+def megatron_writers() -> tuple[Any, Any]:
+    """(TensorBoard, W&B) writers of megatron.training; it has them on the last rank only. None: not there."""
+    module = sys.modules.get("megatron.training.global_vars")
+    if module is None:
+        return None, None
+    return (
+        getattr(module, "_GLOBAL_TENSORBOARD_WRITER", None),
+        getattr(module, "_GLOBAL_WANDB_WRITER", None),
+    )
+
+
+def publish(step: int, entries: Entries) -> None:
+    """Hand the aggregates, and PER_LAYER of every layer, to the writers that this rank has."""
+    tensorboard, wandb = megatron_writers()
+    if tensorboard is None and "megatron.training.global_vars" not in sys.modules and rank() == 0:
+        tensorboard = _writer_of_our_own()
+    if tensorboard is None and wandb is None:
+        return
+    wanted = {
+        f"{PREFIX}/{name}": value
+        for name, value in flat(entries).items()
+        if not name.startswith("layer_") or name.partition("/")[2] in PER_LAYER
+    }
+    if tensorboard is not None:
+        for name, value in wanted.items():
+            tensorboard.add_scalar(name, value, step)
+    if wandb is not None:
+        wandb.log(wanted, step)
+
+
+def _writer_of_our_own() -> Any:
+    """TensorBoard beside monitor.jsonl, for programs without megatron.training, where it is installed."""
+    global _own_writer
+    if _own_writer is None:
+        if importlib.util.find_spec("tensorboard") is None:
+            _own_writer = False
+        else:
+            from torch.utils.tensorboard import SummaryWriter
+
+            _own_writer = SummaryWriter(log_dir=registry.settings.monitor_dir)
+    return _own_writer or None

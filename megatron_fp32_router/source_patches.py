@@ -1,0 +1,256 @@
+"""Applying patches/ to a Megatron tree that cannot be patched while it runs: `megatron-fp32-router patch`.
+
+What a tree is, is decided by the content of the files that the patches touch, not by its version or its history:
+`files` beside each line's patches has their sha256, as released and as patched. Everything happens on copies; the
+files of the tree are replaced at the end, one rename each, and put back if one of those fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from megatron_fp32_router.errors import Fp32RouterError
+from megatron_fp32_router.upstream import read_version
+
+#: Inside the package where it is installed, beside it in a checkout.
+_HOMES: Final = (Path(__file__).parent / "patches", Path(__file__).parents[1] / "patches")
+
+State = Literal["released", "patched", "half patched"]
+
+
+class UnknownTreeError(Fp32RouterError):
+    """There is no Megatron, or none that the patches were made for."""
+
+
+class DirtyTreeError(Fp32RouterError):
+    """A file that the patches touch is neither as released nor as patched."""
+
+
+@dataclass(frozen=True)
+class TouchedFile:
+    """A file that a line's patches change.
+
+    Attributes:
+        path: below the root of the tree.
+        released: sha256 -> sha256: as a release of the line has it, and what the patches make of that.
+    """
+
+    path: str
+    released: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Line:
+    """The patches for one line of releases, for example core_v0.19."""
+
+    name: str
+    patches: tuple[Path, ...]
+    files: tuple[TouchedFile, ...]
+
+
+def lines() -> list[Line]:
+    """Every line that there are patches for, oldest first.
+
+    Raises:
+        UnknownTreeError: the patches are not where they belong.
+    """
+    home = next((home for home in _HOMES if home.is_dir()), None)
+    if home is None:
+        raise UnknownTreeError(f"this installation lacks the source patches (looked in {', '.join(map(str, _HOMES))})")
+    folders = [folder for folder in home.iterdir() if (folder / "series").is_file()]
+    return [_line(folder) for folder in sorted(folders, key=lambda f: int(f.name.rpartition(".")[2]))]
+
+
+def _line(folder: Path) -> Line:
+    files: dict[str, dict[str, str]] = {}
+    table = folder / "files"
+    for row in table.read_text(encoding="utf-8").splitlines() if table.is_file() else []:
+        if row and not row.startswith("#"):
+            released, patched, path, *_ = row.split()
+            files.setdefault(path, {})[released] = patched
+    names = (folder / "series").read_text(encoding="utf-8").split()
+    touched = tuple(TouchedFile(path, shas) for path, shas in sorted(files.items()))
+    return Line(folder.name, tuple(folder / name for name in names), touched)
+
+
+def title(patch: Path) -> str:
+    """The first line of a patch's DEP-3 description."""
+    first = patch.read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix("Description: ")
+
+
+def find_line(root: Path) -> Line:
+    """The line that the Megatron at `root` belongs to.
+
+    Raises:
+        UnknownTreeError: no such folder, no Megatron in it, or one of another line.
+    """
+    package = root / "megatron" / "core"
+    if not package.is_dir():
+        raise UnknownTreeError(f"no megatron/core below {root}: expected the root of a Megatron-LM checkout")
+    version = read_version(package / "package_info.py")
+    if version is None:
+        raise UnknownTreeError(f"{package / 'package_info.py'} does not say which version this is")
+    known = lines()
+    for line in known:
+        if line.name == f"core_v{version.major}.{version.minor}":
+            return line
+    names = ", ".join(line.name for line in known)
+    raise UnknownTreeError(f"there are no patches for Megatron-Core {version} ({root}); there are some for {names}")
+
+
+def sha256(content: bytes) -> str:
+    """As the tables `files` have it."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def state(root: Path, line: Line) -> State:
+    """What the files that `line` touches are now.
+
+    Raises:
+        UnknownTreeError: one of them is missing or cannot be read.
+        DirtyTreeError: one of them is something else; the message names it.
+    """
+    found, strange = set(), []
+    for file in line.files:
+        sha = sha256(_read(root / file.path))
+        if sha in file.released:
+            found.add("released")
+        elif sha in file.released.values():
+            found.add("patched")
+        else:
+            strange.append(file.path)
+    if strange:
+        raise DirtyTreeError(
+            f"{root} is neither {line.name} as released nor as patched: {', '.join(strange)} "
+            f"{'differs' if len(strange) == 1 else 'differ'}. Undo the changes there (git stash), or merge the patches "
+            f"by hand, in the order of {line.patches[0].parent / 'series'}."
+        )
+    if len(found) > 1:
+        return "half patched"
+    return "patched" if "patched" in found else "released"
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UnknownTreeError(f"cannot read {path}: {error.strerror}") from error
+
+
+def change(root: Path, line: Line, *, reverse: bool = False) -> list[str]:
+    """Apply the patches of `line` to the tree at `root`, or take them back. A tree in between is completed.
+
+    Returns:
+        The files that were changed, none where nothing was left to do.
+
+    Raises:
+        UnknownTreeError: see `state`; also when git is missing or the files cannot be written.
+        DirtyTreeError: see `state`. Nothing has been changed then, nor after any other error.
+    """
+    state(root, line)
+    before = {file.path: _read(root / file.path) for file in line.files}
+    goals: dict[str, str] = {}
+    for file in line.files:
+        steps = {patched: released for released, patched in file.released.items()} if reverse else file.released
+        goal = steps.get(sha256(before[file.path]))
+        if goal is not None:
+            goals[file.path] = goal
+    after = _patched({path: before[path] for path in goals}, line, reverse) if goals else {}
+    wrong = [path for path, goal in goals.items() if sha256(after[path]) != goal]
+    if wrong:
+        raise UnknownTreeError(f"the patches of {line.name} made something else of {', '.join(wrong)} than recorded")
+    _install(root, {path: before[path] for path in goals}, after)
+    return sorted(goals)
+
+
+def _patched(contents: dict[str, bytes], line: Line, reverse: bool) -> dict[str, bytes]:
+    """What the patches make of `contents`, in a folder of their own: git apply skips what lies above its folder."""
+    with tempfile.TemporaryDirectory(prefix="fp32-router-patch-") as name:
+        work = Path(name).resolve()
+        for path, content in contents.items():
+            (work / path).parent.mkdir(parents=True, exist_ok=True)
+            (work / path).write_bytes(content)
+        run_patches(work, reversed(line.patches) if reverse else line.patches, list(contents), reverse=reverse)
+        return {path: (work / path).read_bytes() for path in contents}
+
+
+def run_patches(folder: Path, patches: Iterable[Path], only: list[str], *, reverse: bool = False) -> None:
+    """Apply `patches` in this order to the files `only` in `folder`, which must belong to no repository.
+
+    Raises:
+        UnknownTreeError: git is missing, or a patch does not apply; its own message is included.
+    """
+    # Neither a repository around the folder nor the user's settings (autocrlf, whitespace) play a part.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    environment |= {
+        "GIT_CEILING_DIRECTORIES": str(folder.parent),
+        "GIT_CONFIG_GLOBAL": os.devnull,
+        "GIT_CONFIG_NOSYSTEM": "1",
+    }
+    include = [f"--include={path}" for path in only]
+    for patch in patches:
+        command = ["git", "apply", *(["--reverse"] if reverse else []), *include, str(patch.resolve())]
+        try:
+            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        except FileNotFoundError as error:
+            raise UnknownTreeError("git was not found; it is what applies the patches. Install it first.") from error
+        if done.returncode:
+            raise UnknownTreeError(f"{patch.parent.name}/{patch.name} does not apply: {done.stderr.strip()}")
+
+
+def _install(root: Path, before: dict[str, bytes], after: dict[str, bytes]) -> None:
+    """Replace the files, all or none. Anything may fail before the first rename without a trace."""
+    new = {path: (root / path).with_name(f".{Path(path).name}.fp32-router") for path in after}
+    try:
+        for path, beside in new.items():
+            beside.write_bytes(after[path])
+            shutil.copymode(root / path, beside)
+        try:
+            for path, beside in new.items():
+                beside.replace(root / path)
+        except BaseException:
+            for path, content in before.items():
+                (root / path).write_bytes(content)
+            raise
+    except OSError as error:
+        raise UnknownTreeError(f"nothing was changed: cannot write below {root}: {error}") from error
+    finally:
+        for beside in new.values():
+            with contextlib.suppress(FileNotFoundError):  # renamed, or never written
+                beside.unlink()
+
+
+def main(root: Path, *, check: bool, reverse: bool) -> int:
+    """The command. Prints what it did or found, and on standard error why it did nothing; returns the exit code."""
+    try:
+        line = find_line(root)
+        now = state(root, line)
+        wanted: State = "released" if reverse else "patched"
+        if check:
+            print(f"{root}: {line.name}, {now} ({len(line.patches)} patches, {len(line.files)} files)")
+            return 0 if now == wanted else 1
+        changed = change(root, line, reverse=reverse)
+    except DirtyTreeError as error:
+        print(f"megatron-fp32-router patch: {error}", file=sys.stderr)
+        return 1
+    except UnknownTreeError as error:
+        print(f"megatron-fp32-router patch: {error}", file=sys.stderr)
+        return 2
+    if not changed:
+        print(f"{root}: {line.name}, {now} already; nothing to do")
+        return 0
+    for patch in line.patches:
+        print(f"{'took back' if reverse else 'applied'} {patch.name}: {title(patch)}")
+    print(f"{root}: {line.name}, {wanted}; changed {', '.join(changed)}")
+    return 0

@@ -1,0 +1,190 @@
+"""Agreement between ranks: a job in which one rank is not protected like the others stops before its first step.
+
+Real ranks on a real Megatron, the oldest and the newest; what is compared does not differ between releases.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from bootstrap import RELEASES, ensure_release
+
+from megatron_fp32_router import lab
+from megatron_fp32_router.protect import agreement
+from megatron_fp32_router.protect.verdict import judge, ranks_text
+from megatron_fp32_router.registry import PatchStatus
+from megatron_fp32_router.settings import SettingsError, from_environment
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAMS = ROOT / "tests" / "programs"
+
+TINY = {"seq_length": 16, "hidden": 16, "moe_ffn": 16, "experts": 4}
+
+
+def run(target: str, release: str, recipe: lab.Recipe, **options: Any) -> list[Any]:
+    return lab.run_ranks(
+        f"agreement_ranks:{target}", recipe, megatron=ensure_release(release), python_path=[PROGRAMS], **options
+    )
+
+
+@pytest.mark.parametrize("release", [RELEASES[0], RELEASES[-1]])
+def test_all_ranks_agree_or_all_say_what_differs(release: str, tmp_path: Path) -> None:
+    ranks = run("scenes", release, lab.Recipe(pipeline_parallel=2, **TINY), plugin=True, logs=tmp_path)
+    printed = (tmp_path / "rank-0.log").read_text()
+    scenes = {scene.partition("\n")[0]: scene for scene in printed.split("--- ")[1:]}
+    for name in ("all alike", "all alike, in the same store", "slow"):
+        # One line for all, though the first stage has no router.
+        assert scenes[name].count("all 2 ranks on 1 host agree: 1 router with ") == 1
+        assert "0 to 1 a rank" in scenes[name]
+        assert [rank[name] for rank in ranks] == ["", ""]
+    for name in ("broadcast_params asks", "the balance update asks", "user buffers ask"):
+        assert scenes[name].count(" agree: ") == 1
+    assert ranks[0]["left in the store"] == ranks[1]["left in the store"] == ""
+    assert "waiting up to 300 s for the optimizer of rank 1, to learn" in scenes["slow"]
+    assert "waiting" not in scenes["all alike"]
+    assert scenes["nobody compares"].count("AGREE_TIMEOUT=0: nobody compares") == 1
+    assert " agree: " not in scenes["nobody compares"]
+    assert " agree: " not in (tmp_path / "rank-1.log").read_text()
+    for rank in ranks:
+        assert "MEGATRON_FP32_ROUTER_PROTECT is 'all' on rank 0 (host " in rank["other settings"]
+        assert "), but 'buffers' on rank 1 (host " in rank["other settings"]
+        assert "the plugin's version is '0.1.0' on rank 0 (host " in rank["other version"]
+        assert "but '99.0' on rank 1 (host " in rank["other version"]
+        assert "PROTECT is" not in rank["other version"]
+
+
+def test_a_rank_without_the_plugin_stops_the_others_in_bounded_time_and_the_job_ends(tmp_path: Path) -> None:
+    # The way users start it. MEGATRON_FP32_ROUTER=0 on one rank is as good as no plugin there.
+    program = (
+        "import runpy, sys, megatron_fp32_router; sys.argv[:] = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    (tmp_path / "armed.py").write_text(program)
+    switch = 'MEGATRON_FP32_ROUTER=$((LOCAL_RANK == 0)) exec "$0" "$@"'
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    command += ["sh", "-c", switch, sys.executable, str(tmp_path / "armed.py"), str(PROGRAMS / "train.py")]
+    path = [ensure_release(RELEASES[-1]), PROGRAMS / "pretence", ROOT]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MEGATRON_FP32_ROUTER")}
+    started = time.monotonic()
+    done = subprocess.run(
+        command,
+        env={
+            **inherited,
+            "PYTHONPATH": os.pathsep.join(map(str, path)),
+            "LAB": str(ROOT / "megatron_fp32_router" / "lab"),
+            "MEGATRON_FP32_ROUTER_AGREE_TIMEOUT": "2",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+        },
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert time.monotonic() - started < 90
+    assert "RanksDisagreeError: the 2 ranks do not all run the plugin alike" in done.stderr, done.stderr
+    host = os.uname().nodename
+    assert f"nothing was heard for 2 s from rank 1 (host {host}): the plugin is not on there" in done.stderr
+    assert "rank 1: {" not in done.stdout  # nobody came to the end
+
+
+def test_under_warn_the_first_rank_that_has_the_plugin_warns_and_training_goes_on(tmp_path: Path) -> None:
+    variables = {"MEGATRON_FP32_ROUTER_ON_MISMATCH": "warn", "MEGATRON_FP32_ROUTER_AGREE_TIMEOUT": "0.5"}
+    # Pipeline stages share no gradients, so that nothing hangs here.
+    recipe = lab.Recipe(pipeline_parallel=2, **TINY)
+    run("train", RELEASES[-1], recipe, plugin=[False, True], env=variables, logs=tmp_path)
+    assert "do not all run the plugin alike" not in (tmp_path / "rank-0.log").read_text()
+    warned = (tmp_path / "rank-1.log").read_text()
+    assert warned.count("do not all run the plugin alike") == 1
+    assert "from rank 0 (host unknown, no rank of that node runs the plugin)" in warned
+
+
+@pytest.mark.parametrize("value", ["-1", "nan", "inf", "5 minutes"])
+def test_a_timeout_is_a_number_of_seconds(value: str) -> None:
+    with pytest.raises(SettingsError, match="accepted is a number of seconds"):
+        from_environment({"MEGATRON_FP32_ROUTER_AGREE_TIMEOUT": value})
+
+
+def test_a_patch_that_only_one_rank_has_wrapped_or_not_imported_is_no_difference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    records = [
+        PatchStatus("one", "a.b", "displaced", "wrapped by profiler.trace"),
+        PatchStatus("two", "a.c", "displaced", "replaced by somebody.else"),
+        PatchStatus("three", "a.d", "armed", "waits for the import"),
+    ]
+    monkeypatch.setattr(agreement, "status", lambda: records)
+    monkeypatch.setitem(sys.modules, "megatron.core", ModuleType("megatron.core"))
+    says = agreement.what_must_agree()
+    patches = {label: value for label, value in says.items() if label.startswith("patch ")}
+    assert patches == {"patch 'one'": "applied", "patch 'two'": "displaced"}
+
+
+def test_without_process_groups_there_is_nobody_to_agree_with_even_after_a_failure() -> None:
+    agreement._Agreed.group, agreement._Agreed.failure = weakref.ref(type("Gone", (), {})()), "an older group's failure"
+    agreement.agree()
+    agreement.publish()
+
+
+# The verdict itself: far more ranks than a machine can start ------------------------------------------------------
+
+
+def statements(world: int, ranks_per_host: int = 8, **says: str) -> dict[int, dict[str, Any]]:
+    return {
+        rank: {
+            "says": {"the plugin's version": "1.0", **says},
+            "host": f"node{rank // ranks_per_host}",
+            "local world size": str(ranks_per_host),
+            "at optimizer": True,
+            "routers": 2,
+            "tensors": 6,
+        }
+        for rank in range(world)
+    }
+
+
+def test_a_verdict_on_4096_ranks_is_short_quick_and_names_ranks_and_hosts() -> None:
+    said = statements(4096)
+    assert judge(4096, said, 1.0)["problems"] == []
+    assert judge(4096, said, 1.0)["line"].startswith("all 4096 ranks on 512 hosts agree: 8192 routers with 24576 ")
+    assert judge(4096, said, 1.0)["line"].endswith(" replicas counted, 2 a rank")
+    for rank in [7, *range(16, 24)]:
+        del said[rank]
+    said[4095]["says"]["the plugin's version"] = "1.1"
+    started = time.monotonic()
+    problems = judge(4096, said, 300.0)["problems"]
+    assert time.monotonic() - started < 1
+    assert len(problems) == 3
+    assert problems[0].startswith("nothing was heard for 300 s from rank 7 (host node0): ")
+    assert "from ranks 16-23 (host unknown, no rank of that node runs the plugin): " in problems[1]
+    assert problems[2].endswith("and 507 more), but '1.1' on rank 4095 (host node511)")
+
+
+def test_what_only_some_ranks_mention_is_not_compared_and_a_late_optimizer_is_told() -> None:
+    said = statements(4)
+    said[3]["says"]["patch 'gating'"] = "applied"
+    said[2]["at optimizer"] = False
+    found = judge(4, said, 300.0)
+    assert found["problems"] == []
+    assert found["line"].endswith("; no optimizer yet on rank 2")
+    assert found["says"]["patch 'gating'"] == "applied"
+    said[2]["says"]["patch 'gating'"] = "displaced"
+    assert judge(4, said, 300.0)["problems"] == [
+        "patch 'gating' is 'displaced' on rank 2 (host node0), but 'applied' on rank 3 (host node0)"
+    ]
+
+
+def test_ranks_are_listed_as_spans() -> None:
+    assert ranks_text([3]) == "rank 3"
+    assert ranks_text([7, 0, 1, 2]) == "ranks 0-2, 7"
+    assert ranks_text(list(range(0, 100, 2))).endswith("38 and 30 more spans")

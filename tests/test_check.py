@@ -1,0 +1,422 @@
+"""`check`: says of a source tree whether the plugin is right for it, without importing it."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bootstrap import RELEASES, ensure_release
+
+from megatron_fp32_router.cli import main
+from megatron_fp32_router.compat.fingerprints import known
+from megatron_fp32_router.compat.source import file_of
+from megatron_fp32_router.records import PATCHES
+from megatron_fp32_router.version import __version__
+
+ROUTER = "megatron/core/transformer/moe/router.py"
+MOE_UTILS = "megatron/core/transformer/moe/moe_utils.py"
+FINALIZE = "megatron/core/distributed/finalize_model_grads.py"
+INFO = "megatron/core/package_info.py"
+
+Copy = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No accepted file lies where `check` looks for one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MEGATRON_FP32_ROUTER_ACCEPTED", raising=False)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Copy:
+    """`copy(release, file, old, new)`: the files that `check` reads of a release, one of them edited."""
+
+    def make(release: str, file: str = "", old: str = "", new: str = "", count: int = 1) -> Path:
+        tree = tmp_path / f"tree-{release}"
+        for name in (*files(release), INFO):
+            source = ensure_release(release) / name
+            if source.exists():
+                (tree / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(source, tree / name)
+        if file:
+            text = (tree / file).read_text(encoding="utf-8")
+            assert text.count(old) == count
+            (tree / file).write_text(text.replace(old, new), encoding="utf-8")
+        return tree
+
+    return make
+
+
+def files(release: str) -> list[str]:
+    """The files that `check` reads."""
+    return [file_of(ensure_release(release), module) for module in known().files]
+
+
+def check(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, dict[str, Any]]:
+    code = main(["check", "--json", *map(str, arguments)])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def states(report: dict[str, Any]) -> dict[str, str]:
+    """The targets that are not as in their release, by the last part of their names."""
+    return {t["target"].rpartition(".")[2]: t["state"] for t in report["targets"] if t["state"] != "match"}
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_it_fits_every_release(release: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, report = check(capsys, "--megatron", ensure_release(release), "--pin", release)
+    assert (code, report["verdict"], report["megatron"]["version"]) == (0, "fits", release)
+    assert states(report) == {}
+    assert len(report["targets"]) > 60
+    assert report["plugin"] == __version__
+
+
+# What has changed in a copy of a release --------------------------------------------------------------------------
+
+
+def test_a_renamed_target_is_missing_and_its_new_name_is_suggested(copy: Copy, capsys: Any) -> None:
+    tree = copy("0.19.2", ROUTER, "    def gating(self, input", "    def gating_logits(self, input")
+    code, report = check(capsys, "--megatron", tree)
+    assert (code, states(report)) == (1, {"gating": "missing"})
+    (target,) = [t for t in report["targets"] if t["state"] == "missing"]
+    assert "Router.gating_logits has its body" in target["detail"]
+    assert target["patches"] == ["gating"]
+
+
+def test_a_changed_signature_is_a_drift_and_the_diff_shows_it(copy: Copy, capsys: Any) -> None:
+    old = "def get_updated_expert_bias(\n    tokens_per_expert,"
+    text = (ensure_release("0.19.2") / MOE_UTILS).read_text(encoding="utf-8")
+    old = text[text.index("def get_updated_expert_bias(") :].partition("expert_bias,")[0]
+    tree = copy("0.19.2", MOE_UTILS, old, old.replace("tokens_per_expert", "tokens"))
+    code, report = check(capsys, "--megatron", tree)
+    assert (code, states(report)) == (1, {"get_updated_expert_bias": "drifted"})
+    (target,) = [t for t in report["targets"] if t["state"] == "drifted"]
+    assert "\n+def get_updated_expert_bias(tokens," in target["diff"]
+    line = (tree / MOE_UTILS).read_text(encoding="utf-8").splitlines()[target["line"] - 1]
+    assert "tokens" in line
+
+
+def test_changed_arithmetic_in_a_callee_is_a_drift_of_the_patches_that_rely_on_it(copy: Copy, capsys: Any) -> None:
+    tree = copy("0.16.1", MOE_UTILS, "grad_weight = torch.mm(grad_output", "grad_weight = -torch.mm(grad_output")
+    code, report = check(capsys, "--megatron", tree)
+    assert (code, states(report)) == (1, {"backward": "drifted"})
+    (target,) = [t for t in report["targets"] if t["state"] == "drifted"]
+    assert target["patches"] == ["gating"]
+    line = (tree / MOE_UTILS).read_text(encoding="utf-8").splitlines()[target["line"] - 1]
+    assert "-torch.mm(grad_output" in line
+
+
+def test_comments_docstrings_annotations_and_layout_do_not_count(copy: Copy, capsys: Any) -> None:
+    tree = copy("0.19.2", ROUTER, "# Convert to specified datatype", "# Something else about the datatype")
+    text = (tree / ROUTER).read_text(encoding="utf-8")
+    for old, new in (
+        ('"""Forward pass of the router gate.', '"""Something else.'),
+        (
+            "def gating(self, input: torch.Tensor):",
+            "def gating(\n        self, input: 'Any',\n    ) -> 'torch.Tensor':",
+        ),
+        ("router_dtype = input.dtype", "router_dtype: 'torch.dtype' = (input.dtype)"),
+        ("if self.config.moe_router_dtype == 'fp32':", 'if self.config.moe_router_dtype == "fp32":'),
+    ):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    (tree / ROUTER).write_text(text.replace("\n", "\r\n"), encoding="utf-8", newline="")
+    code, report = check(capsys, "--megatron", tree)
+    assert (code, states(report)) == (0, {})
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        # A default value, a decorator, a base class, an override that goes around the patch, a rebinding.
+        (
+            "padding_mask: Optional[torch.Tensor] = None):\n        logits",
+            "padding_mask=0):\n        logits",
+            "_forward",
+        ),
+        ("    @jit_fuser\n    def _apply_expert_bias(", "    def _apply_expert_bias(", "_apply_expert_bias"),
+        ("class TopKRouter(Router):", "class TopKRouter(Extra, Router):", "TopKRouter"),
+        ("    def set_layer_number(self", "    def _apply(self, fn): ...\n\n    def set_layer_number(self", "_apply"),
+        ("class InferenceTopKRouter(", "TopKRouter.gating = faster\n\n\nclass InferenceTopKRouter(", "gating"),
+    ],
+)
+def test_whatever_changes_behaviour_counts(old: str, new: str, expected: str, copy: Copy, capsys: Any) -> None:
+    code, report = check(capsys, "--megatron", copy("0.19.2", ROUTER, old, new))
+    assert (code, states(report)) == (1, {expected: "drifted"})
+
+
+def test_a_definition_under_a_condition_is_a_drift(copy: Copy, capsys: Any) -> None:
+    text = (ensure_release("0.19.2") / MOE_UTILS).read_text(encoding="utf-8")
+    start = text.index("def router_gating_linear(")
+    function = text[start : text.index("\ndef ", start + 1)]
+    under = (
+        "try:\n"
+        + textwrap.indent(function.strip(), "    ")
+        + "\nexcept ImportError:\n    router_gating_linear = None\n"
+    )
+    code, report = check(capsys, "--megatron", copy("0.19.2", MOE_UTILS, function, under))
+    assert (code, states(report)) == (1, {"router_gating_linear": "drifted"})
+    (target,) = [t for t in report["targets"] if t["state"] == "drifted"]
+    assert target["line"] > 1
+    assert "except ImportError" in target["diff"]
+
+
+def test_the_body_of_another_release_is_known(copy: Copy, capsys: Any) -> None:
+    tree = copy("0.17.1")
+    shutil.copy(ensure_release("0.18.2") / FINALIZE, tree / FINALIZE)
+    code, report = check(capsys, "--megatron", tree)
+    assert code == 0
+    assert states(report)["_update_router_expert_bias"] == "known"
+    details = {t["detail"] for t in report["targets"] if t["state"] == "known"}
+    assert "as in 0.18.0 to 0.18.2" in details
+
+
+def test_the_body_of_a_release_that_is_patched_otherwise_is_a_drift(copy: Copy, capsys: Any) -> None:
+    # 0.12's constructor casts, and is patched there; in a tree that calls itself 0.13 no patch would be applied to it.
+    tree = copy("0.12.3", INFO, "MINOR = 12", "MINOR = 13")
+    code, report = check(capsys, "--megatron", tree)
+    assert code == 1
+    (target,) = [t for t in report["targets"] if t["target"].endswith(".Router.__init__")]
+    assert target["state"] == "drifted"
+    assert "where other patches replace it" in target["detail"]
+
+
+def test_a_later_patch_release_with_the_same_functions_fits_and_is_said_to_be_unknown(copy: Copy, capsys: Any) -> None:
+    code, report = check(capsys, "--megatron", copy("0.19.2", INFO, "PATCH = 2", "PATCH = 3"))
+    assert code == 0
+    assert set(states(report).values()) == {"known"}
+    assert any("0.19.3 is no release that this version of the plugin knows" in note for note in report["notes"])
+
+
+@pytest.mark.parametrize("minor", [15, 16])
+def test_a_prerelease_may_have_or_lack_what_came_with_its_release(minor: int, copy: Copy, capsys: Any) -> None:
+    release = {15: "0.15.3", 16: "0.16.0"}[minor]
+    tree = copy(release)
+    (tree / INFO).write_text("MAJOR = 0\nMINOR = 16\nPATCH = 0\nPRE_RELEASE = 'rc0'\n", encoding="utf-8")
+    code, report = check(capsys, "--megatron", tree)
+    assert report["megatron"]["version"] == "0.16.0rc0"
+    assert "missing" not in states(report).values()
+    assert code == 0
+
+
+def test_a_commit_that_no_fingerprint_knows_is_never_called_fit(copy: Copy, capsys: Any) -> None:
+    tree = copy("0.19.2", INFO, "MINOR = 19", "MINOR = 20")
+    text = (tree / FINALIZE).read_text(encoding="utf-8")
+    old = "    reset_model_temporary_tensors(config, model)\n"
+    assert text.count(old) == 1
+    (tree / FINALIZE).write_text(text.replace(old, old + "    later(model)\n"), encoding="utf-8")
+    code, report = check(capsys, "--megatron", tree)
+    assert (code, report["verdict"]) == (1, "does not fit")
+    assert [t["patches"] for t in report["targets"] if t["state"] == "drifted"] == [["bias-update", "counter-reset"]]
+
+
+def test_what_only_a_retired_patch_needs_may_go(copy: Copy, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = copy("0.19.2", ROUTER, "    def gating(self, input", "    def gating_logits(self, input")
+    retired = [replace(patch, until="0.19") if patch.id == "gating" else patch for patch in PATCHES]
+    monkeypatch.setattr("megatron_fp32_router.compat.judge.PATCHES", tuple(retired))
+    code, report = check(capsys, "--megatron", tree)
+    assert (code, states(report)) == (0, {"gating": "known"})
+
+
+def test_another_version_than_the_pinned_one_does_not_fit(capsys: Any) -> None:
+    code, report = check(capsys, "--megatron", ensure_release("0.16.1"), "--pin", "0.16.0")
+    assert (code, report["reason"]) == (1, "--pin asks for 0.16.0; found 0.16.1")
+
+
+# What cannot be judged ---------------------------------------------------------------------------------------------
+
+
+def _empty(tree: Path) -> None:
+    (tree / ROUTER).write_bytes(b"")
+
+
+def _cut(tree: Path) -> None:
+    text = (tree / ROUTER).read_text(encoding="utf-8")
+    (tree / ROUTER).write_text(text[: text.index("self.weight.data.to(") + 20], encoding="utf-8")
+
+
+def _unlinked(tree: Path) -> None:
+    (tree / FINALIZE).unlink()
+
+
+def _unreadable(tree: Path) -> None:
+    # A folder in its place: also root, who runs many a CI, cannot read that.
+    (tree / ROUTER).unlink()
+    (tree / ROUTER).mkdir()
+
+
+def _binary(tree: Path) -> None:
+    (tree / ROUTER).write_bytes(b"\x00\x01\x02\xff")
+
+
+def _no_version(tree: Path) -> None:
+    (tree / INFO).unlink()
+
+
+@pytest.mark.parametrize("damage", [_empty, _cut, _unlinked, _unreadable, _binary, _no_version])
+def test_a_damaged_checkout_gives_one_line_and_exit_code_2(damage: Any, copy: Copy, capsys: Any) -> None:
+    tree = copy("0.18.2")
+    damage(tree)
+    assert main(["check", "--megatron", str(tree)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1
+    assert str(tree) in captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--megatron", "nowhere"), "no such path"),
+        (("--megatron", "."), "expected a folder that holds megatron/core"),
+        (("--megatron", "a.whl"), "unpack it"),
+        ((), "name a checkout"),
+        (("--pin", "newest"), "--pin newest: not a version"),
+    ],
+)
+def test_bad_input_gives_one_line_and_exit_code_2(
+    arguments: tuple[str, ...], said: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.whl").touch()
+    monkeypatch.setattr("megatron_fp32_router.compat.find.installed", list)
+    if "--pin" in arguments:
+        arguments += ("--megatron", str(ensure_release("0.19.2")))
+    assert main(["check", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1
+    assert said in captured.err
+    assert check(capsys, *arguments)[1]["verdict"] == "unknown"
+
+
+@pytest.mark.parametrize("where", ["", "megatron", "megatron/core"])
+def test_the_folder_may_be_named_on_three_levels(where: str, capsys: Any) -> None:
+    tree = ensure_release("0.13.1")
+    code, report = check(capsys, "--megatron", tree / where)
+    assert (code, report["megatron"]["path"]) == (0, str(tree))
+
+
+# How it runs and prints --------------------------------------------------------------------------------------------
+
+PROGRAM = """
+import json, sys
+sys.argv[0] = "megatron-fp32-router"
+from megatron_fp32_router.cli import main
+code = main(sys.argv[1:])
+foreign = {name.partition(".")[0] for name in sys.modules} & {"torch", "megatron", "numpy", "transformer_engine"}
+print(code, sorted(foreign), file=sys.stderr)
+"""
+
+
+def test_it_takes_less_than_two_seconds_and_imports_neither_torch_nor_megatron(copy: Copy) -> None:
+    # The slow case: every file has changed, so none is recognised as a whole, and one target has drifted.
+    tree = copy("0.19.2", ROUTER, "router_dtype = input.dtype", "router_dtype = self.weight.dtype")
+    for name in files("0.19.2"):
+        if (tree / name).exists():
+            with (tree / name).open("a", encoding="utf-8") as file:
+                file.write("\n# one line more\n")
+    seconds = []
+    for _ in range(3):  # the best of three: other work on this machine is not what is measured
+        begun = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, "check", "--megatron", str(tree)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        seconds.append(time.monotonic() - begun)
+        assert done.stderr == "1 []\n"
+    assert min(seconds) < 2
+
+
+def test_an_installed_megatron_is_found_without_importing_it_and_others_on_the_path_are_named(
+    copy: Copy, tmp_path: Path
+) -> None:
+    first, second = copy("0.19.2"), copy("0.18.2")
+    other = tmp_path / "not-megatron-core" / "megatron" / "energon"
+    other.mkdir(parents=True)
+    paths = [other.parent.parent, first, second, Path(__file__).resolve().parent.parent]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, "check", "--json"],
+        env={"PATH": "", "PYTHONPATH": ":".join(map(str, paths))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == "0 []\n"
+    report = json.loads(done.stdout)
+    assert report["megatron"] == {"path": str(first), "version": "0.19.2"}
+    assert any(str(second) in note for note in report["notes"])
+
+
+def test_annotations_for_github_name_file_and_line(
+    copy: Copy, capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("GITHUB_WORKSPACE", str(tmp_path))
+    tree = copy("0.19.2", ROUTER, "router_dtype = input.dtype", "router_dtype = self.weight.dtype")
+    assert main(["check", "--megatron", str(tree), "--format", "github"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    number = (tree / ROUTER).read_text(encoding="utf-8").splitlines().index("        router_dtype = self.weight.dtype")
+    assert lines[0].startswith(f"::error file=tree-0.19.2/{ROUTER},line={number + 1},title=megatron-fp32-router::")
+    assert "%0A-    router_dtype = input.dtype%0A+    router_dtype = self.weight.dtype" in lines[0]
+    assert lines[1].startswith("::notice ")
+    assert len(lines) == 2
+
+
+def test_the_table_needs_no_rich_and_says_where_and_what(
+    copy: Copy, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = builtins.__import__
+
+    def without_rich(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.partition(".")[0] == "rich":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    tree = copy("0.19.2", ROUTER, "router_dtype = input.dtype", "router_dtype = self.weight.dtype")
+    outputs = []
+    for way in (real, without_rich):
+        monkeypatch.setattr(builtins, "__import__", way)
+        assert main(["check", "--megatron", str(tree)]) == 1
+        outputs.append(capsys.readouterr().out)
+    for output in outputs:
+        assert "+    router_dtype = self.weight.dtype" in output
+        assert "core.transformer.moe.router.Router.gating" in output
+        assert f"{ROUTER}:" in output
+        assert "does not fit" in output
+        assert re.search(r"state +target +detail *\n", output)
+        assert re.search(r"drifted +core\.transformer\.moe\.router\.Router\.gating +as in no known release", output)
+    assert outputs[0] != outputs[1]
+
+
+def test_the_gate_costs_a_training_on_a_release_well_below_a_tenth_of_a_second() -> None:
+    program = """
+import sys, time
+from pathlib import Path
+from megatron_fp32_router.records import PATCHES
+from megatron_fp32_router.upstream import Megatron, read_version
+core = Path(sys.argv[1]) / "megatron" / "core"
+megatron = Megatron(core, read_version(core / "package_info.py"))
+begun = time.process_time()
+from megatron_fp32_router.compat.gate import objection
+found = [objection(patch.id, megatron, "") for patch in PATCHES]
+print(time.process_time() - begun, {*found})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(ensure_release("0.19.2"))], capture_output=True, text=True, check=True
+    )
+    seconds, found = done.stdout.split(maxsplit=1)
+    assert found.strip() == "{None}"
+    assert float(seconds) < 0.1

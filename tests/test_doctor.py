@@ -1,0 +1,173 @@
+"""`doctor`: what it says about an interpreter, its start-up files, variables, libraries, and the Megatron in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bootstrap import ensure_release
+
+from megatron_fp32_router.cli import main
+from megatron_fp32_router.compat import environment, find
+
+ROOT = Path(__file__).resolve().parent.parent
+ROUTER = "megatron/core/transformer/moe/router.py"
+
+PROGRAM = """
+import sys
+from megatron_fp32_router.cli import main
+code = main(["doctor", "--json"])
+print(code, sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "megatron"}), file=sys.stderr)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("MEGATRON_FP32_ROUTER")]:
+        monkeypatch.delenv(name)
+
+
+def doctor(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, dict[str, Any]]:
+    code = main(["doctor", "--json", *map(str, arguments)])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def said(report: dict[str, Any], level: str, about: str) -> list[str]:
+    return [f["text"] for f in report["findings"] if (f["level"], f["about"]) == (level, about)]
+
+
+def test_in_a_healthy_environment_nothing_stands_in_the_way_and_nothing_heavy_is_imported(tmp_path: Path) -> None:
+    first, second = ensure_release("0.19.2"), ensure_release("0.16.1")
+    for package in ("verl", "mindspeed"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").touch()
+    (tmp_path / "megatron" / "bridge").mkdir(parents=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env={"PATH": "", "PYTHONPATH": os.pathsep.join(map(str, (tmp_path, first, second, ROOT)))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == "0 []\n"
+    report = json.loads(done.stdout)
+    assert report["verdict"] == "good"
+    assert report["megatron"] == {"version": "0.19.2", "paths": [str(first), str(second)]}
+    assert any(str(second) in text for text in said(report, "note", "Megatron"))
+    states = {patch["id"]: patch["state"] for patch in report["patches"]}
+    assert states["gating"] == "applied"
+    assert states["router-init"] == "native"
+    others = " ".join(said(report, "note", "other patcher"))
+    for name, what in (("verl", "TopKRouter.__init__"), ("MindSpeed", "replaces"), ("Megatron-Bridge", "early")):
+        assert f"{name} ({tmp_path}" in others
+        assert what in others
+    assert {library["name"] for library in report["libraries"]} >= {"wrapt", "torch", "TransformerEngine"}
+
+
+def test_without_a_megatron_it_could_not_tell(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(find, "installed", list)
+    code, report = doctor(capsys)
+    assert (code, report["verdict"]) == (2, "unknown")
+    assert main(["doctor"]) == 2
+    assert "No Megatron could be looked at." in capsys.readouterr().out
+
+
+def test_a_misspelt_variable_is_a_problem_and_the_right_name_is_given(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEGATRON_FP32_ROUTER_PROTEKT", "all")
+    code, report = doctor(capsys, "--megatron", ensure_release("0.19.2"))
+    assert code == 1
+    assert "did you mean MEGATRON_FP32_ROUTER_PROTECT?" in said(report, "problem", "variable")[0]
+
+
+def test_a_bad_value_is_one_line_and_exit_code_2_where_even_the_package_cannot_start() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import _megatron_fp32_router_startup as s, sys; sys.exit(s.command())", "doctor"],
+        env={**os.environ, "MEGATRON_FP32_ROUTER_PROTECT": "weights", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert "MEGATRON_FP32_ROUTER_PROTECT has the value 'weights'; accepted are 'all', 'buffers'" in done.stderr
+
+
+@pytest.mark.parametrize("switch", ["1", None])
+def test_a_startup_file_where_nobody_reads_it_is_a_problem_only_for_who_relies_on_it(
+    switch: str | None, capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # What `pip install --target` and a checkout on PYTHONPATH come to.
+    target, site = tmp_path / "target", tmp_path / "site"
+    for folder in (target, site):
+        folder.mkdir()
+    shutil.copy(ROOT / environment.STARTUP_FILE, target)
+    monkeypatch.setattr(environment, "site_folders", lambda: [site])
+    monkeypatch.setattr(sys, "path", [str(target), *(entry for entry in sys.path if entry != str(ROOT))])
+    if switch:
+        monkeypatch.setenv("MEGATRON_FP32_ROUTER", switch)
+    code, report = doctor(capsys, "--megatron", ensure_release("0.19.2"))
+    (text,) = said(report, "problem" if switch else "note", "start-up file")
+    assert f"{target / environment.STARTUP_FILE} is not read" in text
+    assert "-m megatron_fp32_router run" in text
+    assert code == (1 if switch else 0)
+    shutil.copy(ROOT / environment.STARTUP_FILE, site)
+    code, report = doctor(capsys, "--megatron", ensure_release("0.19.2"))
+    assert said(report, "ok", "start-up file") == [str(site / environment.STARTUP_FILE)]
+    assert code == 0
+
+
+def test_python_s_reads_no_startup_files() -> None:
+    program = "import sys; from megatron_fp32_router.compat import environment; print(environment.startup())"
+    paths = [str(ROOT), *(entry for entry in sys.path if entry.endswith("site-packages"))]
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", program],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "(False, 'python -S reads no start-up files')\n", done.stderr
+
+
+def test_the_kill_switch_is_a_problem_that_is_named(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGATRON_FP32_ROUTER", "0")
+    code, report = doctor(capsys, "--megatron", ensure_release("0.19.2"))
+    assert code == 1
+    assert "turns the plugin off" in said(report, "problem", "switch")[0]
+    assert {patch["state"] for patch in report["patches"]} == {"off"}
+
+
+def test_a_drifted_megatron_is_a_problem_and_the_patches_say_why(capsys: Any, tmp_path: Path) -> None:
+    source = ensure_release("0.19.2")
+    for file in (source / "megatron" / "core").rglob("*.py"):
+        copied = tmp_path / file.relative_to(source)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, copied)
+    text = (tmp_path / ROUTER).read_text(encoding="utf-8")
+    (tmp_path / ROUTER).write_text(text.replace("self.ga_steps.zero_()", "self.ga_steps.fill_(1)"), encoding="utf-8")
+    code, report = doctor(capsys, "--megatron", tmp_path)
+    assert code == 1
+    (patch,) = [patch for patch in report["patches"] if patch["state"] == "drifted"]
+    assert patch["id"] == "counter-reset"
+    assert "TopKRouter.reset_global_aux_loss_tracker has changed" in patch["detail"]
+    assert main(["doctor", "--megatron", str(tmp_path)]) == 1
+    output = capsys.readouterr().out
+    assert "1 problem, marked with !!" in output
+    assert len(output.splitlines()) < 60  # one screen
+
+
+def test_wrapt_that_is_too_old_is_a_problem(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = environment.libraries()
+    old = [environment.Library("wrapt", "1.17.0", "somewhere"), *[found for found in real if found.name != "wrapt"]]
+    monkeypatch.setattr(environment, "libraries", lambda: old)
+    code, report = doctor(capsys, "--megatron", ensure_release("0.19.2"))
+    assert code == 1
+    assert "pip install 'wrapt>=2.4,<3'" in said(report, "problem", "wrapt")[0]

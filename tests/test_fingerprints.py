@@ -1,0 +1,164 @@
+"""Fingerprints: what counts and what does not, the same under every Python, and a generated file that is up to date."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from bootstrap import NEWEST, RELEASES, ensure_release
+from installing import pythons
+
+from megatron_fp32_router.compat import canonical
+from megatron_fp32_router.compat.contracts import CONTRACTS, relied_on
+from megatron_fp32_router.compat.fingerprints import FILE, known
+from megatron_fp32_router.records import PATCHES
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def digest(source: str, path: str = "f", module: str = "package.module") -> str | None:
+    found = canonical.definitions(ast.parse(textwrap.dedent(source)), module, path)
+    return canonical.digest(canonical.normalised(found)) if found else None
+
+
+PLAIN = """
+def f(a, b=1):
+    x = a + b
+    return f'{x}: {a}'
+"""
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "def f(a: int, b: 'int' = 1) -> str:\n    x = a + b\n    return f'{x}: {a}'",
+        "def f(a, b=1):\n    '''What it does.'''\n    x = a + b  # why\n    return f'{x}: {a}'",
+        "def f(\n    a,\n    b=1,\n):\n    x: int\n    x: int = (a + b)\n\n    return (f'{x}' f': ' f'{a}')",
+        'def f(a, b=1):\n    x = a + b; return f"{x}: {a}"',
+    ],
+)
+def test_docstrings_comments_layout_quotes_and_annotations_do_not_count(other: str) -> None:
+    assert digest(other) == digest(PLAIN)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        PLAIN.replace("b=1", "b=2"),
+        PLAIN.replace("b=1", "*, b=1"),
+        PLAIN.replace("b=1", "b=True"),
+        PLAIN.replace("a + b", "b + a"),
+        PLAIN.replace("a + b", "a - b"),
+        PLAIN.replace("def f", "@cached\ndef f"),
+        PLAIN.replace("def f", "async def f"),
+        PLAIN.replace(": {a}", ": {a!r}"),
+        PLAIN.replace("    x =", "    log()\n    x ="),
+        "if NEW:\n" + textwrap.indent(PLAIN.strip(), "    "),
+        PLAIN + "f = faster(f)\n",
+        PLAIN + "\ntry:\n    from fast import f\nexcept ImportError:\n    pass\n",
+    ],
+)
+def test_everything_else_counts(other: str) -> None:
+    assert digest(other) not in (digest(PLAIN), None)
+
+
+def test_a_function_of_nothing_but_a_docstring_is_one_that_passes() -> None:
+    assert digest("def f():\n    '''Later.'''") == digest("def f():\n    pass")
+
+
+def test_an_imported_name_counts_by_where_it_comes_from() -> None:
+    relative = digest("from .other import f", module="package.module")
+    assert relative == digest("from package.other import f")
+    assert relative != digest("from package.another import f")
+
+
+def test_of_a_class_only_the_header_counts_and_methods_are_found_in_it() -> None:
+    source = "class C(Base):\n    def f(self): return {}"
+    assert digest(source.format(1), "C") == digest(source.format(2), "C")
+    assert digest(source.format(1), "C") != digest(source.format(1).replace("Base", "Other"), "C")
+    assert digest(source.format(1), "C.f") != digest(source.format(2), "C.f")
+    assert digest(source.format(1), "C.g") is None
+    assert digest(source.format(1) + "\nC.f = g", "C.f") != digest(source.format(1), "C.f")
+    assert digest(source.format(1) + "\nC.f = g", "C") == digest(source.format(1), "C")
+
+
+def test_the_line_of_the_first_difference_is_a_line_of_the_source() -> None:
+    here, there = (canonical.normalised(ast.parse(text).body) for text in (PLAIN.replace("{a}'", "{b}'"), PLAIN))
+    assert canonical.first_difference(here, there) == 4
+    assert canonical.first_difference(there, there) is None
+
+
+#: Loads canonical.py alone, which imports nothing but the standard library.
+PROGRAM = """
+import ast, base64, importlib.util, json, os, sys, zlib
+spec = importlib.util.spec_from_file_location("canonical", sys.argv[1])
+canonical = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(canonical)
+content = json.load(open(sys.argv[2], encoding="utf-8"))
+wrong = []
+for digest, text in zip(content["digests"], json.loads(zlib.decompress(base64.b85decode(content["bodies"])))):
+    if canonical.digest(canonical.normalised(ast.parse(text).body)) != digest:
+        wrong.append(text)
+compared = 0
+for index, tree in json.loads(sys.argv[3]).items():
+    for target, numbers in content["targets"].items():
+        module, _, path = target.partition(":")
+        name = module.replace(".", "/")
+        if os.path.isdir(f"{tree}/{name}"):
+            name, module = f"{name}/__init__", f"{module}.__init__"
+        try:
+            source = open(f"{tree}/{name}.py", "rb").read()
+        except FileNotFoundError:
+            continue
+        found = canonical.definitions(ast.parse(source), module, path)
+        number = numbers[int(index)]
+        expected = None if number is None else content["digests"][number]
+        if (canonical.digest(canonical.normalised(found)) if found else None) != expected:
+            wrong.append(target)
+        compared += 1
+print(json.dumps([wrong, compared]))
+"""
+
+
+@pytest.mark.parametrize("version", sorted(pythons()))
+def test_every_python_computes_the_same_fingerprints(version: str) -> None:
+    # From every body as it is stored, and from the sources of the oldest and the newest release.
+    trees = {RELEASES.index(release): str(ensure_release(release)) for release in (RELEASES[0], NEWEST)}
+    done = subprocess.run(
+        [pythons()[version], "-I", "-c", PROGRAM, canonical.__file__, str(FILE), json.dumps(trees)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    wrong, compared = json.loads(done.stdout)
+    assert wrong == []
+    assert compared > 100
+
+
+def test_the_generated_file_is_up_to_date() -> None:
+    done = subprocess.run(
+        [sys.executable, "scripts/fingerprints", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_every_target_of_every_patch_has_fingerprints() -> None:
+    assert set(relied_on()) == set(known().targets)
+    ids = {patch.id for patch in PATCHES}
+    assert {patch for contract in CONTRACTS for patch in contract.patches} <= ids
+    assert {patch for patches in relied_on().values() for patch in patches} == ids
+
+
+def test_what_a_patch_needs_lives_in_the_same_module() -> None:
+    modules = {patch.id: patch.module for patch in PATCHES}
+    assert all(modules[needed] == patch.module for patch in PATCHES for needed in patch.needs)
+
+
+def test_the_generated_file_stays_small() -> None:
+    assert FILE.stat().st_size < 200_000

@@ -1,0 +1,425 @@
+"""The monitor's arithmetic against NumPy, its file, its writers and its page; no Megatron needed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_fp32_router.errors import MonitorError, SettingsError
+from megatron_fp32_router.monitor import bias, collect, page, report, sinks, stability, watch
+from megatron_fp32_router.monitor.load import load
+from megatron_fp32_router.registry import registry
+from megatron_fp32_router.settings import Settings, from_environment
+
+# Load ------------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 10**7), min_size=2, max_size=64))
+def test_load_is_what_numpy_says(counts: list[int]) -> None:
+    found = load(counts)
+    values = np.array(counts, dtype=np.float64)
+    if not values.sum():
+        assert found == {}
+        return
+    shares = values[values > 0] / values.sum()
+    assert found["load/max_vio"] == pytest.approx((values.max() - values.mean()) / values.mean(), abs=1e-12)
+    assert found["load/min_vio"] == pytest.approx((values.min() - values.mean()) / values.mean(), abs=1e-12)
+    assert found["load/avg_vio"] == pytest.approx(np.abs(values - values.mean()).mean() / values.mean(), abs=1e-12)
+    assert found["load/cv"] == pytest.approx(values.std() / values.mean(), abs=1e-12)
+    assert found["load/diversity"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()) / len(values))
+    assert found["load/dead_experts"] == (values == 0).sum()
+
+
+# Biases ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_bias_above_one_half_is_swallowed_by_bf16_and_one_above_four_by_fp16() -> None:
+    counts = torch.tensor([1, 2, 3, 10])
+    for start, bf16, fp16 in ((0.1, 0, 0), (0.75, 1, 0), (5.0, 1, 1)):
+        before = torch.full((4,), start)
+        step = torch.tensor([1.0, 1.0, 1.0, -1.0])
+        found = bias.update(before, torch.add(before, step, alpha=1e-3), counts, 1e-3)
+        assert (found["update/swallowed"], found["update/inexact"], found["update/reversed"]) == (0, 0, 0)
+        assert (found["update/swallowed_bf16"], found["update/swallowed_fp16"]) == (bf16, fp16)
+        assert found["update/gain"] == pytest.approx(1, abs=1e-3)
+        assert found["update/vote_imbalance"] == 0.5
+
+
+def test_updates_that_were_swallowed_reversed_or_of_the_wrong_size_are_told_apart() -> None:
+    counts = torch.tensor([1, 1, 1, 9])
+    before = torch.zeros(4)
+    after = torch.tensor([0.0, -1e-3, 2e-3, -1e-3])  # due: up, up, up, down
+    found = bias.update(before, after, counts, 1e-3)
+    assert found["update/swallowed"] == 0.25
+    assert found["update/reversed"] == 0.25
+    assert found["update/inexact"] == 0.75
+    assert found["update/gain"] == pytest.approx(1.0)
+
+
+def test_where_all_loads_are_equal_nothing_is_due() -> None:
+    found = bias.update(torch.zeros(4), torch.zeros(4), torch.full((4,), 7), 1e-3)
+    assert found == {"update/vote_imbalance": 0, "update/due": 0}
+
+
+def test_the_published_biases_of_a_drifted_model_leave_few_values_in_bf16() -> None:
+    """GLM-5.2: biases in [6.817, 7.063], 238 distinct values of which bf16 leaves 8 or 9."""
+    values = torch.linspace(6.817, 7.063, 238)
+    found = bias.drift(values, None, 0)
+    assert found["bias/distinct_fp32"] == 238
+    assert found["bias/distinct_bf16"] == 9
+    assert found["bias/spread_in_spacings_bf16"] == pytest.approx(0.246 / 2**-5, rel=1e-3)
+    assert "bias/drift_per_step" not in found
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_the_steps_until_a_consumer_is_blind_are_right_when_they_have_passed(name: str, dtype: torch.dtype) -> None:
+    start, per_step, spread = 1.0, 1e-3, 0.03
+    values = torch.tensor([start, start + spread], dtype=torch.float64)
+    left = bias.drift(values, float(values.mean()) - 100 * per_step, 100)[f"bias/steps_to_blind_{name}"]
+
+    def distinct(steps: float) -> bool:
+        moved = values + steps * per_step
+        spacing = torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(float(moved.max())))
+        return spacing < float(moved.max() - moved.min())
+
+    assert left > 0
+    assert distinct(left * 0.999)
+    assert not distinct(left * 1.001)
+
+
+def test_a_bias_that_drifts_to_zero_or_not_at_all_never_makes_a_consumer_blind() -> None:
+    values = torch.tensor([1.0, 1.03])
+    for last in (None, 1.015, 1.1):
+        assert "bias/steps_to_blind_bf16" not in bias.drift(values, last, 10)
+    assert bias.steps_left(100.0, 100.0, 1e-3, None, torch.bfloat16) == 0
+
+
+# Stability -------------------------------------------------------------------------------------------------------
+
+
+def rule(
+    experts: int, hidden: int, bias_E: torch.Tensor | None = None, **config: Any
+) -> tuple[stability.Rule, torch.Tensor]:
+    wanted = {
+        "moe_router_num_groups": None,
+        "moe_router_group_topk": None,
+        "moe_router_pre_softmax": False,
+        **config,
+    }
+    weight = torch.randn(experts, hidden, generator=torch.Generator().manual_seed(1)) * 0.02
+    router = SimpleNamespace(config=SimpleNamespace(**wanted), topk=4, score_function="sigmoid", weight=weight)
+    return stability.Rule(router, bias_E), weight
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 2**31), st.booleans())
+def test_no_more_tokens_flip_than_are_at_risk(seed: int, biased: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(300, 64, generator=generator).bfloat16()
+    bias_E = 5 + 0.1 * torch.randn(32, generator=generator) if biased else None
+    made, _ = rule(32, 64, bias_E)
+    found = {name: float(x) for name, x in stability.stability(made, stability.Sample(tokens, None)).items()}
+    assert ("flips/bf16_bias" in found) == biased
+    assert "flips/actual" not in found
+    for name, share in found.items():
+        if name.startswith("flips/"):
+            assert share <= found[name.replace("flips", "at_risk")]
+    assert found["flips/bf16_scores"] > 0
+    assert found["margin/p01"] <= found["margin/p10"] <= found["margin/p50"]
+
+
+def test_groups_that_a_token_may_not_use_are_left_out() -> None:
+    made, weight = rule(16, 64, moe_router_num_groups=4, moe_router_group_topk=2)
+    tokens = torch.randn(100, 64, generator=torch.Generator().manual_seed(2))
+    chosen = made.chosen(made.biased(made.scores(made.logits(tokens)))).numpy()
+    scores = 1 / (1 + np.exp(-(tokens.double() @ weight.double().t()).numpy()))
+    for row, token in zip(chosen, scores, strict=True):
+        groups = token.reshape(4, 4)
+        best = np.argsort(-np.sort(groups, axis=1)[:, -2:].sum(axis=1))[:2]
+        allowed = np.repeat(np.isin(np.arange(4), best), 4)
+        expected = np.argsort(-np.where(allowed, token, -np.inf))[:4]
+        assert set(np.flatnonzero(row)) == set(expected)
+
+
+def test_tf32_keeps_ten_bits_of_mantissa_and_rounds_to_nearest_even() -> None:
+    one = 1.0
+    ulp = 2.0**-10
+    given_ = torch.tensor([one + ulp, one + ulp / 2, one + 3 * ulp / 2, one + 0.51 * ulp, -one - 0.49 * ulp, 0.0])
+    expected = [one + ulp, one, one + 2 * ulp, one + ulp, -one, 0.0]
+    assert stability.tf32(given_).tolist() == expected
+
+
+def test_the_probe_batch_is_compared_with_the_look_before_and_not_with_the_first() -> None:
+    made, _ = rule(32, 64)
+    tokens = torch.randn(200, 64)
+    probe = stability.new_probe(made, stability.Sample(tokens, None))
+    made.weight_EH = torch.randn(32, 64)
+    first = {name: float(value) for name, value in stability.changed(made, probe).items()}
+    assert 0 < first["probe/slots_changed"] <= first["probe/changed"] <= 1
+    second = stability.changed(made, probe)
+    assert float(second["probe/changed"]) == 0
+
+
+# Settings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("value", "expected"), [("", 0), ("off", 0), ("1", 1), (" 100 ", 100)])
+def test_the_interval_is_off_or_a_number_of_steps(value: str, expected: int) -> None:
+    assert from_environment({"MEGATRON_FP32_ROUTER_MONITOR": value}).monitor == expected
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "on", "1.5", "1e3", "٣"])
+def test_any_other_interval_is_refused_with_what_is_accepted(value: str) -> None:
+    with pytest.raises(SettingsError, match="accepted are 'off' and a whole number of steps, at least 1"):
+        from_environment({"MEGATRON_FP32_ROUTER_MONITOR": value})
+
+
+# Sinks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(registry, "settings", Settings(monitor=1, monitor_dir=str(tmp_path / "made")))
+    return tmp_path / "made"
+
+
+ENTRIES: sinks.Entries = {
+    layer: {"metrics": {"load/max_vio": float(layer), "flips/tf32": 0.5}, "violations": []} for layer in (1, 2, 3, 4)
+}
+
+
+def test_aggregates_are_numpys() -> None:
+    found = sinks.aggregate(ENTRIES)
+    values = np.arange(1, 5)
+    assert found["load/max_vio/max"] == 4
+    assert found["load/max_vio/min"] == 1
+    assert found["load/max_vio/mean"] == values.mean()
+    for percent in (10, 50, 90):
+        assert found[f"load/max_vio/p{percent}"] == pytest.approx(np.percentile(values, percent))
+
+
+def test_a_full_disk_is_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder.touch()  # a file where the folder should be
+    sinks.append(1, ENTRIES)
+    assert "the monitor cannot write" in caplog.text
+
+
+def test_the_writers_of_megatron_training_get_aggregates_and_the_chosen_layers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scalars: dict[str, tuple[float, int]] = {}
+    logged: list[tuple[dict[str, float], int]] = []
+    module = ModuleType("megatron.training.global_vars")
+    module._GLOBAL_TENSORBOARD_WRITER = SimpleNamespace(  # type: ignore[attr-defined]
+        add_scalar=lambda name, value, step: scalars.update({name: (value, step)})
+    )
+    module._GLOBAL_WANDB_WRITER = SimpleNamespace(log=lambda values, step: logged.append((values, step)))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    sinks.publish(7, ENTRIES)
+    assert scalars["moe_router/all/load/max_vio/mean"] == (2.5, 7)
+    assert scalars["moe_router/layer_3/load/max_vio"] == (3, 7)
+    assert scalars["moe_router/violations"] == (0, 7)
+    assert "moe_router/layer_3/flips/tf32" not in scalars
+    assert logged == [({name: value for name, (value, _) in scalars.items()}, 7)]
+
+
+# Steps, failures, other stages -----------------------------------------------------------------------------------
+
+
+def _steps(monitor: watch.Monitor, number: int) -> None:
+    for _ in range(number):
+        monitor.at_gradients([torch.nn.Linear(2, 2)], SimpleNamespace())
+
+
+def test_the_step_is_megatron_trainings_own_and_one_that_is_computed_again_is_not_looked_at_twice(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType("megatron.training.global_vars")
+    module._GLOBAL_ARGS = SimpleNamespace(curr_iteration=99)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monitor = watch.Monitor()
+    _steps(monitor, 2)
+    module._GLOBAL_ARGS.curr_iteration = 100  # type: ignore[attr-defined]
+    _steps(monitor, 1)
+    lines = (folder / "monitor.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [100, 101]
+
+
+def test_a_failure_of_the_monitor_is_not_taken_for_one_of_the_training(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(model: Any) -> Any:
+        raise ValueError("something unforeseen")
+
+    monkeypatch.setattr(watch.look, "layers_of", fail)
+    with pytest.raises(MonitorError, match="ValueError: something unforeseen") as raised:
+        _steps(watch.Monitor(), 1)
+    assert isinstance(raised.value.__cause__, ValueError)
+    monkeypatch.setattr(registry, "settings", Settings(monitor=1, monitor_dir=str(folder), on_mismatch="warn"))
+    _steps(watch.Monitor(), 3)
+    assert caplog.text.count("something unforeseen") == 1
+
+
+def test_a_stage_that_says_nothing_is_named_and_the_others_are_kept(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(collect, "_store", lambda: store)
+    monkeypatch.setattr(collect, "_PATIENCE", 0.05)
+    exchange = collect.Exchange()
+    exchange.post(1, 0, dict(ENTRIES))
+    assert dict(exchange.collect(1, 2)) == ENTRIES
+    assert "heard nothing from pipeline stage 1" in caplog.text
+    exchange.post(2, 0, dict(ENTRIES))
+    assert not store.check(["megatron_fp32_router/monitor/1/0"])  # nothing piles up there
+
+
+def test_rank_0_hears_each_complaint_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(collect, "_store", lambda: store)
+    exchange = collect.Exchange()
+    assert list(exchange.complaints()) == []
+    exchange.complain(3, "weight is bfloat16")
+    assert list(exchange.complaints()) == [(3, "weight is bfloat16 (rank 0)")]
+    assert list(exchange.complaints()) == []
+
+
+# The report ------------------------------------------------------------------------------------------------------
+
+
+def look(step: int, layer: int | str, violations: tuple[str, ...] = (), **metrics: float) -> dict[str, Any]:
+    numbers = {name.replace("__", "/"): value for name, value in metrics.items()}
+    return {"step": step, "layer": layer, "metrics": numbers, "violations": list(violations)}
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def a_run(path: Path, layers: int = 12) -> report.Run:
+    records = []
+    for step in range(100, 1100, 100):
+        for layer in range(1, layers + 1):
+            dead = 3.0 if layer == 12 and step >= 400 else 0.0
+            records.append(
+                look(
+                    step,
+                    layer,
+                    load__max_vio=1 / layer,
+                    load__dead_experts=dead,
+                    bias__mean=step * 1e-3,
+                    bias__spread=0.1,
+                    flips__bf16_weight=0.02,
+                    flips__actual=0.0,
+                    probe__changed=0.1,
+                    margin__p10=1e-3,
+                )
+            )
+        records.append(look(step, "all"))
+    return report.read(write(path / "run.jsonl", records))
+
+
+def test_an_experts_death_is_dated(tmp_path: Path) -> None:
+    problems = [finding.text for finding in report.findings(a_run(tmp_path)) if finding.problem]
+    assert problems == ["layer 12: 3 dead experts since step 400"]
+
+
+def test_an_expert_that_came_back_is_dated_from_its_second_death(tmp_path: Path) -> None:
+    records = [look(step, 1, load__dead_experts=float(step != 30)) for step in (10, 20, 30, 40, 50)]
+    run = report.read(write(tmp_path / "run.jsonl", records))
+    assert report.findings(run)[0].text == "layer 1: 1 dead expert since step 40"
+
+
+def test_violations_come_first_and_once(tmp_path: Path) -> None:
+    records = [look(10, 1), look(20, 1, ("weight is bfloat16; it was float32 10 steps before",))]
+    records += [look(30, 1, ("weight is bfloat16",), update__swallowed=0.5)]
+    run = report.read(write(tmp_path / "run.jsonl", records))
+    texts = [finding.text for finding in report.findings(run)]
+    assert texts == [
+        "layer 1: weight is bfloat16, at steps 20 to 30",
+        "layer 1: up to 50.0% of the bias updates that were due changed nothing (1 of 3 looks, first at step 30)",
+    ]
+
+
+def test_steps_that_a_restart_repeated_count_as_they_were_written_last(tmp_path: Path) -> None:
+    records = [look(step, 1, load__max_vio=value) for step, value in ((10, 1.0), (20, 2.0), (20, 3.0), (30, 4.0))]
+    assert report.read(write(tmp_path / "run.jsonl", records)).series("load/max_vio", 1) == [1, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}\n", '{"step": 1, "layer": 1, "metrics": {"a": "b"}, "violations": []}\n', "\x00\xff\n", "[]\n"]
+)
+def test_a_file_that_the_monitor_did_not_write_is_refused_in_one_line(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.jsonl"
+    path.write_text(text)
+    assert report.main(argparse.Namespace(run=path, out=None, json=False)) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_file_that_is_not_there_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main(argparse.Namespace(run=tmp_path / "none.jsonl", out=None, json=False)) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+class _Loads(HTMLParser):
+    """Collects everything that a browser would fetch, and every id."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.ids: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in ("script", "link", "img", "iframe", "object", "embed"):
+            self.found.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href") and value and not value.startswith(("#", "data:image/png;base64,")):
+                self.found.append(value)
+            if name == "id" and value:
+                self.ids.append(value)
+
+
+def _loads_nothing(text: str) -> None:
+    loads = _Loads()
+    loads.feed(text)
+    assert loads.found == []
+    assert len(loads.ids) == len(set(loads.ids))
+    assert "http:" not in text
+    assert "https:" not in text
+
+
+def test_the_command_writes_a_page_that_shows_every_layer_and_loads_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a_run(tmp_path)
+    assert report.main(argparse.Namespace(run=tmp_path / "run.jsonl", out=None, json=True)) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["layers"] == list(range(1, 13))
+    assert summary["findings"][0] == {"problem": True, "text": "layer 12: 3 dead experts since step 400"}
+    text = (tmp_path / "run.html").read_text()
+    assert summary["page"] == str(tmp_path / "run.html")
+    assert all(f"<th scope=row>{layer}</th>" in text for layer in range(1, 13))
+    _loads_nothing(text)
+
+
+def test_the_page_escapes_what_it_is_given_and_takes_a_single_look(tmp_path: Path) -> None:
+    run = report.read(write(tmp_path / "run.jsonl", [look(1, "<b>", ("<i>",), load__max_vio=1.0)]))
+    text = page.render(run, report.findings(run))
+    assert "<b>" not in text
+    assert "<i>" not in text
+    _loads_nothing(text)

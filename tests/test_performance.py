@@ -1,0 +1,74 @@
+"""docs/performance.md belongs to what scripts/bench wrote, and what it wrote keeps what was promised."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from benchmarks import gating, page
+from benchmarks.pairs import compare
+
+CPU = page.load("cpu")
+
+
+def test_the_page_is_the_one_that_the_files_give() -> None:
+    assert page.PAGE.read_text(encoding="utf-8") == page.render(CPU, page.load("gpu")), "run scripts/bench --page"
+
+
+def test_the_files_hold_every_part_and_name_the_command_and_the_machine() -> None:
+    assert CPU is not None
+    assert {"startup", "construction", "step", "balance", "gating", "accuracy"} <= CPU.keys()
+    assert CPU["command"] == "scripts/bench"
+    assert all(CPU["machine"][name] for name in ("cpu", "cores", "python", "torch", "megatron", "date"))
+
+
+def rows(part: str) -> Any:
+    assert CPU is not None
+    return CPU[part]
+
+
+def test_the_update_dispatches_a_fraction_of_upstreams_operations_at_every_size() -> None:
+    for row in rows("balance"):
+        assert row["on"]["operations"] <= row["off"]["operations"], row
+        if row["layers"] >= 58:
+            assert row["on"]["operations"] <= 0.12 * row["off"]["operations"], row
+
+
+def test_split_errors_in_the_file_are_at_most_one_and_a_half_times_those_of_fp32() -> None:
+    found = rows("accuracy")
+    assert found.keys() == {"random", "ill-conditioned", "heavy-tailed", "real"}
+    for case, table in found.items():
+        for product in ("logits", "gradient of the weight", "gradient of the input"):
+            ways = table[product]
+            for statistic in ("max", "mean"):
+                assert ways["split"][statistic] <= 1.5 * ways["fp32"][statistic], (case, product, statistic)
+
+
+def test_pairs_give_the_median_of_the_ratios_and_their_middle_half() -> None:
+    off, on = iter([9.0, 9.0, 1.0, 2.0, 4.0, 4.0]), iter([1.0, 1.0, 2.0, 2.0, 2.0, 40.0])
+    found = compare(lambda: next(off), lambda: next(on), pairs=4, warm_up=2)
+    assert (found["ratio"], found["ratio_from"], found["ratio_to"]) == (1.5, 1.0, 2.0)
+    assert (found["off_ms"], found["on_ms"]) == (3.0, 2.0)
+
+
+def test_what_is_timed_on_a_gpu_multiplies_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU's list of ways, run on the meta device: shapes only, but every call is made."""
+    x = torch.empty(64, 32, dtype=torch.bfloat16, device="meta")
+    ways = gating._ways(x, torch.empty(8, 32, device="meta"), torch.empty(64, 8, device="meta"))
+    assert ways.keys() == {"bf16", "fp32", "TF32", "split", "splitting the weight, once a step"}
+    before = torch.backends.cuda.matmul.allow_tf32
+    monkeypatch.setattr(gating, "mm", torch.mm)
+    for forward, backward in ways.values():
+        forward()
+        backward()
+    assert torch.backends.cuda.matmul.allow_tf32 == before
+
+
+def test_bounds_are_those_of_the_peaks() -> None:
+    shape = gating.SHAPES["DeepSeek-V3"]
+    bound = {way: gating.bound_ms(way, *shape, gating.PEAKS["H100"]) for way in ("bf16", "split", "TF32", "fp32")}
+    assert bound["bf16"] == pytest.approx(0.0193, rel=0.02)  # 64.5 MB at 3.35 TB/s
+    assert bound["split"] == pytest.approx(0.0456, rel=0.02)  # 3 x 15 GFLOP at 989 TFLOP/s
+    assert bound["fp32"] == pytest.approx(0.277, rel=0.02)
+    assert bound["bf16"] < bound["split"] < bound["TF32"] < bound["fp32"]
