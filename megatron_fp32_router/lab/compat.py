@@ -1,7 +1,7 @@
-"""What old Megatron releases need against a new torch and NumPy. None of it is about CUDA, none about routers.
+"""What old Megatron releases need, mostly against a new torch and NumPy. None of it is about CUDA or about routing.
 
 Each entry says which releases want it, and is applied only where it is missing. Megatron's own objects get a
-name back that it lost; no behaviour is changed.
+name back that it lost; no behaviour is changed, other than that memory nobody wrote becomes numbers.
 """
 
 from __future__ import annotations
@@ -49,6 +49,16 @@ def after_import() -> None:
     _version_of_nothing()
     if _minor() in (11, 12):
         _write_item_of_its_time()
+
+
+def fill_router_biases(module: torch.nn.Module) -> None:
+    """0.15 leaves the routers' linear `bias` as the memory was; from 0.16 on Megatron's init_method draws it."""
+    if _minor() != 15:
+        return
+    router_class = import_module("megatron.core.transformer.moe.router").Router
+    for router in module.modules():
+        if isinstance(router, router_class) and router.bias is not None:
+            router.config.init_method(router.bias)
 
 
 def signature_kwargs(function: Callable[..., Any], **candidates: Any) -> dict[str, Any]:

@@ -251,6 +251,7 @@ def make_router(config: Any) -> Any:
         # moe_utils' helper is what MoELayer itself uses; older releases look the groups up on their own.
         kwargs = {name: default_groups() for name in groups}
     router = router_class(config, **kwargs)
+    compat.fill_router_biases(router)
     if hasattr(router, "set_layer_number"):
         router.set_layer_number(1)
     return router.to(device())
@@ -311,6 +312,7 @@ def make_gpt(recipe: Recipe, config: Any, stage: int | None) -> Any:
         position_embedding_type="rope",
         **compat.signature_kwargs(gpt.__init__, vp_stage=stage),
     )
+    compat.fill_router_biases(model)
     if recipe.linear_bias:
         _let_expert_biases_be_added(model)
     return model.to(device())
