@@ -98,12 +98,13 @@ def test_a_resume_in_a_new_process_ends_on_the_bits_of_a_run_that_never_stopped(
             assert set(result["failures"].values()) <= {""}, (name, result["failures"])
     # State that is stored by name fits other tensor-parallel ranks too.
     by_name = [name for name in usable["distributed"] if name in BY_NAME]
+    write_alone(tmp_path / "TP=1", by_name)
     fields = {**NO_BIAS, **DISTRIBUTED, "tensor_parallel": 2}
-    cut = [{"name": "DP=2, on", "formats": by_name, "then": "on", "fields": fields}]
+    cut = [{"name": name, "formats": by_name, "then": "on", "fields": fields} for name in ("TP=1", "DP=2, on")]
     reading = {"cases": wanted, "resharded": cut, "folder": str(tmp_path)}
     ranks = lab.run_ranks("resume:read", two, reading, **where)
     for rank in ranks:
-        assert rank["resharded"] == [{name: [] for name in by_name}], "DP=2 -> TP=2"
+        assert rank["resharded"] == [{name: [] for name in by_name}] * 2, "TP=1 -> TP=2, DP=2 -> TP=2"
     for one in wanted:
         for name in one["formats"]:
             for number, rank in enumerate(ranks):
@@ -113,6 +114,20 @@ def test_a_resume_in_a_new_process_ends_on_the_bits_of_a_run_that_never_stopped(
             kind = one["fields"].get("optimizer", "plain")
             resume_record(CLASSES[kind], name, f"{one['plugin']}->{one['then']}", "works")
     resharded(tmp_path, wanted)
+
+
+def write_alone(home: Path, formats: list[str]) -> None:
+    """Three steps of one rank, saved in every one of `formats`."""
+    home.mkdir()
+    recipe = lab.Recipe(**resume.TINY, **NO_BIAS, **DISTRIBUTED)
+    resume.turn("on")
+    with lab.parallel(recipe):
+        room = resume.build(recipe)
+        resume.train(room, 0)
+        resume.keep(room, home, checkpoint.snapshot(room))
+        for name in formats:
+            checkpoint.save(room, home / name, name)
+    resume.turn("off")
 
 
 def resharded(folder: Path, written: list[dict[str, Any]]) -> None:

@@ -6,6 +6,7 @@ a launch share its ranks, one layout after another.
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,7 @@ def recipe_of(case: dict[str, Any]) -> Any:
 def build(recipe: Any) -> Any:
     """A model and an optimizer, the same ones every time."""
     lab.seed(recipe.seed)
-    models = lab.build_model(recipe)
-    for model in models:
-        for name, parameter in model.named_parameters():
-            if name.endswith("router.bias"):
-                parameter.data.zero_()  # 0.15 leaves it as it finds the memory
-    return lab.wrap(recipe, models)
+    return lab.wrap(recipe, lab.build_model(recipe))
 
 
 def turn(plugin: str) -> None:
@@ -82,9 +78,30 @@ def write_one(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         }
         train(room, STEPS)
         disturbed = checkpoint.differences(end, checkpoint.snapshot(room))
-    kept = {"middle": middle, "end": end, "losses": losses}
-    torch.save(kept, home / f"truth-{dist.get_rank()}.pt")
+        keep(room, home, middle, end=end, losses=losses)
     return {"failures": failures, "disturbed": disturbed, "losses": losses}
+
+
+def keep(room: Any, home: Path, middle: dict[str, torch.Tensor], **more: Any) -> None:
+    """Write down what this rank held when it saved, and which part of the whole that was."""
+    place = {"cuts": cuts(room), "tensor_rank": tensor_place()[0]}
+    torch.save({"middle": middle, **place, **more}, home / f"truth-{dist.get_rank()}.pt")
+
+
+def tensor_place() -> tuple[int, int]:
+    """This rank's number among the tensor-parallel ranks, and how many they are."""
+    state = import_module("megatron.core.parallel_state")
+    return state.get_tensor_model_parallel_rank(), state.get_tensor_model_parallel_world_size()
+
+
+def cuts(room: Any) -> dict[str, int]:
+    """Parameter -> the dimension along which tensor-parallel ranks share it; those that each has whole are left out."""
+    return {
+        name: parameter.partition_dim
+        for chunk in room.chunks
+        for name, parameter in chunk.module.named_parameters()
+        if getattr(parameter, "tensor_model_parallel", False)
+    }
 
 
 def read(recipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -140,18 +157,34 @@ def read_one(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def whole(home: Path) -> dict[str, torch.Tensor]:
-    """The state of all ranks at the save, slices of a distributed optimizer joined, in one dictionary by name."""
-    found: dict[str, torch.Tensor] = {}
+    """The state of all ranks at the save in one dictionary by name: a distributed optimizer's slices and the parts of
+    tensor-parallel ranks joined. Everything that belongs to a parameter has its shape."""
+    by_tensor_rank: dict[int, dict[str, torch.Tensor]] = {}
+    cut: dict[str, int] = {}
     for path in sorted(home.glob("truth-*.pt")):
-        state = torch.load(path, weights_only=True)["middle"]
+        kept = torch.load(path, weights_only=True)
+        state, cut = kept["middle"], kept["cuts"]
+        found = by_tensor_rank.setdefault(kept["tensor_rank"], {})
         for name, value in state.items():
             base, _, kind = name.rpartition(".")
-            if kind == "range" or f"{base}.range" not in state or value.dim() == 0:
+            if kind == "range":
+                continue
+            if base not in state or value.dim() == 0:  # of the model itself, or one number for all ranks
                 found.setdefault(name, value)
                 continue
-            start, end = state[f"{base}.range"].tolist()
-            found.setdefault(name, torch.full((state[base].numel(),), float("nan")))[start:end] = value
-    return found
+            start, end = state.get(f"{base}.range", torch.tensor([0, value.numel()])).tolist()
+            joined = found.setdefault(name, torch.full(state[base].shape, float("nan"), dtype=value.dtype))
+            joined.view(-1)[start:end] = value.view(-1)
+    parts = [by_tensor_rank[rank] for rank in sorted(by_tensor_rank)]
+    return {
+        name: torch.cat([part[name] for part in parts], dim) if (dim := cut_of(name, value, cut)) is not None else value
+        for name, value in parts[0].items()
+    }
+
+
+def cut_of(name: str, value: torch.Tensor, cut: dict[str, int]) -> int | None:
+    """The dimension along which `name`, a parameter or what belongs to one, is shared out, if it is."""
+    return None if value.dim() == 0 else cut.get(name, cut.get(name.rpartition(".")[0]))
 
 
 def transplanted(recipe: Any, home: Path) -> dict[str, Any]:
@@ -192,23 +225,23 @@ def transplanted(recipe: Any, home: Path) -> dict[str, Any]:
 def differences_from_whole(room: Any, home: Path) -> list[str]:
     """What this rank holds and what the ranks before the save held together: names that differ, bit for bit.
 
-    For layouts in which slices are others. Megatron cuts parameters along tensor-parallel ranks; those are left out.
+    For layouts that slice otherwise. Counters are left out: each data-parallel rank has its own.
     """
-    state, found = whole(home), checkpoint.snapshot(room)
+    state, found, cut = whole(home), checkpoint.snapshot(room), cuts(room)
+    rank, ranks = tensor_place()
     different, compared = [], set()
     for name, value in found.items():
         base, _, kind = name.rpartition(".")
-        if kind == "range" or name not in state or ".local_tokens" in name:
-            continue
-        whose = base if base in found else name
-        if found[whose].shape != state[whose].shape:
+        if kind == "range" or ".local_tokens" in name:
             continue
         expected = state[name]
+        if (dim := cut_of(name, expected, cut)) is not None:
+            expected = expected.chunk(ranks, dim)[rank]
         if f"{base}.range" in found and value.dim() > 0:
             start, end = found[f"{base}.range"].tolist()
-            expected = expected[start:end]
+            expected = expected.reshape(-1)[start:end]
         compared.add(f"{base.rpartition('.')[2]}.{kind}")
-        if not torch.equal(expected.view_as(value), value):
+        if not torch.equal(expected.reshape(value.shape), value):
             different.append(name)
     assert compared >= {"router.weight", "weight.main", "weight.exp_avg", "weight.exp_avg_sq"}, compared
     return different
