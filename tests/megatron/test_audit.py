@@ -34,7 +34,10 @@ SHARDINGS = {
 
 @pytest.fixture(scope="session")
 def written(tmp_path_factory: pytest.TempPathFactory, release: Version) -> dict[str, Path]:
-    """Checkpoints by "off/torch_dist" and the like: folders with iter_0000010 and iter_0000020."""
+    """Checkpoints by "off/torch_dist" and the like: folders with iter_0000010 and iter_0000020.
+
+    "buffers/..." and "all/...", iter_0000010 alone: the distributed optimizer's, by what the plugin protected.
+    """
     root = tmp_path_factory.mktemp("checkpoints")
     found: dict[str, Path] = {}
     for plugin in ("off", "on"):
@@ -44,26 +47,26 @@ def written(tmp_path_factory: pytest.TempPathFactory, release: Version) -> dict[
                     room.step(batches)
                 found[f"{plugin}/torch_dist"] = _save_dist(room, root / plugin / "torch_dist", iteration, {})
                 found[f"{plugin}/legacy"] = _save_legacy(room, root / plugin / "legacy", iteration)
-                if plugin == "off":
-                    # With fp32 router parameters this state needs repairs, which have tests of their own.
-                    state = room.optimizer.sharded_state_dict(_model(room).sharded_state_dict())
-                    folder = root / plugin / "with_optimizer"
-                    found["off/with_optimizer"] = _save_dist(room, folder, iteration, {"optimizer": state})
+                state = room.optimizer.sharded_state_dict(_model(room).sharded_state_dict())
+                folder = root / plugin / "with_optimizer"
+                found[f"{plugin}/with_optimizer"] = _save_dist(room, folder, iteration, {"optimizer": state})
     shardings = [
         name
         for name, (first, last) in SHARDINGS.items()
         if Version(first) <= Version(release.base_version) <= Version(last)
     ]
     recipe = lab.Recipe(bias_start=BIAS, optimizer="distributed", fused_adam=True, overlap=False)
-    with _plugin("on", "buffers"), _training(recipe) as (room, batches), _fused_adam_is_known():
-        for _ in range(STEPS):
-            room.step(batches)
-        for sharding in shardings:
-            state = _distributed_state(room, sharding)
-            found[sharding] = _save_dist(room, root / sharding, STEPS, {"optimizer": state})
-        folder = _save_legacy(room, root / "distrib_optim", STEPS)
-        room.optimizer.save_parameter_state(str(folder / f"iter_{STEPS:07d}/mp_rank_00/distrib_optim.pt"))
-        found["distrib_optim"] = folder
+    for protect in ("buffers", "all"):
+        with _plugin("on", protect), _training(recipe) as (room, batches), _fused_adam_is_known():
+            for _ in range(STEPS):
+                room.step(batches)
+            for sharding in shardings:
+                state = _distributed_state(room, sharding)
+                name = f"{protect}/{sharding}"
+                found[name] = _save_dist(room, root / name, STEPS, {"optimizer": state})
+            name = f"{protect}/distrib_optim"
+            folder = found[name] = _save_legacy(room, root / name, STEPS)
+            room.optimizer.save_parameter_state(str(folder / f"iter_{STEPS:07d}/mp_rank_00/distrib_optim.pt"))
     return found
 
 
@@ -155,9 +158,15 @@ def test_with_the_plugin_off_a_checkpoint_is_found_damaged_and_why(written: Any,
         assert "0.0009994507, which is 0.001 rounded to bfloat16: the token counter was bfloat16" in texts
 
 
-@pytest.mark.parametrize("form", ["torch_dist", "legacy"])
-def test_with_the_plugin_on_a_checkpoint_is_found_clean(written: Any, form: str) -> None:
-    found = audit(open_checkpoint(written[f"on/{form}"]))
+def test_with_the_plugin_on_a_checkpoint_is_found_clean_in_every_format(written: Any) -> None:
+    forms = [form for form in written if form.startswith(("on/", "all/"))]
+    assert len(forms) >= 6
+    for form in forms:
+        is_found_clean(written[form])
+
+
+def is_found_clean(folder: Path) -> None:
+    found = audit(open_checkpoint(folder))
     assert found.verdict == "good"
     assert len(found.checkpoint.tensors) == 4
     for kind, check in (
@@ -167,7 +176,7 @@ def test_with_the_plugin_on_a_checkpoint_is_found_clean(written: Any, form: str)
         ("expert_bias", "laundered"),
         ("expert_bias", "updates"),
     ):
-        assert told(found, kind, check) == {"good"}, (kind, check)
+        assert told(found, kind, check) == {"good"}, (folder.parent.name, folder.name, kind, check)
 
 
 @pytest.mark.parametrize("plugin", ["off", "on"])
@@ -194,7 +203,7 @@ def test_bits_that_were_read_are_the_bits_that_torch_reads(written: Any) -> None
 
 
 def test_main_copies_are_found_and_restored_bit_for_bit_in_every_format(written: Any, tmp_path: Path) -> None:
-    forms = [form for form in written if form not in ("off/torch_dist", "on/torch_dist", "on/legacy")]
+    forms = [form for form in written if form.startswith(("off/", "buffers/")) and form != "off/torch_dist"]
     assert len(forms) >= 5
     for form in forms:
         restores(form, written[form], tmp_path / form)
@@ -230,6 +239,6 @@ def test_the_main_copy_that_is_restored_is_the_optimizers_own(written: Any) -> N
 
 
 def test_protect_buffers_leaves_weights_in_bf16_and_the_audit_can_be_told_so(written: Any) -> None:
-    checkpoint = open_checkpoint(written["distrib_optim"])
+    checkpoint = open_checkpoint(written["buffers/distrib_optim"])
     assert audit(checkpoint).verdict == "problem"
     assert audit(checkpoint, protect="buffers").verdict == "good"
