@@ -16,7 +16,7 @@ from megatron_fp32_router.errors import CheckpointRefusedError
 from megatron_fp32_router.registry import mismatch, registry, replaces
 from megatron_fp32_router.settings import PREFIX
 
-#: The id of the record in records.py, under which status() says whether upstream repaired this itself.
+#: The id of the record in records/ under which status() says whether upstream repaired this itself.
 REPAIR: Final = "optimizer-mixed-groups"
 
 #: Where `_build_model_and_main_param_groups` returns them.
