@@ -18,7 +18,7 @@ def test_the_page_is_the_one_that_the_files_give() -> None:
 
 def test_the_files_hold_every_part_and_name_the_command_and_the_machine() -> None:
     assert CPU is not None
-    assert {"startup", "construction", "step", "balance", "gating", "accuracy"} <= CPU.keys()
+    assert {"startup", "construction", "step", "balance", "gating", "accuracy", "monitor"} <= CPU.keys()
     assert CPU["command"] == "scripts/bench"
     assert all(CPU["machine"][name] for name in ("cpu", "cores", "python", "torch", "megatron", "date"))
 
@@ -33,6 +33,11 @@ def test_the_update_dispatches_a_fraction_of_upstreams_operations_at_every_size(
         assert row["on"]["operations"] <= row["off"]["operations"], row
         if row["layers"] >= 58:
             assert row["on"]["operations"] <= 0.12 * row["off"]["operations"], row
+
+
+def test_the_monitor_adds_no_operation_to_steps_that_it_does_not_look_at() -> None:
+    operations = rows("monitor")["operations"]
+    assert operations["between looks"] == operations["off"] < operations["a look"]
 
 
 def test_split_errors_in_the_file_are_at_most_one_and_a_half_times_those_of_fp32() -> None:

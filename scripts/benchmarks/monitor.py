@@ -1,65 +1,50 @@
-"""What a look of the monitor costs: python scripts/benchmarks/monitor.py TREE [--experts E --hidden H --layers L]
-
-TREE holds megatron/. Trains the laboratory's model with a look every 5 steps and compares steps that are looked at with
-those that are not. On a machine without a GPU the shares hold for that machine only.
-"""
+"""What the monitor costs: nothing while it is off, nothing between looks, and a look."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import statistics
 import tempfile
-import time
+from typing import Any
 
-INTERVAL = 5
+from benchmarks.balance import Counting
+from benchmarks.pairs import Report, clock, compare
+from benchmarks.training import SIZES
+
+MONITOR, FOLDER = "MEGATRON_FP32_ROUTER_MONITOR", "MEGATRON_FP32_ROUTER_MONITOR_DIR"
+SIZE = "medium"
 
 
-def main() -> None:
-    """Train, measure, print one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tree")
-    parser.add_argument("--experts", type=int, default=64)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=60)
-    wanted = parser.parse_args()
-    folder = tempfile.TemporaryDirectory()
-    os.environ["MEGATRON_FP32_ROUTER_MONITOR"] = str(INTERVAL)
-    os.environ["MEGATRON_FP32_ROUTER_MONITOR_DIR"] = folder.name
-
+def measure(pairs: int, report: Report) -> dict[str, Any]:
+    """Train the medium model with a look every other step, and compare those steps with the ones between them."""
+    import megatron_fp32_router
     from megatron_fp32_router import lab
 
-    lab.prepare(wanted.tree)
-    recipe = lab.Recipe(
-        experts=wanted.experts,
-        hidden=wanted.hidden,
-        layers=wanted.layers,
-        topk=8,
-        seq_length=256,
-        micro_batches=4,
-    )
-    looked_at, others = [], []
-    with lab.parallel(recipe):
-        room = lab.build(recipe)
+    recipe = lab.Recipe(**SIZES[SIZE])
+    operations = {}
+    with tempfile.TemporaryDirectory() as folder, lab.parallel(recipe):
         batches = lab.text_batches(recipe, seed=1)
-        for step in range(1, wanted.steps + 1):
-            start = time.perf_counter()
-            room.step(batches)
-            if step > INTERVAL:  # the first steps and the first look warm things up
-                (others if step % INTERVAL else looked_at).append(time.perf_counter() - start)
-    ordinary, look = statistics.median(others), statistics.median(looked_at)
-    result = {
-        "megatron": lab.megatron_version(),
-        "step_ms": 1e3 * ordinary,
-        "step_with_a_look_ms": 1e3 * look,
-        "look_ms": 1e3 * (look - ordinary),
-        "share_at_N_100": (look - ordinary) / ordinary / 100,
-        "recipe": recipe.to_json(),
-    }
-    print(json.dumps(result, indent=1))
+        batch = [next(batches) for _ in range(recipe.micro_batches)]
+        # At N=100 the second step after turning it on is one between looks, at N=2 it is a look.
+        for name, interval in (("off", None), ("between looks", "100"), ("a look", "2")):
+            megatron_fp32_router.disable()
+            os.environ.pop(MONITOR, None)
+            if interval is not None:
+                os.environ |= {MONITOR: interval, FOLDER: folder}
+            megatron_fp32_router.enable()
+            room = lab.build(recipe)
+            room.step(batch)
+            with Counting() as counting:
+                room.step(batch)
+            operations[name] = counting.operations
+        done = iter(range(1, 10**6))
 
+        def step() -> float:
+            report(f"step {next(done)} of {2 * (pairs + 2)}")
+            return clock(lambda: room.step(batch))
 
-if __name__ == "__main__":
-    main()
+        # The look comes with every second step, whatever is called: the order inside a pair stays as it is.
+        found = compare(step, step, pairs, shuffle=False)
+        megatron_fp32_router.disable()
+        for name in (MONITOR, FOLDER):
+            os.environ.pop(name, None)
+    return {"size": SIZE, "recipe": SIZES[SIZE], "operations": operations, **found}

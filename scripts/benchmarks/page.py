@@ -31,12 +31,6 @@ What no implementation can beat, computed from the vendor's peaks for an H100 SX
 `scripts/benchmarks/gating.py`): milliseconds of the forward.
 """
 
-MONITOR = """\
-## Monitor
-
-Not in this table yet.
-"""
-
 
 def load(name: str) -> dict[str, Any] | None:
     """What docs/bench holds under this name, or None."""
@@ -58,14 +52,15 @@ def render(cpu: dict[str, Any] | None, gpu: dict[str, Any] | None) -> str:
         raise FileNotFoundError("docs/bench/cpu.json: run scripts/bench first")
     parts = [
         INTRODUCTION.format(command=cpu["command"], machine=_machine(cpu["machine"])),
-        *(writer(cpu[name]) for name, writer in WRITERS.items() if name in cpu and name != "gating"),
+        *(writer(cpu[name]) for name, writer in WRITERS.items() if name in cpu and name not in ("gating", "monitor")),
     ]
     parts.append("## The router's products on a GPU\n\n" + (_gating(gpu) if gpu else _not_measured()))
     if "gating" in cpu:
         parts.append("## The router's products on a CPU\n\n" + _gating(cpu))
     if "balance" in cpu:
         parts.append(_growth(cpu))
-    parts.append(MONITOR)
+    if "monitor" in cpu:
+        parts.append(_monitor(cpu["monitor"]))
     return "\n".join(parts)
 
 
@@ -193,6 +188,26 @@ def _balance(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def _monitor(found: dict[str, Any]) -> str:
+    off = found["operations"]["off"]
+    more = {name: counted - off for name, counted in found["operations"].items()}
+    look = found["ratio"] - 1
+    return (
+        f"## Monitor\n\nThe laboratory's {found['size']} model under the plugin, in one run that looks at every "
+        f"second step; {found['pairs']} pairs of a step that is looked at and the one before it. Operations are "
+        f"counted in one step, of {off:,} without the monitor. What N=100 costs is a hundredth of a look.\n\n"
+        + _table(
+            ("MEGATRON_FP32_ROUTER_MONITOR", "more operations in a step", "time over a step without a look"),
+            [
+                ("off", 0, ""),
+                ("between looks", more["between looks"], ""),
+                ("1: a look in every step", more["a look"], _ratio(found)),
+                ("100", f"{more['a look']} in one of 100", f"{1 + look / 100:.4f}"),
+            ],
+        )
+    )
+
+
 def _gating(results: dict[str, Any]) -> str:
     found = results["gating"]
     cpu = found["device"] == "cpu"
@@ -288,4 +303,5 @@ WRITERS: dict[str, Any] = {
     "balance": _balance,
     "accuracy": _accuracy,
     "gating": _gating,
+    "monitor": _monitor,
 }

@@ -19,7 +19,13 @@ def clock(action: Callable[[], object]) -> float:
 
 
 def compare(
-    off: Callable[[], float], on: Callable[[], float], pairs: int, *, warm_up: int = 2, seed: int = 0
+    off: Callable[[], float],
+    on: Callable[[], float],
+    pairs: int,
+    *,
+    warm_up: int = 2,
+    seed: int = 0,
+    shuffle: bool = True,
 ) -> dict[str, Any]:
     """Run both `pairs` times, side by side and in no fixed order, so that a busy moment hits both.
 
@@ -29,6 +35,7 @@ def compare(
         pairs: how many pairs count.
         warm_up: pairs that come first and do not.
         seed: of the order inside the pairs.
+        shuffle: False where `off` has to come first in each.
 
     Returns:
         Medians in milliseconds; the median of the ratios on/off of the pairs, and the quartiles around it.
@@ -36,7 +43,7 @@ def compare(
     order = random.Random(seed)
     times: dict[str, list[float]] = {"off": [], "on": []}
     for pair in range(warm_up + pairs):
-        for name in order.sample(["off", "on"], k=2):
+        for name in order.sample(["off", "on"], k=2) if shuffle else ("off", "on"):
             taken = off() if name == "off" else on()
             if pair >= warm_up:
                 times[name].append(taken)
