@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from benchmarks import accuracy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_fp32_router.protect import linear, split, split_cache
+from megatron_fp32_router.protect.matmul import mm, true_fp32
 
 LARGEST = float(torch.finfo(torch.bfloat16).max)
 
@@ -344,6 +346,30 @@ def test_two_layers_that_take_turns_at_one_address_have_a_split_each() -> None:
     assert kept() is None
 
 
+@pytest.mark.parametrize("hooks", ["checkpoint", "saved on the CPU", "detached"])
+def test_hooks_on_saved_tensors_do_not_make_a_step_keep_more(hooks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split, "why_not", lambda *_: "")
+    o = operands()
+    x, weight = o.x.clone().requires_grad_(), torch.nn.Parameter(o.w)
+    with split_cache.one_step():
+        for _ in range(3):
+            if hooks == "checkpoint":
+                logits = torch.utils.checkpoint.checkpoint(
+                    linear.RouterLinear.apply, x, weight, None, torch.float32, use_reentrant=False
+                )
+            else:
+                around = (
+                    torch.autograd.graph.save_on_cpu()
+                    if hooks == "saved on the CPU"
+                    else torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.detach)
+                )
+                with around:
+                    logits = linear.RouterLinear.apply(x, weight, None, torch.float32)
+            logits.backward(o.g)
+        assert len(split_cache._now[0].kept) == 1
+    assert torch.equal(weight.grad, 3 * split.gradients(o.g, o.x, split.split_weight(o.w), False, True)[1])
+
+
 def test_what_a_step_kept_is_let_go_at_its_end_also_when_it_fails() -> None:
     weight = torch.nn.Parameter(operands().w)
     with contextlib.suppress(ZeroDivisionError), split_cache.one_step():
@@ -408,3 +434,28 @@ def test_another_stream_makes_its_own_split(monkeypatch: pytest.MonkeyPatch) -> 
         assert split_cache.parts_of(weight) is not first
         weight.stream = 1
         assert split_cache.parts_of(weight) is first
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch before 2.9 has no such switch")
+def test_switches_that_follow_another_one_still_do_after_a_product_in_true_fp32() -> None:
+    backends, exact = torch.backends, mm(torch.ones(2, 2), torch.ones(2, 2))
+    legacy, before = torch.get_float32_matmul_precision(), backends.fp32_precision
+    places = (backends.cuda.matmul, backends.mkldnn.matmul)
+    kept = [place.fp32_precision for place in places]
+    try:
+        for place in places:
+            place.fp32_precision = "none"
+        backends.fp32_precision = "tf32"
+        with true_fp32():
+            assert {place.fp32_precision for place in places} == {"ieee"}
+        assert {place.fp32_precision for place in places} == {"tf32"}
+        backends.fp32_precision = "ieee"
+        assert {place.fp32_precision for place in places} == {"ieee"}
+        backends.cuda.matmul.fp32_precision = "tf32"
+        assert torch.equal(mm(torch.ones(2, 2), torch.ones(2, 2)), exact)
+        assert backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.set_float32_matmul_precision(legacy)
+        backends.fp32_precision = before
+        for place, value in zip(places, kept, strict=True):
+            place.fp32_precision = value

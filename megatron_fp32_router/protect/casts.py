@@ -107,6 +107,14 @@ def _guard(router: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Tensor]) 
     return apply_to
 
 
+def mark_parameters(router: torch.nn.Module) -> None:
+    """Let optimizers know the parameters of `router` that are kept in fp32."""
+    if protects_parameters():
+        for parameter in router.parameters():
+            if parameter.dtype == torch.float32:
+                setattr(parameter, _MARK, True)
+
+
 def widen_counter(router: torch.nn.Module) -> None:
     """Make the token counter of `router` float64, if it is still fp32."""
     counter = router._buffers.get(COUNTER)
@@ -143,10 +151,7 @@ def keep_fp32(original: Callable[..., torch.nn.Module]) -> Callable[..., torch.n
             buffer = self._buffers[name]
             if buffer is not None and not buffer.is_meta:
                 buffer.zero_()
-        if protects_parameters():
-            for parameter in self.parameters():
-                if parameter.dtype == torch.float32:
-                    setattr(parameter, _MARK, True)
+        mark_parameters(self)
         widen_counter(self)
         return result
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import logging
 import sys
 import weakref
@@ -14,7 +16,7 @@ import torch
 
 from megatron_fp32_router.errors import ModelInUseError, UnprotectedRouterError
 from megatron_fp32_router.protect import split
-from megatron_fp32_router.protect.casts import below_fp32, protects_parameters, widen_counter
+from megatron_fp32_router.protect.casts import below_fp32, mark_parameters, protects_parameters, widen_counter
 from megatron_fp32_router.protect.gating import compute_dtype
 from megatron_fp32_router.protect.linear import in_words
 from megatron_fp32_router.protect.walk import modules_of
@@ -93,12 +95,52 @@ def survey(module: torch.nn.Module) -> Survey:
 def _products(module: torch.nn.Module, config: Any) -> str:
     """How the routers of `module` will multiply, as far as can be told before the first forward."""
     activations = torch.float16 if getattr(config, "fp16", False) else torch.bfloat16
-    router = sys.modules[_ROUTER_MODULE].TopKRouter
-    ways = {
-        in_words(split.why_not(weight.device, activations, weight, compute_dtype(config, weight)))
-        for weight in (child.weight for child in modules_of([module]) if isinstance(child, router))
-    }
+    ways = set()
+    for router in _topk_routers(module):
+        weight, owner = router.weight, dict(_own_functions(router)).get("gating")
+        if owner:
+            ways.add(f"the products of {owner}")
+        elif weight.is_meta or (weight.device.type == "cpu" and torch.cuda.is_available()):
+            ways.add(f"products chosen at the first forward (the weight is still on {weight.device.type})")
+        else:
+            ways.add(in_words(split.why_not(weight.device, activations, weight, compute_dtype(config, weight))))
     return "; ".join(sorted(ways))
+
+
+def _topk_routers(module: torch.nn.Module) -> Iterator[Any]:
+    router_class = sys.modules[_ROUTER_MODULE].TopKRouter
+    return (child for child in modules_of([module]) if isinstance(child, router_class))
+
+
+def _own_functions(router: torch.nn.Module) -> Iterator[tuple[str, str]]:
+    """(name, its full name) of what a subclass, or an attribute of this router, has in the place of a patched function.
+
+    Not those that call super(): ours runs below them. What somebody put on Megatron's own class is status()'s matter.
+    """
+    users = itertools.takewhile(lambda cls: cls.__module__.partition(".")[0] != "megatron", type(router).__mro__)
+    places = [vars(router), *map(vars, users)]
+    for name in ("gating", "forward", "_apply"):
+        function = next((place[name] for place in places if name in place), None)
+        if function is None:
+            continue
+        code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+        if code is None or not {"super", name} <= set(code.co_names):
+            module = getattr(function, "__module__", type(function).__module__)
+            yield name, f"{module}.{getattr(function, '__qualname__', type(function).__name__)}"
+
+
+def _say_whose_functions_run(module: torch.nn.Module) -> None:
+    """Once: routers of a class of the user's decide for themselves in what precision they compute."""
+    own = sorted({found for router in _topk_routers(module) for found in _own_functions(router)})
+    if own:
+        registry.notes.setdefault("gating", set()).update(f"not in {owner}" for name, owner in own if name == "gating")
+        say(
+            logging.WARNING,
+            f"routers of this model have functions of their own: {', '.join(owner for _, owner in own)}. The plugin's "
+            "run only where these call super(); what they compute in is theirs to decide, on fp32 weights.",
+            threshold=registry.settings.log,
+            once=True,
+        )
 
 
 def _report(module: torch.nn.Module, config: Any) -> None:
@@ -132,6 +174,7 @@ def _report(module: torch.nn.Module, config: Any) -> None:
             threshold=registry.settings.log,
         )
         _say_what_is_displaced()
+        _say_whose_functions_run(module)
 
 
 def _say_what_is_displaced() -> None:
@@ -214,4 +257,5 @@ def _widen(router: torch.nn.Module) -> None:
             for name, buffer in module._buffers.items():
                 if buffer is not None and below_fp32(buffer.dtype):
                     module._buffers[name] = buffer.to(torch.float32)
+    mark_parameters(router)
     widen_counter(router)

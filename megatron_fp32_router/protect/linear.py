@@ -43,7 +43,8 @@ def _gradients(
     grad: torch.Tensor, tokens: torch.Tensor, weight: torch.Tensor, needs_input: bool, needs_weight: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     if _uses_split(tokens, weight, grad.dtype):
-        grad_input, grad_weight = split.gradients(grad, tokens, parts_of(weight), needs_input, needs_weight)
+        parts = parts_of(weight, keep=False)
+        grad_input, grad_weight = split.gradients(grad, tokens, parts, needs_input, needs_weight)
     else:
         grad_input = mm(grad, weight.to(grad.dtype)).to(tokens.dtype) if needs_input else None
         grad_weight = mm(grad.t(), tokens.to(grad.dtype)) if needs_weight else None

@@ -26,13 +26,23 @@ def _reduced_precision_allowed() -> bool:
 
 @contextmanager
 def true_fp32() -> Iterator[None]:
-    """Compute fp32 matrix products in fp32 inside, and leave every switch as it was found."""
+    """Compute fp32 matrix products in fp32 inside, and leave every switch as it was found.
+
+    The switches are the process's: torch has no others. Another thread that multiplies meanwhile does so in fp32 too.
+    """
     if not _reduced_precision_allowed():
         yield
         return
-    candidates: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
-    places = [place for place in candidates if hasattr(place, "fp32_precision")]
-    saved = [place.fp32_precision for place in places]
+    candidates: list[tuple[Any, Any]] = [
+        (torch.backends.cuda.matmul, torch.backends),
+        (getattr(torch.backends.mkldnn, "matmul", None), torch.backends.mkldnn),
+    ]
+    places = [(place, above) for place, above in candidates if hasattr(place, "fp32_precision")]
+    # A switch without a value of its own reads as the one above it. It must go on following that one.
+    saved = [
+        "none" if place.fp32_precision == getattr(above, "fp32_precision", None) else place.fp32_precision
+        for place, above in places
+    ]
     try:
         legacy = torch.get_float32_matmul_precision()
     except RuntimeError:
@@ -42,7 +52,7 @@ def true_fp32() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(legacy)
-        for place, value in zip(places, saved, strict=True):
+        for (place, _), value in zip(places, saved, strict=True):
             place.fp32_precision = value
 
 

@@ -6,7 +6,13 @@ of Megatron's own schedule, which runs all micro-batches of a step, forward and 
 optimizer, a parameter gather, a load or anything of the user's comes. (A gather that overlaps with the first
 forward ends before the router that reads its weight runs.) When the call returns, what was kept is let go.
 Everywhere else, in a schedule that the plugin does not know, in evaluation and inference outside of it, the weight
-is split anew each time.
+is split anew each time. Two things could still find an old split, and nobody is known to do either: a schedule inside
+which a fused optimizer steps, and a thread that trains without a schedule while another one is in one.
+
+Backward takes what forward kept and keeps nothing itself: hooks on saved tensors (non-reentrant checkpointing,
+save_on_cpu) hand it a new tensor object each time, and one split for each of those would be kept.
+
+What is kept takes 6 bytes an element of every router weight of the model chunks on the device, until the step ends.
 
 Inside, a change that shows in the tensor is respected all the same: another storage, another `_version`. A CUDA graph
 that captures one layer splits inside the graph, each time it is replayed; one that captures the whole schedule
@@ -54,8 +60,8 @@ def one_step() -> Iterator[None]:
         _now.remove(step)
 
 
-def parts_of(weight: torch.Tensor) -> torch.Tensor:
-    """`split_weight(weight)`, made once in a step."""
+def parts_of(weight: torch.Tensor, *, keep: bool = True) -> torch.Tensor:
+    """`split_weight(weight)`, made once in a step; kept for the rest of it if `keep`."""
     step = _now[-1] if _now else None
     if step is None or weight.is_inference():
         return split_weight(weight)
@@ -70,7 +76,9 @@ def parts_of(weight: torch.Tensor) -> torch.Tensor:
     key = (id(weight), weight.data_ptr(), weight.device, weight.dtype, weight.shape, weight.stride(), stream)
     found = step.kept.get(key)
     if found is None or found[1] != weight._version:
-        found = step.kept[key] = (weight, weight._version, split_weight(weight))
+        found = (weight, weight._version, split_weight(weight))
+        if keep:
+            step.kept[key] = found
     return found[2]
 
 

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import megatron_fp32_router
+from megatron_fp32_router.protect.casts import is_protected
 
 # What is asked here is alike on the lines in between.
 pytestmark = pytest.mark.on_lines("0.11", "0.12", "0.13", "0.17", "0.19")
@@ -152,6 +153,8 @@ def test_a_model_built_before_activation_is_noticed_and_can_be_protected(build: 
         survey = megatron_fp32_router.protect_model(built)
         assert not survey.below
         assert built.weight.dtype == torch.float32
+        # What refuses optimizers asks the parameter itself, without a second wrapping.
+        assert is_protected(built.weight)
         Float16Module(config, built)
     finally:
         megatron_fp32_router.disable()

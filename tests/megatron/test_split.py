@@ -44,8 +44,8 @@ def never_stale(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     """Every split that the router gets is compared with one made on the spot."""
     seen: list[bool] = []
 
-    def checked(weight: torch.Tensor) -> torch.Tensor:
-        parts = split_cache.parts_of(weight)
+    def checked(weight: torch.Tensor, **how: bool) -> torch.Tensor:
+        parts = split_cache.parts_of(weight, **how)
         seen.append(torch.equal(parts, split.split_weight(weight)))
         return parts
 

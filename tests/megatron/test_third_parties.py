@@ -223,3 +223,39 @@ def test_without_the_plugin_their_counts_are_rounded(build: Any, monkeypatch: py
     monkeypatch.setattr(f"{ROUTER}.TopKRouter.routing", their_routing(COUNTS["integers"]))
     with pytest.raises(AssertionError):
         assert_exact(train(build))
+
+
+def test_a_router_class_with_a_gating_of_its_own_is_named_once(
+    router: Any, plugin: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    theirs = import_module(ROUTER).TopKRouter
+
+    class Rounding(theirs):  # type: ignore[misc, valid-type]
+        def gating(self, input: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(input, self.weight.to(input.dtype))
+
+    class Scaling(theirs):  # type: ignore[misc, valid-type]
+        def gating(self, input: torch.Tensor) -> torch.Tensor:
+            return 2 * super().gating(input)
+
+    wrap = import_module("megatron.core.transformer.module").Float16Module
+    x = torch.randn(16, 1, 64).bfloat16()
+    for cls, dtype in ((Rounding, torch.bfloat16), (Scaling, torch.float32)):
+        caplog.clear()
+        built = router()
+        built.__class__ = cls
+        for _ in range(2):
+            wrap(built.config, built)
+        assert built.gating(x).dtype == dtype
+        warnings = [r.getMessage() for r in caplog.records if "functions of their own" in r.getMessage()]
+        name = f"{__name__}.{cls.gating.__qualname__}"
+        if cls is Scaling:
+            assert warnings == []
+            assert name not in caplog.text + states()["gating"][1]
+        else:
+            assert len(warnings) == 1
+            assert name in warnings[0]
+            assert f"gating in the products of {name}" in caplog.text
+            assert states()["gating"] == ("applied", f"not in {name}")
+            megatron_fp32_router.disable()
+            megatron_fp32_router.enable()
