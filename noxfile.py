@@ -15,7 +15,7 @@ import nox
 ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
-from bootstrap import RELEASES, ensure_release  # noqa: E402 - neither folder is a package
+from bootstrap import LAST_OF_LINE, RELEASES, ensure_release  # noqa: E402 - neither folder is a package
 from installing import VERSIONS, pythons  # noqa: E402
 
 nox.options.default_venv_backend = "none"
@@ -80,9 +80,7 @@ def release(session: nox.Session, megatron: str) -> None:
     """Tests on one release."""
     tree, ledger = ensure_release(megatron), ROOT / "results" / f"{megatron}.json"
     # Patch releases of a line behave alike: every one is asked for every defect, and the last one for the rest too.
-    line = megatron.rpartition(".")[0]
-    newest = [version for version in RELEASES if version.rpartition(".")[0] == line][-1]
-    tests = ["tests/megatron"] if megatron == newest else ["tests/megatron/test_defects.py"]
+    tests = ["tests/megatron"] if megatron in LAST_OF_LINE else ["tests/megatron/test_defects.py"]
     if megatron in OTHER_OPTIMIZERS:
         tests += ["tests/megatron/test_optimizer_checkpoints.py", "tests/megatron/test_resume.py"]
     where = [*tests, "--megatron", str(tree), "--ledger", str(ledger)]

@@ -28,6 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Every megatron-core on PyPI whose router has an expert bias, oldest first: the one list of them.
 RELEASES = tuple((ROOT / "scripts" / "releases.txt").read_text(encoding="utf-8").split())
 
+#: The last patch release of every line: 0.12.3 of 0.12.
+LAST_OF_LINE = tuple({version.rpartition(".")[0]: version for version in RELEASES}.values())
+
 #: What development and the demo use when no release is named.
 NEWEST = RELEASES[-1]
 
