@@ -7,6 +7,7 @@ file runs git in a subprocess (0.19 and later), and package metadata can belong 
 from __future__ import annotations
 
 import ast
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -73,8 +74,12 @@ def read_version(package_info: Path) -> Version | None:
 def of_module(module: ModuleType) -> Megatron:
     """The Megatron that `module` (some `megatron.core.…` or `megatron.legacy.…`) belongs to."""
     file = getattr(module, "__file__", None)
-    if file is None:
-        return Megatron(None, None)
+    return Megatron(None, None) if file is None else _tree_around(file)
+
+
+@functools.cache
+def _tree_around(file: str) -> Megatron:
+    """Kept: status() asks once for each patch, and what a process has imported stays what it is."""
     for parent in Path(file).resolve().parents:
         if parent.name == "megatron":
             core = parent / "core"
