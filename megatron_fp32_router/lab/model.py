@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import gc
 import random
@@ -116,6 +117,9 @@ def layout(recipe: Recipe) -> Iterator[None]:
     with `leave_layout` first. Models of an earlier layout must not be used any more.
     """
     state = import_module("megatron.core.parallel_state")
+    # Newer releases write each loss scale into the tensor of the one before, whatever its shape.
+    scaler = import_module("megatron.core.transformer.moe.moe_utils").MoEAuxLossAutoScaler
+    scale = copy.deepcopy(scaler.main_loss_backward_scale)
     try:
         compat.after_import()
         state.initialize_model_parallel(
@@ -128,6 +132,7 @@ def layout(recipe: Recipe) -> Iterator[None]:
         yield
     finally:
         leave_layout()
+        scaler.main_loss_backward_scale = scale
 
 
 def leave_layout() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_fp32_router import lab
+from megatron_fp32_router.protect.casts import COUNTER
 from megatron_fp32_router.registry import replaces
 
 # What is asked here is alike on the lines in between.
@@ -128,21 +129,29 @@ def test_a_replacement_of_a_compiled_function_is_not_skipped_by_dynamo() -> None
     assert torch.compile(lambda x: replacement(x), backend="eager")(torch.zeros(1)) == 100
 
 
-def losses(build: Any, **fields: Any) -> list[float]:
+def trained(build: Any, **fields: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses, and every parameter and buffer afterwards."""
     room = build(**fields)
     batches = lab.text_batches(room.recipe, seed=3)
-    return [room.step(batches) for _ in range(3)] + [float(r.expert_bias.double().sum()) for _, r in room.routers()]
+    losses = [room.step(batches) for _ in range(3)]
+    tensors = [*room.chunks[0].named_parameters(), *room.chunks[0].named_buffers()]
+    return losses, {name: tensor.detach().clone() for name, tensor in tensors}
 
 
 def test_fp32_training_is_bit_identical_with_and_without_the_plugin(build: Any) -> None:
     import megatron_fp32_router
 
-    without = losses(build, precision="fp32")
+    losses, without = trained(build, precision="fp32")
     megatron_fp32_router.enable()
     try:
-        assert losses(build, precision="fp32") == without
+        again, under = trained(build, precision="fp32")
     finally:
         megatron_fp32_router.disable()
+    assert losses == again
+    # What differs is a counter's own dtype, never its value.
+    assert without.keys() == under.keys()
+    assert all(torch.equal(without[name].double(), under[name].double()) for name in without)
+    assert {name.rpartition(".")[2] for name in without if without[name].dtype != under[name].dtype} <= {COUNTER}
 
 
 @pytest.mark.parametrize("fields", [{}, {"optimizer": "distributed"}, {"recompute": True}, {"precision": "fp16"}])

@@ -35,6 +35,10 @@ UNSAFE = (
 )
 
 
+#: Ways to the host that no operator shows where the tensor lies there already.
+TO_THE_HOST = ("cpu", "numpy", "tolist", "__array__")
+
+
 class Watch(TorchDispatchMode):
     """Counts the operators that a graph could not capture, and keeps every operator's name."""
 
@@ -42,6 +46,32 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.unsafe: Counter[str] = Counter()
         self.seen: list[str] = []
+        self._methods = pytest.MonkeyPatch()
+
+    def __enter__(self) -> Watch:
+        for name in TO_THE_HOST:
+            self._methods.setattr(torch.Tensor, name, self._noting(name, getattr(torch.Tensor, name)))
+        move = torch.Tensor.to
+
+        def to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if any(str(given) == "cpu" for given in (*args, *kwargs.values())):
+                self.unsafe["to('cpu')"] += 1
+            return move(tensor, *args, **kwargs)
+
+        self._methods.setattr(torch.Tensor, "to", to)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._methods.undo()
+
+    def _noting(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            self.unsafe[name] += 1
+            return method(*args, **kwargs)
+
+        return noted
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -71,8 +101,12 @@ class Watch(TorchDispatchMode):
         lambda x: x[x > 0],
         lambda x: x.masked_fill_(x > 0, 1.0).unique(),
         lambda x: x.to("meta"),
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+        lambda x: x.numpy(),
+        lambda x: x.to("cpu", non_blocking=True),
     ],
-    ids=["bool()", "float()", "nonzero", "mask", "unique", "device"],
+    ids=["bool()", "float()", "nonzero", "mask", "unique", "device", "tolist", "cpu", "numpy", "to the CPU"],
 )
 def test_the_watch_sees_what_a_graph_cannot_capture(unsafe: Callable[[torch.Tensor], Any]) -> None:
     with Watch() as watch:
@@ -115,9 +149,8 @@ def test_forward_and_backward_add_nothing_that_a_graph_could_not_capture(router:
         assert not ours.unsafe - upstream.unsafe, case
 
 
-def test_counting_under_a_padding_mask_is_safe(router: Any, release: Any, plugin: Any) -> None:
-    if release.minor < 16:
-        return  # there are no padding masks yet
+@pytest.mark.since("0.16")
+def test_counting_under_a_padding_mask_is_safe(router: Any, plugin: Any) -> None:
     built = wrapped(router)
     with Watch() as watch:
         built._apply_expert_bias(torch.ones(6, 8, dtype=torch.bool), padding_mask=torch.arange(6) > 3)

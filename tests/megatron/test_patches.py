@@ -159,6 +159,13 @@ def test_nothing_is_said_about_fp32_training(build: Any, plugin: Any, caplog: An
     assert not [r for r in caplog.records if r.name == "megatron_fp32_router" and "routers:" in r.getMessage()]
 
 
+def test_nothing_is_said_about_a_model_without_routers(router: Any, plugin: Any, caplog: Any) -> None:
+    config = router().config
+    with caplog.at_level(logging.DEBUG):
+        sys.modules["megatron.core.transformer.module"].Float16Module(config, torch.nn.Linear(8, 8))  # type: ignore[attr-defined]
+    assert not [r for r in caplog.records if r.name == "megatron_fp32_router"]
+
+
 def test_a_reloaded_router_module_is_patched_again_before_a_model_is_wrapped(plugin: Any) -> None:
     everything_imported()
     module = sys.modules[HOME]
