@@ -1,7 +1,7 @@
 """The router's GEMMs, forward and backward, at the shapes of published models: by which arithmetic, how long.
 
 On a CPU: bf16 as upstream computes it and fp32 as the plugin does (split products are emulated there, so their time
-means nothing; TF32 does not exist). On CUDA: these and bf16 with fp32 output, TF32, and split products.
+means nothing; TF32 does not exist). On CUDA: these, TF32, and split products.
 """
 
 from __future__ import annotations

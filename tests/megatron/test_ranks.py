@@ -63,10 +63,12 @@ def test_every_rank_ends_with_the_bias_that_integers_give_however_the_counts_are
     layout: dict[str, Any], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     recipe = lab.Recipe(**{"bias_start": START, "seq_length": 128, **layout})
+    # Where input gradients are summed over ranks, and where weights are gathered while the forward runs.
+    split = recipe.uses_sequence_parallel or recipe.optimizer == "distributed"
     ranks = lab.run_ranks(
         "megatron_ranks:train",
         recipe,
-        {"totals": torch.from_numpy(TOTALS), "split_products": recipe.uses_sequence_parallel},
+        {"totals": torch.from_numpy(TOTALS), "split_products": split},
         megatron=request.config.getoption("--megatron"),
         plugin=True,
         logs=tmp_path,
@@ -87,7 +89,10 @@ def test_every_rank_ends_with_the_bias_that_integers_give_however_the_counts_are
         for found in copies:
             if recipe.pipeline_parallel == 1:
                 assert found["reduced"].tolist() == [sharing * (sharing + 1) / 2] * recipe.experts
-            assert found["weight"] == "torch.float32"
+            assert found["weight"].dtype == torch.float32
+            assert torch.equal(found["weight"], copies[0]["weight"])
+            assert len(found["fresh"]) >= (2 * recipe.layers if split else 0)
+            assert all(found["fresh"])
             assert (found["bias"].numpy() == trained).all()
             assert (found["split"].numpy() == of_layer(number)).all()
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from megatron_fp32_router import lab
+from megatron_fp32_router.lab import checkpoint
 
 #: In how many pieces a rank counts its share of a step's tokens, as micro-batches do.
 PIECES = 64
@@ -18,10 +19,7 @@ def train(recipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
 
     With `totals` (int64 [steps, experts]) it then goes on with counts of the test's choosing, see `split`.
     """
-    if arguments.get("split_products"):
-        from megatron_fp32_router.protect import split as products
-
-        products.why_not = lambda *tensors: ""  # emulated on a CPU
+    fresh = emulate_split_products() if arguments.get("split_products") else []
     room = lab.build(recipe)
     counts: dict[str, list[torch.Tensor]] = {}
 
@@ -33,12 +31,14 @@ def train(recipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     batches = lab.text_batches(recipe, seed=5)
     for _ in range(3):
         room.step(batches)
+    checkpoint.gather(room)
     found = {
         name: {
             "layer": router.layer_number,
             "counts": torch.stack(counts[name]),
             "bias": router.expert_bias.clone(),
-            "weight": str(router.weight.dtype),
+            "weight": router.weight.detach().clone(),
+            "fresh": fresh,
         }
         for name, router in room.routers()
     }
@@ -49,6 +49,22 @@ def train(recipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     room.on_counts.remove(look)
     after = split(room, arguments["totals"])
     return {name: {**values, "reduced": tokens, "split": after[name]} for name, values in found.items()}
+
+
+def emulate_split_products() -> list[bool]:
+    """Use split products on this CPU; returns a list that tells of each one whether it is that of its weight."""
+    from megatron_fp32_router.protect import linear, split, split_cache
+
+    fresh: list[bool] = []
+
+    def checked(weight: torch.Tensor, **how: bool) -> torch.Tensor:
+        parts = split_cache.parts_of(weight, **how)
+        fresh.append(torch.equal(parts, split.split_weight(weight)))
+        return parts
+
+    split.why_not = lambda *tensors: ""  # type: ignore[assignment]
+    linear.parts_of = checked  # type: ignore[assignment]
+    return fresh
 
 
 def split(room: Any, totals: torch.Tensor) -> dict[str, torch.Tensor]:
