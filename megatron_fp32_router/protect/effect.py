@@ -94,6 +94,8 @@ def survey(module: torch.nn.Module) -> Survey:
 
 def _products(module: torch.nn.Module, config: Any) -> str:
     """How the routers of `module` will multiply, as far as can be told before the first forward."""
+    if "gating" not in registry.replacements:
+        return "Megatron's own products, or those of whoever replaced them"
     activations = torch.float16 if getattr(config, "fp16", False) else torch.bfloat16
     ways = set()
     for router in _topk_routers(module):

@@ -46,7 +46,6 @@ ROUTERS: Final = (
         remove_when="every router tensor carries main's keep_in_fp32 mark (#5929) through device moves",
         parameters=("self", "fn"),
         inherited=True,
-        needs=("gating",),
     ),
     Patch(
         id="gating",

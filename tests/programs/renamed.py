@@ -132,13 +132,16 @@ def under_warn(patch: Patch) -> dict[str, Any]:
     # What is renamed alone may be imported by name elsewhere in Megatron, which then breaks by itself, afterwards.
     with nullcontext() if trains(patch) else suppress(ImportError):
         import_module(patch.module)
-    loss = None
+    loss, biases = None, []
     if trains(patch):
         recipe = lab.Recipe(layers=1, hidden=16, moe_ffn=16, seq_length=16)
         with lab.parallel(recipe):
-            loss = lab.build(recipe).step(lab.text_batches(recipe, seed=1))
+            room = lab.build(recipe)
+            biases = [str(router.expert_bias.dtype) for _, router in room.routers()]
+            loss = room.step(lab.text_batches(recipe, seed=1))
     states = {record.id: record.state for record in megatron_fp32_router.status()}
-    return {"said": [line for line in said if patch.target in line], "state": states[patch.id], "loss": loss}
+    about = [line for line in said if patch.target in line]
+    return {"said": about, "state": states[patch.id], "loss": loss, "biases": biases}
 
 
 def main(tree: Path) -> None:
