@@ -410,8 +410,9 @@ from megatron_fp32_router.upstream import Megatron, read_version
 core = Path(sys.argv[1]) / "megatron" / "core"
 megatron = Megatron(core, read_version(core / "package_info.py"))
 begun = time.process_time()
-from megatron_fp32_router.compat.gate import objection
+from megatron_fp32_router.compat.gate import digest, objection
 found = [objection(patch.id, megatron, "") for patch in PATCHES]
+assert len(digest(megatron)) == 16
 print(time.process_time() - begun, {*found})
 """
     done = subprocess.run(
