@@ -19,6 +19,7 @@ import pytest
 from bootstrap import RELEASES, ensure_release
 
 from megatron_fp32_router.cli import main
+from megatron_fp32_router.compat import probe
 from megatron_fp32_router.compat.fingerprints import known
 from megatron_fp32_router.compat.source import file_of
 from megatron_fp32_router.records import PATCHES
@@ -233,6 +234,34 @@ def test_what_only_a_retired_patch_needs_may_go(copy: Copy, capsys: Any, monkeyp
 def test_another_version_than_the_pinned_one_does_not_fit(capsys: Any) -> None:
     code, report = check(capsys, "--megatron", ensure_release("0.16.1"), "--pin", "0.16.0")
     assert (code, report["reason"]) == (1, "--pin asks for 0.16.0; found 0.16.1")
+
+
+def test_what_was_accepted_before_and_did_not_run_in_the_next_probe_stays_accepted(
+    copy: Copy, capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tree, file = copy("0.19.2"), tmp_path / "accepted.json"
+    names = [f"megatron.core.transformer.moe.router:Router.{name}" for name in ("gating", "reset_parameters")]
+
+    def run(root: Path, targets: Any, version: str) -> probe.Outcome:
+        unproven = frozenset(t.name for t in targets if (t.state, t.name) == ("drifted", names[0]))
+        return probe.Outcome([probe.Proof("casts", True, "")], unproven)
+
+    monkeypatch.setattr(probe, "run", run)
+
+    def accept(old: str, new: str, *options: str) -> list[str]:
+        text = (tree / ROUTER).read_text(encoding="utf-8")
+        assert text.count(old) == 1
+        (tree / ROUTER).write_text(text.replace(old, new), encoding="utf-8")
+        code, report = check(capsys, "--megatron", tree, "--accept", file, *options)
+        assert code == 0
+        assert not any("did not run" in note for note in report["notes"]) or options
+        return list(json.loads(file.read_text(encoding="utf-8"))["targets"])
+
+    assert accept("router_dtype = input.dtype", "router_dtype = (input + 0).dtype", "--unproven") == names[:1]
+    reset = "    def reset_parameters(self):\n"
+    assert sorted(accept(reset, f"{reset}        assert self.weight is not None\n")) == sorted(names)
+    # And what holds no more goes.
+    assert accept("router_dtype = (input + 0).dtype", "router_dtype = input.dtype") == names[1:]
 
 
 # What cannot be judged ---------------------------------------------------------------------------------------------

@@ -202,8 +202,9 @@ def _probe(report: Report, arguments: argparse.Namespace) -> None:
         report.notes.append(f"not probed: {', '.join(missing)} cannot be patched")
         return
     report.probe = probe.run(Path(report.root), report.targets, str(report.version))
-    if report.probe.unproven:
-        names = ", ".join(sorted(name.replace(":", ".") for name in report.probe.unproven))
+    unproven = [t.dotted for t in report.targets if t.name in report.probe.unproven and not t.accepted]
+    if unproven:
+        names = ", ".join(sorted(unproven))
         way_out = "which you vouch for" if report.vouched else "read the diff; --unproven vouches for it"
         report.notes.append(f"has drifted and did not run in the probe, {way_out}: {names}")
 
@@ -213,12 +214,14 @@ def _accept(report: Report, arguments: argparse.Namespace) -> None:
     if report.verdict != "fits" or report.probe is None:
         report.notes.append("nothing is accepted: only a passing probe can be recorded")
         return
-    if not report.proven:
+    # What an earlier file accepts, and this probe did not run, holds as it did.
+    accepted = [target for target in report.targets if target.accepted or target in report.proven]
+    if not accepted:
         report.notes.append("nothing has drifted, so there is nothing to accept, and no file is needed")
         return
     proofs: Mapping[str, str] = {proof.name: proof.detail for proof in report.probe.proofs}
     try:
-        accepting.write(path, str(report.version), report.proven, proofs)
+        accepting.write(path, str(report.version), accepted, proofs)
     except OSError as error:
         raise Fp32RouterError(f"{path} cannot be written: {error.strerror or error}") from error
     report.notes.append(f"written: {path}. Commit it; for training set {PREFIX}_ACCEPTED={path}")
