@@ -264,6 +264,25 @@ def test_what_was_accepted_before_and_did_not_run_in_the_next_probe_stays_accept
     assert accept("router_dtype = (input + 0).dtype", "router_dtype = input.dtype") == names[1:]
 
 
+def test_where_no_patch_could_be_applied_accepting_is_not_suggested(copy: Copy, capsys: Any) -> None:
+    # A module that no wheel contains is compared by its parameters, without which there is no patch.
+    tree = copy("0.11.0")
+    legacy = tree / "megatron/legacy/model/module.py"
+    legacy.parent.mkdir(parents=True)
+    legacy.write_text("class Float16Module:\n    def __init__(self, args, module): ...\n", encoding="utf-8")
+    assert main(["check", "--megatron", str(tree)]) == 1
+    output = capsys.readouterr().out
+    assert "takes (self, args, module) where (self, module, …) was expected" in re.sub(r"\s+", " ", output)
+    assert "--accept" not in output
+    # What may be harmless is another matter.
+    other = copy("0.19.2", ROUTER, "router_dtype = input.dtype", "router_dtype = self.weight.dtype")
+    assert main(["check", "--megatron", str(other)]) == 1
+    assert "`check --accept` trains on this tree" in capsys.readouterr().out
+    code, report = check(capsys, "--megatron", tree, "--accept", tree / "accepted.json")
+    assert code == 1
+    assert "not probed: megatron.legacy.model.module.Float16Module.__init__ cannot be patched" in report["notes"]
+
+
 # What cannot be judged ---------------------------------------------------------------------------------------------
 
 

@@ -197,9 +197,9 @@ def _probe(report: Report, arguments: argparse.Namespace) -> None:
 
     assert report.root is not None
     report.vouched = arguments.unproven
-    missing = [t.dotted for t in report.targets if t.state == "missing"]
-    if missing:
-        report.notes.append(f"not probed: {', '.join(missing)} cannot be patched")
+    hopeless = [t.dotted for t in report.targets if not t.patchable]
+    if hopeless:
+        report.notes.append(f"not probed: {', '.join(hopeless)} cannot be patched")
         return
     report.probe = probe.run(Path(report.root), report.targets, str(report.version))
     unproven = [t.dotted for t in report.targets if t.name in report.probe.unproven and not t.accepted]
@@ -274,7 +274,7 @@ def _print_table(report: Report) -> None:
     for sentence in (*report.problems, *report.notes):
         print(f"- {sentence}")
     print(_summary(report))
-    if report.unfit and report.probe is None and not any(t.state == "missing" for t in report.unfit):
+    if report.unfit and report.probe is None and all(t.patchable for t in report.unfit):
         print("What has drifted may be harmless: `check --accept` trains on this tree and records it if it is.")
 
 

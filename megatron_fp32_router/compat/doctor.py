@@ -215,7 +215,8 @@ def _look_at_patches(found: Diagnosis, megatron: Megatron, targets: list[Target]
     counts = Counter(state for _, state, _ in found.patches)
     told = ", ".join(f"{number} {state}" for state, number in sorted(counts.items()))
     if drifted:
-        found.add("problem", "patches", f"{told}: `check` shows what has changed, `check --accept` tries it")
+        tried = ", `check --accept` tries it" if all(t.patchable for t in targets if not t.fits) else ""
+        found.add("problem", "patches", f"{told}: `check` shows what has changed{tried}")
     else:
         found.add("ok", "patches", f"would be: {told}")
 
