@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -354,6 +355,39 @@ def test_the_folder_may_be_named_on_three_levels(where: str, capsys: Any) -> Non
     tree = ensure_release("0.13.1")
     code, report = check(capsys, "--megatron", tree / where)
     assert (code, report["megatron"]["path"]) == (0, str(tree))
+
+
+def test_the_folder_may_be_named_from_inside(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = ensure_release("0.13.1").resolve()
+    for inside, name in (
+        ("megatron/core", ".."),
+        ("megatron/core", "../.."),
+        ("megatron/core/models", ".."),
+        ("", "."),
+    ):
+        monkeypatch.chdir(tree / inside)
+        code, report = check(capsys, "--megatron", name)
+        assert (code, report["megatron"]["path"]) == (0, str(tree))
+
+
+def test_unproven_alone_is_a_usage_error(capsys: Any) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["check", "--megatron", str(ensure_release("0.19.2")), "--unproven"])
+    assert ended.value.code == 2
+    assert "--unproven needs --probe or --accept" in capsys.readouterr().err
+
+
+def test_a_file_that_could_not_be_written_is_named_before_the_probe(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delattr(probe, "run")
+    arguments = ["check", "--megatron", str(ensure_release("0.19.2")), "--accept"]
+    assert main([*arguments, str(tmp_path / "nowhere" / "a.json")]) == 2
+    assert f"there is no folder {tmp_path / 'nowhere'}\n" in capsys.readouterr().err
+    (tmp_path / "a.json").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "a.json")
+    assert main([*arguments, str(tmp_path / "a.json")]) == 2
+    assert capsys.readouterr().err.endswith("a.json cannot be written: permission denied\n")
 
 
 # How it runs and prints --------------------------------------------------------------------------------------------

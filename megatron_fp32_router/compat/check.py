@@ -62,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="with --probe or --accept: you have read the diffs of what the probe does not run, and vouch for them",
     )
+    parser.set_defaults(usage_error=parser.error)
     parser.add_argument("--json", action="store_true", help="print one JSON object; the same as --format json")
     parser.add_argument("--format", choices=("table", "json", "github"), default="table", help="how to print it")
 
@@ -132,8 +133,12 @@ class Report:
 
 def main(arguments: argparse.Namespace) -> int:
     """Check, print, and return the exit code."""
+    if arguments.unproven and not arguments.probe and arguments.accept is None:
+        arguments.usage_error("--unproven needs --probe or --accept: it is about what a probe did not run")
     report = Report(arguments.megatron)
     try:
+        if arguments.accept is not None:
+            _require_writable(_accepted_path(arguments))
         _static(report, arguments)
         if (arguments.probe or arguments.accept is not None) and not report.unknown:
             _probe(report, arguments)
@@ -182,6 +187,14 @@ def _compare_pin(report: Report, pin: str, megatron: Megatron) -> None:
 
 def _accepted_path(arguments: argparse.Namespace) -> Path:
     return Path(arguments.accept or os.environ.get(f"{PREFIX}_ACCEPTED", "").strip() or accepting.DEFAULT)
+
+
+def _require_writable(path: Path) -> None:
+    """The probe takes many seconds: what cannot be written after it is said before it."""
+    if not path.parent.is_dir():
+        raise Fp32RouterError(f"{path} cannot be written: there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise Fp32RouterError(f"{path} cannot be written: permission denied")
 
 
 def _accepted_file(arguments: argparse.Namespace) -> Accepted:

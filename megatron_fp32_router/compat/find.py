@@ -42,6 +42,8 @@ def root(given: str | None) -> Path:
             )
         return found[0]
     path = Path(given).absolute()
+    if ".." in path.parts:
+        path = path.resolve()  # only then: a link keeps the name that the user gave it
     if not path.exists():
         raise NoMegatronError(f"--megatron {given}: no such path")
     if path.suffix == ".whl":
