@@ -156,7 +156,8 @@ def change(root: Path, line: Line, *, reverse: bool = False) -> list[str]:
 
     Raises:
         UnknownTreeError: see `state`; also when git is missing or the files cannot be written.
-        DirtyTreeError: see `state`. Nothing has been changed then, nor after any other error.
+        DirtyTreeError: see `state`. Nothing has been changed then, nor after any other error, unless the message says
+            which files could neither be replaced nor put back.
     """
     state(root, line)
     before = {file.path: _read(root / file.path) for file in line.files}
@@ -170,7 +171,7 @@ def change(root: Path, line: Line, *, reverse: bool = False) -> list[str]:
     wrong = [path for path, goal in goals.items() if sha256(after[path]) != goal]
     if wrong:
         raise UnknownTreeError(f"the patches of {line.name} made something else of {', '.join(wrong)} than recorded")
-    _install(root, {path: before[path] for path in goals}, after)
+    _install(root, after)
     return sorted(goals)
 
 
@@ -209,26 +210,49 @@ def run_patches(folder: Path, patches: Iterable[Path], only: list[str], *, rever
             raise UnknownTreeError(f"{patch.parent.name}/{patch.name} does not apply: {done.stderr.strip()}")
 
 
-def _install(root: Path, before: dict[str, bytes], after: dict[str, bytes]) -> None:
-    """Replace the files, all or none. Anything may fail before the first rename without a trace."""
+def _install(root: Path, after: dict[str, bytes]) -> None:
+    """Replace the files, all or none. Anything may fail before the first rename without a trace.
+
+    Each file that is replaced leaves a copy beside it until all are. Should a later one fail, those copies take the
+    places of the replaced ones again, by renames: files that were not replaced are not touched at all.
+    """
     new = {path: (root / path).with_name(f".{Path(path).name}.fp32-router") for path in after}
+    kept = {path: (root / path).with_name(f".{Path(path).name}.fp32-router-kept") for path in after}
     try:
         for path, beside in new.items():
             beside.write_bytes(after[path])
             shutil.copymode(root / path, beside)
+            shutil.copy2(root / path, kept[path])
         try:
             for path, beside in new.items():
                 beside.replace(root / path)
-        except BaseException:
-            for path, content in before.items():
-                (root / path).write_bytes(content)
+        except BaseException as error:
+            # What is no longer beside its goal has been renamed.
+            stuck = _put_back(root, {path: kept[path] for path, beside in new.items() if not beside.exists()})
+            if stuck:
+                raise UnknownTreeError(
+                    f"{root} is half changed: {error}; then {', '.join(stuck)} could not be put back. Every other file "
+                    "is as it was. When the files can be written again, the same command completes it, with --reverse "
+                    "or without."
+                ) from error
             raise
     except OSError as error:
         raise UnknownTreeError(f"nothing was changed: cannot write below {root}: {error}") from error
     finally:
-        for beside in new.values():
-            with contextlib.suppress(FileNotFoundError):  # renamed, or never written
+        for beside in (*new.values(), *kept.values()):
+            with contextlib.suppress(OSError):  # renamed, never written, or where nothing can be written any more
                 beside.unlink()
+
+
+def _put_back(root: Path, kept: dict[str, Path]) -> list[str]:
+    """Give files their former content; those with which that fails are returned."""
+    stuck = []
+    for path, copy in kept.items():
+        try:
+            copy.replace(root / path)
+        except OSError:
+            stuck.append(path)
+    return stuck
 
 
 def main(root: Path, *, check: bool, reverse: bool) -> int:

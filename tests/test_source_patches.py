@@ -162,6 +162,61 @@ def test_when_a_file_cannot_be_replaced_all_are_as_before(
     assert content(tree) == before
 
 
+def failing_renames(monkeypatch: pytest.MonkeyPatch, *failing: int) -> None:
+    """The renames with these numbers, from 1 on, fail; every write into a file in place does."""
+    real, calls = Path.replace, []
+
+    def replace(self: Path, target: Any) -> Path:
+        calls.append(target)
+        if len(calls) in failing:
+            raise OSError(28, "No space left on device")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    write = Path.write_bytes
+
+    def write_bytes(self: Path, content: bytes) -> int:
+        if self.name.startswith(".") or "megatron" not in self.parts or "fp32-router-patch-" in str(self):
+            return write(self, content)
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+
+
+def test_what_was_replaced_is_put_back_by_renames_and_the_rest_is_not_touched(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = content(tree)
+    untouched = [tree / file.path for file in line_of(RELEASES[-1]).files[2:]]
+    inodes = [path.stat().st_ino for path in untouched]
+    failing_renames(monkeypatch, 3)
+    assert patch(tree) == 2
+    assert "nothing was changed" in capsys.readouterr().err
+    assert content(tree) == before
+    assert [path.stat().st_ino for path in untouched] == inodes
+
+
+def test_what_cannot_be_put_back_is_named_and_the_command_can_complete_it(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = content(tree)
+    first = line_of(RELEASES[-1]).files[0].path
+    with monkeypatch.context() as broken:
+        # The third file cannot be replaced, and then the first one cannot be put back.
+        failing_renames(broken, 3, 4)
+        assert patch(tree) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "nothing was changed" not in said
+    assert f"half changed: [Errno 28] No space left on device; then {first} could not be put back" in said
+    after = content(tree)
+    assert {path for path in before if after[path] != before[path]} == {first}
+    assert after.keys() == before.keys()
+    assert patch(tree, "--check") == 1
+    assert patch(tree, "--reverse") == 0
+    assert content(tree) == before
+
+
 @pytest.mark.parametrize("options", [[], ["--reverse"]])
 def test_a_tree_that_a_power_cut_left_in_between_is_completed(options: list[str], tree: Path, tmp_path: Path) -> None:
     other = checkout(RELEASES[-1], tmp_path / "other")
