@@ -268,7 +268,7 @@ def main(root: Path, *, check: bool, reverse: bool) -> int:
     except DirtyTreeError as error:
         print(f"megatron-fp32-router patch: {error}", file=sys.stderr)
         return 1
-    except UnknownTreeError as error:
+    except (UnknownTreeError, OSError) as error:
         print(f"megatron-fp32-router patch: {error}", file=sys.stderr)
         return 2
     if not changed:

@@ -310,11 +310,37 @@ def _binary(tree: Path) -> None:
     (tree / ROUTER).write_bytes(b"\x00\x01\x02\xff")
 
 
+def _too_deep(tree: Path) -> None:
+    # Python parses it, and cannot walk through it.
+    text = (tree / ROUTER).read_text(encoding="utf-8")
+    old = "router_dtype = torch.float32"
+    assert old in text
+    (tree / ROUTER).write_text(text.replace(old, f"router_dtype = {'1 + ' * 2000}1"), encoding="utf-8")
+
+
 def _no_version(tree: Path) -> None:
     (tree / INFO).unlink()
 
 
-@pytest.mark.parametrize("damage", [_empty, _cut, _unlinked, _unreadable, _binary, _no_version])
+def _zero_bytes(tree: Path) -> None:
+    (tree / INFO).write_bytes(b"MAJOR = 0\0\n")
+
+
+def _monstrous_expression(tree: Path) -> None:
+    (tree / INFO).write_text(f"MAJOR = {'-' * 100_000}1\n", encoding="utf-8")
+
+
+def _monstrous_number(tree: Path) -> None:
+    (tree / INFO).write_text(f"MAJOR = 0x{'f' * 5000}\nMINOR = 19\nPATCH = 2\n", encoding="utf-8")
+
+
+DAMAGES = [
+    *(_empty, _cut, _unlinked, _unreadable, _binary, _too_deep),
+    *(_no_version, _zero_bytes, _monstrous_expression, _monstrous_number),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkout_gives_one_line_and_exit_code_2(damage: Any, copy: Copy, capsys: Any) -> None:
     tree = copy("0.18.2")
     damage(tree)
@@ -323,6 +349,40 @@ def test_a_damaged_checkout_gives_one_line_and_exit_code_2(damage: Any, copy: Co
     assert captured.out == ""
     assert len(captured.err.splitlines()) == 1
     assert str(tree) in captured.err
+    # The others look at the same files.
+    assert main(["doctor", "--megatron", str(tree)]) == 2
+    captured = capsys.readouterr()
+    assert (captured.err, len([line for line in captured.out.splitlines() if line.startswith("??")])) == ("", 1)
+    if damage not in (_empty, _cut, _binary, _too_deep):  # a file with changes of its own, which patch says: 1
+        assert main(["patch", "--megatron", str(tree), "--check"]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("refused", ["megatron/core", ROUTER])
+def test_what_nobody_may_look_at_gives_one_line_and_exit_code_2(
+    refused: str, copy: Copy, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Tests may run as root, whom no permission stops.
+    tree = copy("0.19.2")
+
+    def refuse(name: str) -> None:
+        real = getattr(Path, name)
+
+        def looked(self: Path, *args: Any) -> Any:
+            if self == tree / refused:
+                raise PermissionError(13, "Permission denied", str(self))
+            return real(self, *args)
+
+        monkeypatch.setattr(Path, name, looked)
+
+    for name in ("is_dir", "is_file", "read_bytes"):
+        refuse(name)
+    for command in ("check", "doctor", "patch"):
+        assert main([command, "--megatron", str(tree)]) == 2
+        captured = capsys.readouterr()
+        (line,) = [line for line in (captured.err + captured.out).splitlines() if "Permission denied" in line]
+        assert str(tree) in line
+        assert len(captured.err.splitlines()) == (0 if command == "doctor" else 1)
 
 
 @pytest.mark.parametrize(
@@ -331,6 +391,7 @@ def test_a_damaged_checkout_gives_one_line_and_exit_code_2(damage: Any, copy: Co
         (("--megatron", "nowhere"), "no such path"),
         (("--megatron", "."), "expected a folder that holds megatron/core"),
         (("--megatron", "a.whl"), "unpack it"),
+        (("--megatron", "x" * 5000), "File name too long"),
         ((), "name a checkout"),
         (("--pin", "newest"), "--pin newest: not a version"),
     ],
@@ -347,6 +408,11 @@ def test_bad_input_gives_one_line_and_exit_code_2(
     assert captured.out == ""
     assert len(captured.err.splitlines()) == 1
     assert said in captured.err
+    if "too long" in said:
+        for command in ("doctor", "patch"):
+            assert main([command, *arguments]) == 2
+            captured = capsys.readouterr()
+            assert said in captured.err + captured.out
     assert check(capsys, *arguments)[1]["verdict"] == "unknown"
 
 

@@ -144,7 +144,7 @@ def main(arguments: argparse.Namespace) -> int:
             _probe(report, arguments)
         if arguments.accept is not None and not report.unknown:
             _accept(report, arguments)
-    except (Fp32RouterError, UnreadableSourceError) as error:
+    except (Fp32RouterError, UnreadableSourceError, OSError) as error:
         report.unknown = str(error)
     _print(report, "json" if arguments.json else arguments.format)
     return EXIT_CODES[report.verdict]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
@@ -95,10 +96,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Look, print, and return the exit code."""
     found = Diagnosis()
-    _look_at_interpreter(found)
-    _look_at_activation(found)
-    _look_at_libraries(found)
-    _look_at_megatron(found, arguments.megatron)
+    looks: dict[str, Callable[[], None]] = {
+        "python": lambda: _look_at_interpreter(found),
+        "start-up file": lambda: _look_at_activation(found),
+        "libraries": lambda: _look_at_libraries(found),
+        "Megatron": lambda: _look_at_megatron(found, arguments.megatron),
+    }
+    for about, look in looks.items():
+        try:
+            look()
+        except OSError as error:  # a folder on the path that nobody may read, say; the rest is still worth seeing
+            found.add("unknown", about, f"cannot be looked at: {error}")
     if arguments.json:
         print(json.dumps(found.to_json(), indent=1))
     else:

@@ -92,7 +92,14 @@ class Judge:
 
         Args:
             explain: work out the diff too, which takes longer.
+
+        Raises:
+            UnreadableSourceError: its file cannot be read, parsed or compared.
         """
+        with self.tree.not_too_deep(name):
+            return self._one(name, patches, explain)
+
+    def _one(self, name: str, patches: tuple[str, ...], explain: bool) -> Target:
         module, _, path = name.partition(":")
         file = self.tree.file_of(module)
         if not any(self.fingerprints.files.get(module, ())):
