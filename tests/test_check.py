@@ -159,6 +159,45 @@ def test_whatever_changes_behaviour_counts(old: str, new: str, expected: str, co
     assert (code, states(report)) == (1, {expected: "drifted"})
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("Router.gating: object = faster", {"gating"}),
+        ("Router.gating, other = faster, 1", {"gating"}),
+        ('setattr(TopKRouter, "routing", faster)', {"routing"}),
+        ("setattr(TopKRouter, name(), faster)", None),
+        ("del Router.gating", {"gating"}),
+        ('delattr(Router, "gating")', {"gating"}),
+        ("for c in (Router,): Router.gating = faster", {"gating"}),
+        ("for c in (Router,): c.gating = faster", {"gating"}),
+        ("for c in classes: c.gating = faster", {"gating"}),
+        ("while not (Router := faster): pass", None),
+        ('globals()["Router"] = faster', None),
+        ("from fast import *", None),
+        ("from fast import Router", None),
+        ("for _ in (1,): from fast import *", None),
+        # Other classes, other names, what is only read, and what only a call of it would do.
+        ("Other.gating, gating = faster, Router.gating", set()),
+        ('setattr(Router, "other", [c for gating in (Router, TopKRouter)])', set()),
+        ("for c in (Other, Another): c.gating = faster", set()),
+        ("def later(): Router.gating = faster", set()),
+    ],
+)
+def test_rebinding_further_down_in_the_module_counts_and_its_line_is_given(
+    line: str, expected: set[str] | None, copy: Copy, capsys: Any
+) -> None:
+    tree = copy("0.19.2")
+    text = (tree / ROUTER).read_text(encoding="utf-8")
+    (tree / ROUTER).write_text(f"{text}\n\n{line}\n", encoding="utf-8")
+    code, report = check(capsys, "--megatron", tree)
+    drifted = {t["target"].rpartition(".")[2]: t for t in report["targets"] if t["state"] == "drifted"}
+    assert code == (0 if expected == set() else 1)
+    assert drifted.keys() == expected if expected is not None else len(drifted) > 1
+    assert {t["line"] for t in drifted.values()} <= {len(text.splitlines()) + 3}
+    word = re.split(r"\W", line)[0]
+    assert all(f"\n+{word}" in "\n" + t["diff"] for t in drifted.values())
+
+
 def test_a_definition_under_a_condition_is_a_drift(copy: Copy, capsys: Any) -> None:
     text = (ensure_release("0.19.2") / MOE_UTILS).read_text(encoding="utf-8")
     start = text.index("def router_gating_linear(")

@@ -143,10 +143,11 @@ def _body(found: list[canonical.Definition]) -> Body:
     if not found:
         return Body(None)
     line, span = found[0].lineno, (0, 0)
-    if any(isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) for part in found for node in ast.walk(part)):
-        # A condition that canonical.py has put around it stands in no line.
+    functions = [node for part in found for node in ast.walk(part) if isinstance(node, canonical.FUNCTIONS)]
+    if functions:
+        # Decorators belong to it. What rebinds the name further down does not.
         first = min(node.lineno for node in ast.walk(found[0]) if hasattr(node, "lineno"))
-        span = (first, found[-1].end_lineno or found[-1].lineno)
+        span = (first, max(node.end_lineno or node.lineno for node in functions))
     normalised = canonical.normalised(found)
     return Body(canonical.digest(normalised), normalised, line, span)
 
