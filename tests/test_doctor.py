@@ -121,6 +121,27 @@ def test_a_bad_value_is_one_line_and_exit_code_2_where_even_the_package_cannot_s
     assert "MEGATRON_FP32_ROUTER_PROTECT has the value 'weights'; accepted are 'all', 'buffers'" in done.stderr
 
 
+@pytest.mark.parametrize("arguments", [("-m", "megatron_fp32_router", "check"), ("-m", "megatron_fp32_router", "run")])
+def test_python_m_says_a_bad_value_in_one_line_too_and_runs_nothing(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("print('trained')\n", encoding="utf-8")
+    (tmp_path / "mine.py").write_text("import megatron_fp32_router\nprint('trained')\n", encoding="utf-8")
+    environment = {**os.environ, "MEGATRON_FP32_ROUTER_MONITOR": "abc", "PYTHONPATH": str(ROOT)}
+
+    def run(*command: str) -> subprocess.CompletedProcess[str]:
+        whole = [sys.executable, "-W", "ignore", *command]
+        return subprocess.run(whole, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    done = run(*arguments, "train.py")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert "MEGATRON_FP32_ROUTER_MONITOR has the value 'abc'" in done.stderr
+    # Every other program gets the exception, also one that is a module itself.
+    for command in (("-m", "mine"), ("mine.py", "-m", "megatron_fp32_router"), ("-c", "import mine")):
+        done = run(*command)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "SettingsError" in done.stderr
+
+
 @pytest.mark.parametrize("switch", ["1", None])
 def test_a_startup_file_where_nobody_reads_it_is_a_problem_only_for_who_relies_on_it(
     switch: str | None, capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
