@@ -17,13 +17,13 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
 from megatron_fp32_router.errors import Fp32RouterError
 from megatron_fp32_router.upstream import read_version
 
 #: Inside the package where it is installed, beside it in a checkout.
-_HOMES: Final = (Path(__file__).parent / "patches", Path(__file__).parents[1] / "patches")
+HOMES = (Path(__file__).parent / "patches", Path(__file__).parents[1] / "patches")
 
 State = Literal["released", "patched", "half patched"]
 
@@ -64,9 +64,9 @@ def lines() -> list[Line]:
     Raises:
         UnknownTreeError: the patches are not where they belong.
     """
-    home = next((home for home in _HOMES if home.is_dir()), None)
+    home = next((home for home in HOMES if home.is_dir()), None)
     if home is None:
-        raise UnknownTreeError(f"this installation lacks the source patches (looked in {', '.join(map(str, _HOMES))})")
+        raise UnknownTreeError(f"this installation lacks the source patches (looked in {', '.join(map(str, HOMES))})")
     folders = [folder for folder in home.iterdir() if (folder / "series").is_file()]
     return [_line(folder) for folder in sorted(folders, key=lambda f: int(f.name.rpartition(".")[2]))]
 

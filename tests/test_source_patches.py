@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from bootstrap import RELEASES, ensure_release
 
 from megatron_fp32_router import cli, source_patches
 
+ROOT = Path(__file__).resolve().parent.parent
 LINES = {line.name: line for line in source_patches.lines()}
 
 
@@ -243,9 +245,38 @@ def test_a_broken_hunk_is_noticed_and_nothing_is_changed(
     }[what]
     assert old in file.read_text()
     file.write_text(file.read_text().replace(old, new, 1))
-    monkeypatch.setattr(source_patches, "_HOMES", (home,))
+    monkeypatch.setattr(source_patches, "HOMES", (home,))
     before = content(tree)
     assert patch(tree) == 2
     said = capsys.readouterr().err
     assert ("does not apply" if what == "context" else "made something else") in said
     assert content(tree) == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "recorded", "said"),
+    [
+        ("\n         ", "\n         x", False, "0002-router-stay-fp32-through-casts.patch does not apply"),
+        ("element_size() < 4 <=", "element_size() < 1 <=", False, "made something else of"),
+        # The table goes with it, so that only what the source does can tell.
+        ("element_size() < 4 <=", "element_size() < 1 <=", True, "FAILED tests/megatron/test_defects.py"),
+    ],
+    ids=["context", "table", "behaviour"],
+)
+def test_verify_fails_when_one_hunk_is_broken(old: str, new: str, recorded: bool, said: str, tmp_path: Path) -> None:
+    folder = tmp_path / "core_v0.19"
+    shutil.copytree(LINES["core_v0.19"].patches[0].parent, folder)
+    file = folder / "0002-router-stay-fp32-through-casts.patch"
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new, 1))
+
+    def scripts_patches(action: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, ROOT / "scripts" / "patches", action, "0.19", "--home", tmp_path]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    if recorded:
+        assert scripts_patches("record").returncode == 0
+    done = scripts_patches("verify")
+    assert done.returncode == 1
+    assert "core_v0.19: BROKEN: " in done.stderr
+    assert said in done.stderr
