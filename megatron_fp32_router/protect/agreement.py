@@ -64,6 +64,7 @@ def what_must_agree() -> dict[str, str]:
 
     How much is logged and how long is waited may differ. A patch that waits for its module is not named: a pipeline
     stage need not import what another one does. One that somebody has wrapped still works: a profiler on rank 0, say.
+    The monitor's patches are not named where it is off: its interval, which always is, speaks for them.
     """
     from megatron_fp32_router.compat import gate
 
