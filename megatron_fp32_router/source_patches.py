@@ -227,8 +227,9 @@ def _install(root: Path, after: dict[str, bytes]) -> None:
             for path, beside in new.items():
                 beside.replace(root / path)
         except BaseException as error:
-            # What is no longer beside its goal has been renamed.
-            stuck = _put_back(root, {path: kept[path] for path, beside in new.items() if not beside.exists()})
+            # What is no longer beside its goal has been renamed. os.path, which never raises: unseen counts as renamed.
+            renamed = [path for path, beside in new.items() if not os.path.exists(beside)]
+            stuck = _put_back(root, {path: kept[path] for path in renamed})
             if stuck:
                 raise UnknownTreeError(
                     f"{root} is half changed: {error}; then {', '.join(stuck)} could not be put back. Every other file "

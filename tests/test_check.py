@@ -167,6 +167,7 @@ def test_whatever_changes_behaviour_counts(old: str, new: str, expected: str, co
         ('setattr(TopKRouter, "routing", faster)', {"routing"}),
         ("setattr(TopKRouter, name(), faster)", None),
         ("del Router.gating", {"gating"}),
+        ("Alias = Router; Alias.gating = faster", {"gating"}),
         ('delattr(Router, "gating")', {"gating"}),
         ("for c in (Router,): Router.gating = faster", {"gating"}),
         ("for c in (Router,): c.gating = faster", {"gating"}),

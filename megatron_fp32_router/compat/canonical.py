@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import copy
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from typing import Final, TypeAlias
 
 Definition: TypeAlias = ast.stmt
@@ -182,7 +182,10 @@ def definitions(tree: ast.Module, module: str, path: str) -> list[Definition]:
     """
     first, _, rest = path.partition(".")
     found: list[Definition] = []
+    owners = {first}
     for conditions, statement in _statements(tree.body):
+        if isinstance(statement, ast.Assign) and _is_name(statement.value, owners):
+            owners |= {target.id for target in statement.targets if isinstance(target, ast.Name)}
         if found and isinstance(statement, ast.ImportFrom) and statement.names[0].name == "*":
             # It may bind anything, and nobody knows what without importing it.
             found += _wrapped(
@@ -193,7 +196,7 @@ def definitions(tree: ast.Module, module: str, path: str) -> list[Definition]:
         elif isinstance(statement, ast.ClassDef) and statement.name == first:
             for inner, member in _statements(statement.body):
                 found += _wrapped(conditions + inner, _binding(member, rest, module))
-        elif _rebinds(statement, rest, first):
+        elif _rebinds(statement, rest, owners):
             found += _wrapped(conditions, statement)
         elif found:
             found += _wrapped(conditions, _binding(statement, first, module))  # another class of that name
@@ -237,25 +240,27 @@ def _binding(statement: ast.stmt, name: str, module: str) -> ast.stmt | None:
     return statement if _rebinds(statement, name) else None
 
 
-def _rebinds(statement: ast.stmt, name: str, owner: str = "") -> bool:
-    """Whether a statement that is no definition and no import binds or deletes `name`, or that attribute of `owner`.
+def _rebinds(statement: ast.stmt, name: str, owners: Set[str] = frozenset()) -> bool:
+    """Whether a statement that is no definition and no import binds or deletes `name`, or that attribute of an owner.
 
     By assignment of any form, `del`, a walrus, setattr() or delattr(), also inside a loop, where the owner may have the
     loop's name; or, for a name of the module, through globals().
+
+    Args:
+        owners: names of the class whose attribute it is; none for a name of the module or class body itself.
     """
     if isinstance(statement, _NAMED | ast.Import | ast.ImportFrom):
         return False
     if isinstance(statement, ast.AnnAssign) and statement.value is None:
         return False
     nodes = list(_run(statement))
-    owners = {owner} if owner else set()
     for node in nodes:
-        if owner and isinstance(node, ast.For) and _may_contain(node.iter, owner):
-            owners |= {target.id for target in ast.walk(node.target) if isinstance(target, ast.Name)}
+        if owners and isinstance(node, ast.For) and _may_contain(node.iter, owners):
+            owners = owners | {target.id for target in ast.walk(node.target) if isinstance(target, ast.Name)}
     return any(_binds(node, name, owners) for node in nodes)
 
 
-def _binds(node: ast.AST, name: str, owners: set[str]) -> bool:
+def _binds(node: ast.AST, name: str, owners: Set[str]) -> bool:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("setattr", "delattr"):
         if len(node.args) < 2:
             return False
@@ -276,7 +281,7 @@ def _binds(node: ast.AST, name: str, owners: set[str]) -> bool:
     return False
 
 
-def _is_name(node: ast.expr, names: set[str]) -> bool:
+def _is_name(node: ast.expr, names: Set[str]) -> bool:
     return isinstance(node, ast.Name) and node.id in names
 
 
@@ -285,10 +290,10 @@ def _may_be(node: ast.expr, name: str) -> bool:
     return not isinstance(node, ast.Constant) or node.value == name
 
 
-def _may_contain(node: ast.expr, name: str) -> bool:
-    """Whether what is looped over may be that name: it is listed, or only running the program would tell."""
+def _may_contain(node: ast.expr, names: Set[str]) -> bool:
+    """Whether what is looped over may be one of these: it is listed, or only running the program would tell."""
     if isinstance(node, ast.Tuple | ast.List | ast.Set) and all(isinstance(item, ast.Name) for item in node.elts):
-        return any(_is_name(item, {name}) for item in node.elts)
+        return any(_is_name(item, names) for item in node.elts)
     return True
 
 
