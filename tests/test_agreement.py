@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -18,11 +17,10 @@ from typing import Any
 
 import pytest
 from bootstrap import RELEASES, ensure_release
+from checking import FINALIZE, copier
 
 from megatron_fp32_router import lab
 from megatron_fp32_router.compat import gate
-from megatron_fp32_router.compat.fingerprints import known
-from megatron_fp32_router.compat.source import file_of
 from megatron_fp32_router.protect import agreement
 from megatron_fp32_router.protect.verdict import judge, ranks_text
 from megatron_fp32_router.registry import PatchStatus
@@ -34,26 +32,13 @@ PROGRAMS = ROOT / "tests" / "programs"
 
 TINY = {"seq_length": 16, "hidden": 16, "moe_ffn": 16, "experts": 4}
 
-
-INFO = "megatron/core/package_info.py"
-FINALIZE = "megatron/core/distributed/finalize_model_grads.py"
-#: What its main function asks before it updates biases.
+#: What finalize_model_grads asks before it updates biases.
 UPDATE = "\n    if config.moe_router_enable_expert_bias:\n"
 
 
 def run(target: str, release: str, recipe: lab.Recipe, arguments: Any = None, **options: Any) -> list[Any]:
     target = f"agreement_ranks:{target}"
     return lab.run_ranks(target, recipe, arguments, megatron=ensure_release(release), python_path=[PROGRAMS], **options)
-
-
-def copy(release: str, tree: Path) -> Path:
-    """The files of a release that have fingerprints."""
-    tree.mkdir()
-    for name in [*(file_of(ensure_release(release), module) for module in known().files), INFO]:
-        if (ensure_release(release) / name).exists():
-            (tree / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ensure_release(release) / name, tree / name)
-    return tree
 
 
 def edit(tree: Path, old: str, new: str) -> None:
@@ -64,8 +49,7 @@ def edit(tree: Path, old: str, new: str) -> None:
 
 @pytest.mark.parametrize("release", [RELEASES[0], RELEASES[-1]])
 def test_all_ranks_agree_or_all_say_what_differs(release: str, tmp_path: Path) -> None:
-    fork = copy(release, tmp_path / "fork")
-    edit(fork, UPDATE, "\n    if config.elsewhere:\n")
+    fork = copier(tmp_path)(release, FINALIZE, UPDATE, "\n    if config.elsewhere:\n")
     arguments = {"fork": str(fork / "megatron/core/__init__.py")}
     ranks = run("scenes", release, lab.Recipe(pipeline_parallel=2, **TINY), arguments, plugin=True, logs=tmp_path)
     printed = (tmp_path / "rank-0.log").read_text()
@@ -91,8 +75,8 @@ def test_all_ranks_agree_or_all_say_what_differs(release: str, tmp_path: Path) -
         assert "PROTECT is" not in rank["other version"]
         told = rank["other Megatron and monitor"]
         source = next(line for line in told.splitlines() if "the fingerprint of Megatron's source is '" in line)
-        assert re.search(rf"' on rank 0 \(host \S+: {ensure_release(release)}/megatron/core\), but '", source)
-        assert re.search(rf"' on rank 1 \(host \S+: {fork}/megatron/core\)", source)
+        assert re.search(rf"' on rank 0 \(host \S+: {ensure_release(release).resolve()}/megatron/core\), but '", source)
+        assert re.search(rf"' on rank 1 \(host \S+: {fork.resolve()}/megatron/core\)", source)
         assert "MEGATRON_FP32_ROUTER_MONITOR is 'off' on rank 0 (host " in told
         assert "), but '5' on rank 1 (host " in told
         assert len([line for line in told.splitlines() if line.startswith("  - ")]) == 2
@@ -175,9 +159,8 @@ def test_a_megatron_is_known_by_what_its_functions_do_and_not_by_its_version_or_
         return gate.digest(Megatron(core, read_version(core / "package_info.py")))
 
     release = digest(ensure_release("0.19.2"))
-    tree = copy("0.19.2", tmp_path / "tree")
+    tree = copier(tmp_path)("0.19.2")
     assert digest(tree) == release
-    # A file that no patched module imports counts as well: which modules a rank has imported by then does not matter.
     edit(tree, UPDATE, f"\n    # a comment{UPDATE}")
     assert digest(tree) == release
     found = {release}
