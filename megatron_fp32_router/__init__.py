@@ -10,6 +10,7 @@ imported here; torch and Megatron are left to the program.
 from __future__ import annotations
 
 import logging
+import sys
 from typing import TYPE_CHECKING, Any
 
 from megatron_fp32_router import hooks as _hooks
@@ -114,4 +115,18 @@ def protect_model(model: Any) -> Survey:
     return protect_model(model)
 
 
-enable()
+def _is_command() -> bool:
+    """Whether this is `python -m megatron_fp32_router …`, which imports the package before its __main__ can run."""
+    # "-m" stands there only while Python looks for the module; -m may be another program's that imports this package.
+    asked_for = sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] if "-m" in sys.orig_argv else []
+    return sys.argv[:1] == ["-m"] and asked_for == [__name__]
+
+
+try:
+    enable()
+except SettingsError as _error:
+    if not _is_command():
+        raise
+    # One line and the code for bad input, as from the console script. `run` stops here too: nothing has been run yet.
+    print(f"megatron-fp32-router: {_error}", file=sys.stderr)
+    sys.exit(2)

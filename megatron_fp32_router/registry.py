@@ -160,7 +160,7 @@ def _not_in_this_release(patch: Patch, megatron: Megatron) -> str | None:
     if not megatron.at_least(patch.since):
         return f"{megatron} has no such function; it came with {patch.since}"
     if patch.until is not None and megatron.at_least(patch.until):
-        return f"{megatron} needs no such patch; its function went with {patch.until}"
+        return f"{megatron} {patch.why_not_from_until}"
     return None
 
 

@@ -17,13 +17,13 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
 from megatron_fp32_router.errors import Fp32RouterError
 from megatron_fp32_router.upstream import read_version
 
 #: Inside the package where it is installed, beside it in a checkout.
-_HOMES: Final = (Path(__file__).parent / "patches", Path(__file__).parents[1] / "patches")
+HOMES = (Path(__file__).parent / "patches", Path(__file__).parents[1] / "patches")
 
 State = Literal["released", "patched", "half patched"]
 
@@ -64,9 +64,9 @@ def lines() -> list[Line]:
     Raises:
         UnknownTreeError: the patches are not where they belong.
     """
-    home = next((home for home in _HOMES if home.is_dir()), None)
+    home = next((home for home in HOMES if home.is_dir()), None)
     if home is None:
-        raise UnknownTreeError(f"this installation lacks the source patches (looked in {', '.join(map(str, _HOMES))})")
+        raise UnknownTreeError(f"this installation lacks the source patches (looked in {', '.join(map(str, HOMES))})")
     folders = [folder for folder in home.iterdir() if (folder / "series").is_file()]
     return [_line(folder) for folder in sorted(folders, key=lambda f: int(f.name.rpartition(".")[2]))]
 
@@ -156,7 +156,8 @@ def change(root: Path, line: Line, *, reverse: bool = False) -> list[str]:
 
     Raises:
         UnknownTreeError: see `state`; also when git is missing or the files cannot be written.
-        DirtyTreeError: see `state`. Nothing has been changed then, nor after any other error.
+        DirtyTreeError: see `state`. Nothing has been changed then, nor after any other error, unless the message says
+            which files could neither be replaced nor put back.
     """
     state(root, line)
     before = {file.path: _read(root / file.path) for file in line.files}
@@ -170,7 +171,7 @@ def change(root: Path, line: Line, *, reverse: bool = False) -> list[str]:
     wrong = [path for path, goal in goals.items() if sha256(after[path]) != goal]
     if wrong:
         raise UnknownTreeError(f"the patches of {line.name} made something else of {', '.join(wrong)} than recorded")
-    _install(root, {path: before[path] for path in goals}, after)
+    _install(root, after)
     return sorted(goals)
 
 
@@ -209,26 +210,50 @@ def run_patches(folder: Path, patches: Iterable[Path], only: list[str], *, rever
             raise UnknownTreeError(f"{patch.parent.name}/{patch.name} does not apply: {done.stderr.strip()}")
 
 
-def _install(root: Path, before: dict[str, bytes], after: dict[str, bytes]) -> None:
-    """Replace the files, all or none. Anything may fail before the first rename without a trace."""
+def _install(root: Path, after: dict[str, bytes]) -> None:
+    """Replace the files, all or none. Anything may fail before the first rename without a trace.
+
+    Each file that is replaced leaves a copy beside it until all are. Should a later one fail, those copies take the
+    places of the replaced ones again, by renames: files that were not replaced are not touched at all.
+    """
     new = {path: (root / path).with_name(f".{Path(path).name}.fp32-router") for path in after}
+    kept = {path: (root / path).with_name(f".{Path(path).name}.fp32-router-kept") for path in after}
     try:
         for path, beside in new.items():
             beside.write_bytes(after[path])
             shutil.copymode(root / path, beside)
+            shutil.copy2(root / path, kept[path])
         try:
             for path, beside in new.items():
                 beside.replace(root / path)
-        except BaseException:
-            for path, content in before.items():
-                (root / path).write_bytes(content)
+        except BaseException as error:
+            # What is no longer beside its goal has been renamed. os.path, which never raises: unseen counts as renamed.
+            renamed = [path for path, beside in new.items() if not os.path.exists(beside)]
+            stuck = _put_back(root, {path: kept[path] for path in renamed})
+            if stuck:
+                raise UnknownTreeError(
+                    f"{root} is half changed: {error}; then {', '.join(stuck)} could not be put back. Every other file "
+                    "is as it was. When the files can be written again, the same command completes it, with --reverse "
+                    "or without."
+                ) from error
             raise
     except OSError as error:
         raise UnknownTreeError(f"nothing was changed: cannot write below {root}: {error}") from error
     finally:
-        for beside in new.values():
-            with contextlib.suppress(FileNotFoundError):  # renamed, or never written
+        for beside in (*new.values(), *kept.values()):
+            with contextlib.suppress(OSError):  # renamed, never written, or where nothing can be written any more
                 beside.unlink()
+
+
+def _put_back(root: Path, kept: dict[str, Path]) -> list[str]:
+    """Give files their former content; those with which that fails are returned."""
+    stuck = []
+    for path, copy in kept.items():
+        try:
+            copy.replace(root / path)
+        except OSError:
+            stuck.append(path)
+    return stuck
 
 
 def main(root: Path, *, check: bool, reverse: bool) -> int:
@@ -244,7 +269,7 @@ def main(root: Path, *, check: bool, reverse: bool) -> int:
     except DirtyTreeError as error:
         print(f"megatron-fp32-router patch: {error}", file=sys.stderr)
         return 1
-    except UnknownTreeError as error:
+    except (UnknownTreeError, OSError) as error:
         print(f"megatron-fp32-router patch: {error}", file=sys.stderr)
         return 2
     if not changed:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,18 @@ def read_version(package_info: Path) -> Version | None:
     """The version that a `package_info.py` spells as MAJOR, MINOR, PATCH, PRE_RELEASE; None if it does not."""
     try:
         tree = ast.parse(package_info.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, UnicodeDecodeError):
-        return None  # told to the user as "of unknown version" in every message
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+        # Told to the user as "of unknown version" in every message. The parser raises each of these: ValueError for
+        # zero bytes, the last two for expressions that are nested too deeply.
+        return None
     numbers = [_constant(tree, name) for name in ("MAJOR", "MINOR", "PATCH")]
     if not all(isinstance(number, int) for number in numbers):
         return None
     pre = _constant(tree, "PRE_RELEASE") or ""
     try:
         return Version(".".join(map(str, numbers)) + str(pre))
-    except InvalidVersion:
-        return None  # likewise
+    except ValueError:
+        return None  # likewise: no version, or a number with too many digits
 
 
 def of_module(module: ModuleType) -> Megatron:

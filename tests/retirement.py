@@ -54,7 +54,7 @@ def state_on(patch: Patch, release: str) -> str:
     if version < Version(patch.since):
         return "n/a"
     if patch.until is not None and version >= Version(patch.until):
-        return "native"
+        return "n/a" if patch.gone else "native"
     names = needed_for(patch)
     others = {other.id: other for other in PATCHES}
     if names[0] in others:

@@ -6,6 +6,7 @@ Real ranks on a real Megatron, the oldest and the newest; what is compared does 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,28 +17,41 @@ from typing import Any
 
 import pytest
 from bootstrap import RELEASES, ensure_release
+from checking import FINALIZE, copier
 
 from megatron_fp32_router import lab
+from megatron_fp32_router.compat import gate
 from megatron_fp32_router.protect import agreement
 from megatron_fp32_router.protect.verdict import judge, ranks_text
 from megatron_fp32_router.registry import PatchStatus
 from megatron_fp32_router.settings import SettingsError, from_environment
+from megatron_fp32_router.upstream import Megatron, read_version
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ROOT / "tests" / "programs"
 
 TINY = {"seq_length": 16, "hidden": 16, "moe_ffn": 16, "experts": 4}
 
+#: What finalize_model_grads asks before it updates biases.
+UPDATE = "\n    if config.moe_router_enable_expert_bias:\n"
 
-def run(target: str, release: str, recipe: lab.Recipe, **options: Any) -> list[Any]:
-    return lab.run_ranks(
-        f"agreement_ranks:{target}", recipe, megatron=ensure_release(release), python_path=[PROGRAMS], **options
-    )
+
+def run(target: str, release: str, recipe: lab.Recipe, arguments: Any = None, **options: Any) -> list[Any]:
+    target = f"agreement_ranks:{target}"
+    return lab.run_ranks(target, recipe, arguments, megatron=ensure_release(release), python_path=[PROGRAMS], **options)
+
+
+def edit(tree: Path, old: str, new: str) -> None:
+    text = (tree / FINALIZE).read_text(encoding="utf-8")
+    assert old in text
+    (tree / FINALIZE).write_text(text.replace(old, new), encoding="utf-8")
 
 
 @pytest.mark.parametrize("release", [RELEASES[0], RELEASES[-1]])
 def test_all_ranks_agree_or_all_say_what_differs(release: str, tmp_path: Path) -> None:
-    ranks = run("scenes", release, lab.Recipe(pipeline_parallel=2, **TINY), plugin=True, logs=tmp_path)
+    fork = copier(tmp_path)(release, FINALIZE, UPDATE, "\n    if config.elsewhere:\n")
+    arguments = {"fork": str(fork / "megatron/core/__init__.py")}
+    ranks = run("scenes", release, lab.Recipe(pipeline_parallel=2, **TINY), arguments, plugin=True, logs=tmp_path)
     printed = (tmp_path / "rank-0.log").read_text()
     scenes = {scene.partition("\n")[0]: scene for scene in printed.split("--- ")[1:]}
     for name in ("all alike", "all alike, in the same store", "slow"):
@@ -59,6 +73,13 @@ def test_all_ranks_agree_or_all_say_what_differs(release: str, tmp_path: Path) -
         assert "the plugin's version is '0.1.0' on rank 0 (host " in rank["other version"]
         assert "but '99.0' on rank 1 (host " in rank["other version"]
         assert "PROTECT is" not in rank["other version"]
+        told = rank["other Megatron and monitor"]
+        source = next(line for line in told.splitlines() if "the fingerprint of Megatron's source is '" in line)
+        assert re.search(rf"' on rank 0 \(host \S+: {ensure_release(release).resolve()}/megatron/core\), but '", source)
+        assert re.search(rf"' on rank 1 \(host \S+: {fork.resolve()}/megatron/core\)", source)
+        assert "MEGATRON_FP32_ROUTER_MONITOR is 'off' on rank 0 (host " in told
+        assert "), but '5' on rank 1 (host " in told
+        assert len([line for line in told.splitlines() if line.startswith("  - ")]) == 2
 
 
 def test_a_rank_without_the_plugin_stops_the_others_in_bounded_time_and_the_job_ends(tmp_path: Path) -> None:
@@ -128,6 +149,28 @@ def test_a_patch_that_only_one_rank_has_wrapped_or_not_imported_is_no_difference
     says = agreement.what_must_agree()
     patches = {label: value for label, value in says.items() if label.startswith("patch ")}
     assert patches == {"patch 'one'": "applied", "patch 'two'": "displaced"}
+
+
+def test_a_megatron_is_known_by_what_its_functions_do_and_not_by_its_version_or_place(tmp_path: Path) -> None:
+    def digest(tree: Path) -> str:
+        gate.digest.cache_clear()
+        gate._tree.cache_clear()
+        core = tree / "megatron" / "core"
+        return gate.digest(Megatron(core, read_version(core / "package_info.py")))
+
+    release = digest(ensure_release("0.19.2"))
+    tree = copier(tmp_path)("0.19.2")
+    assert digest(tree) == release
+    edit(tree, UPDATE, f"\n    # a comment{UPDATE}")
+    assert digest(tree) == release
+    found = {release}
+    edit(tree, UPDATE, "\n    if config.elsewhere:\n")
+    found.add(digest(tree))
+    (tree / FINALIZE).write_text("def broken(", encoding="utf-8")
+    found.add(digest(tree))
+    (tree / FINALIZE).unlink()
+    found.add(digest(tree))
+    assert len(found) == 4
 
 
 def test_without_process_groups_there_is_nobody_to_agree_with_even_after_a_failure() -> None:

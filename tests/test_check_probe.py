@@ -97,7 +97,9 @@ def test_the_next_change_or_another_version_of_the_plugin_ends_what_was_accepted
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [(None, "cannot be read"), ("{", "is not JSON"), ("[]", "check --accept")]
+    ("content", "said"),
+    [(None, "cannot be read"), ("{", "is not JSON"), ("[" * 200_000, "is not JSON"), ("[]", "check --accept")],
+    ids=["missing", "cut", "deep", "another"],
 )
 def test_an_accepted_file_that_is_none_is_bad_input(
     content: str | None, said: str, harmless: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch

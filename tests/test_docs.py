@@ -39,6 +39,8 @@ def test_a_patch_is_needed_native_or_has_nothing_to_patch() -> None:
     assert states["router-reset"] == ["n/a", "n/a", "needed", "needed"]
     assert states["router-output"] == ["needed"] * 4
     assert states["padding-mask"] == ["n/a", "n/a", "n/a", "needed"]
+    # Its function is gone.
+    assert states["refuse-custom-fsdp"] == ["n/a", "needed", "needed", "n/a"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 from bootstrap import ensure_release
+from packaging.version import Version
 
 from megatron_fp32_router.cli import main
 from megatron_fp32_router.compat import environment, find
+from megatron_fp32_router.compat.fingerprints import known
+from megatron_fp32_router.records import PATCHES
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUTER = "megatron/core/transformer/moe/router.py"
@@ -31,6 +34,10 @@ print(code, sorted({name.partition(".")[0] for name in sys.modules} & {"torch", 
 def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("MEGATRON_FP32_ROUTER")]:
         monkeypatch.delenv(name)
+
+
+def at_least(release: str, other: str) -> bool:
+    return Version(release) >= Version(other)
 
 
 def doctor(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, dict[str, Any]]:
@@ -70,12 +77,26 @@ def test_in_a_healthy_environment_nothing_stands_in_the_way_and_nothing_heavy_is
     assert {library["name"] for library in report["libraries"]} >= {"wrapt", "torch", "TransformerEngine"}
 
 
+def test_a_patch_whose_function_is_gone_and_one_that_upstream_made_needless_say_so(capsys: Any) -> None:
+    _, report = doctor(capsys, "--megatron", ensure_release("0.19.2"))
+    details = {patch["id"]: (patch["state"], patch["detail"]) for patch in report["patches"]}
+    assert details["refuse-custom-fsdp"] == ("native", "has no such function; it went with 0.14")
+    said = "needs no such patch from 0.13 on: Router.__init__ no longer casts (from 0.13 reset_parameters does)"
+    assert details["router-init"] == ("native", said)
+    for patch in PATCHES:
+        # Whether the function is there is asked of the releases.
+        digests = known().targets[f"{patch.module}:{patch.path}"]
+        if patch.until is not None:
+            after = [n for release, n in zip(known().releases, digests, strict=True) if at_least(release, patch.until)]
+            assert set(after) <= {None} if patch.gone else None not in after, patch.id
+
+
 def test_without_a_megatron_it_could_not_tell(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(find, "installed", list)
     code, report = doctor(capsys)
     assert (code, report["verdict"]) == (2, "unknown")
     assert main(["doctor"]) == 2
-    assert "No Megatron could be looked at." in capsys.readouterr().out
+    assert "No Megatron could be looked at" in capsys.readouterr().out
 
 
 def test_a_misspelt_variable_is_a_problem_and_the_right_name_is_given(
@@ -98,6 +119,27 @@ def test_a_bad_value_is_one_line_and_exit_code_2_where_even_the_package_cannot_s
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1
     assert "MEGATRON_FP32_ROUTER_PROTECT has the value 'weights'; accepted are 'all', 'buffers'" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [("-m", "megatron_fp32_router", "check"), ("-m", "megatron_fp32_router", "run")])
+def test_python_m_says_a_bad_value_in_one_line_too_and_runs_nothing(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("print('trained')\n", encoding="utf-8")
+    (tmp_path / "mine.py").write_text("import megatron_fp32_router\nprint('trained')\n", encoding="utf-8")
+    environment = {**os.environ, "MEGATRON_FP32_ROUTER_MONITOR": "abc", "PYTHONPATH": str(ROOT)}
+
+    def run(*command: str) -> subprocess.CompletedProcess[str]:
+        whole = [sys.executable, "-W", "ignore", *command]
+        return subprocess.run(whole, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    done = run(*arguments, "train.py")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert "MEGATRON_FP32_ROUTER_MONITOR has the value 'abc'" in done.stderr
+    # Every other program gets the exception, also one that is a module itself.
+    for command in (("-m", "mine"), ("mine.py", "-m", "megatron_fp32_router"), ("-c", "import mine")):
+        done = run(*command)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "SettingsError" in done.stderr
 
 
 @pytest.mark.parametrize("switch", ["1", None])
@@ -162,6 +204,30 @@ def test_a_drifted_megatron_is_a_problem_and_the_patches_say_why(capsys: Any, tm
     output = capsys.readouterr().out
     assert "1 problem, marked with !!" in output
     assert len(output.splitlines()) < 60  # one screen
+
+
+def test_an_accepted_file_that_cannot_be_read_is_the_problem_and_the_patches_are_shown(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEGATRON_FP32_ROUTER_ACCEPTED", "none.json")
+    code, report = doctor(capsys, "--megatron", ensure_release("0.19.2"))
+    assert code == 1
+    (text,) = said(report, "problem", "accepted file")
+    assert text.startswith("the accepted file none.json cannot be read: No such file or directory")
+    assert said(report, "unknown", "Megatron") == []
+    assert {patch["state"] for patch in report["patches"]} == {"applied", "native", "armed"}
+    assert main(["doctor", "--megatron", str(ensure_release("0.19.2"))]) == 1
+    assert "could be looked at" not in capsys.readouterr().out
+
+
+def test_a_value_that_is_not_accepted_is_a_problem_and_the_patches_are_shown(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEGATRON_FP32_ROUTER_MONITOR", "abc")
+    code, report = doctor(capsys, "--megatron", ensure_release("0.19.2"))
+    assert code == 1
+    assert "MEGATRON_FP32_ROUTER_MONITOR has the value 'abc'" in said(report, "problem", "variable")[0]
+    assert report["patches"]
 
 
 def test_wrapt_that_is_too_old_is_a_problem(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

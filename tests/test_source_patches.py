@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from bootstrap import RELEASES, ensure_release
 
 from megatron_fp32_router import cli, source_patches
 
+ROOT = Path(__file__).resolve().parent.parent
 LINES = {line.name: line for line in source_patches.lines()}
 
 
@@ -162,6 +164,61 @@ def test_when_a_file_cannot_be_replaced_all_are_as_before(
     assert content(tree) == before
 
 
+def failing_renames(monkeypatch: pytest.MonkeyPatch, *failing: int) -> None:
+    """The renames with these numbers, from 1 on, fail; every write into a file in place does."""
+    real, calls = Path.replace, []
+
+    def replace(self: Path, target: Any) -> Path:
+        calls.append(target)
+        if len(calls) in failing:
+            raise OSError(28, "No space left on device")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    write = Path.write_bytes
+
+    def write_bytes(self: Path, content: bytes) -> int:
+        if self.name.startswith(".") or "megatron" not in self.parts or "fp32-router-patch-" in str(self):
+            return write(self, content)
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+
+
+def test_what_was_replaced_is_put_back_by_renames_and_the_rest_is_not_touched(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = content(tree)
+    untouched = [tree / file.path for file in line_of(RELEASES[-1]).files[2:]]
+    inodes = [path.stat().st_ino for path in untouched]
+    failing_renames(monkeypatch, 3)
+    assert patch(tree) == 2
+    assert "nothing was changed" in capsys.readouterr().err
+    assert content(tree) == before
+    assert [path.stat().st_ino for path in untouched] == inodes
+
+
+def test_what_cannot_be_put_back_is_named_and_the_command_can_complete_it(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = content(tree)
+    first = line_of(RELEASES[-1]).files[0].path
+    with monkeypatch.context() as broken:
+        # The third file cannot be replaced, and then the first one cannot be put back.
+        failing_renames(broken, 3, 4)
+        assert patch(tree) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "nothing was changed" not in said
+    assert f"half changed: [Errno 28] No space left on device; then {first} could not be put back" in said
+    after = content(tree)
+    assert {path for path in before if after[path] != before[path]} == {first}
+    assert after.keys() == before.keys()
+    assert patch(tree, "--check") == 1
+    assert patch(tree, "--reverse") == 0
+    assert content(tree) == before
+
+
 @pytest.mark.parametrize("options", [[], ["--reverse"]])
 def test_a_tree_that_a_power_cut_left_in_between_is_completed(options: list[str], tree: Path, tmp_path: Path) -> None:
     other = checkout(RELEASES[-1], tmp_path / "other")
@@ -188,9 +245,38 @@ def test_a_broken_hunk_is_noticed_and_nothing_is_changed(
     }[what]
     assert old in file.read_text()
     file.write_text(file.read_text().replace(old, new, 1))
-    monkeypatch.setattr(source_patches, "_HOMES", (home,))
+    monkeypatch.setattr(source_patches, "HOMES", (home,))
     before = content(tree)
     assert patch(tree) == 2
     said = capsys.readouterr().err
     assert ("does not apply" if what == "context" else "made something else") in said
     assert content(tree) == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "recorded", "said"),
+    [
+        ("\n         ", "\n         x", False, "0002-router-stay-fp32-through-casts.patch does not apply"),
+        ("element_size() < 4 <=", "element_size() < 1 <=", False, "made something else of"),
+        # The table goes with it, so that only what the source does can tell.
+        ("element_size() < 4 <=", "element_size() < 1 <=", True, "FAILED tests/megatron/test_defects.py"),
+    ],
+    ids=["context", "table", "behaviour"],
+)
+def test_verify_fails_when_one_hunk_is_broken(old: str, new: str, recorded: bool, said: str, tmp_path: Path) -> None:
+    folder = tmp_path / "core_v0.19"
+    shutil.copytree(LINES["core_v0.19"].patches[0].parent, folder)
+    file = folder / "0002-router-stay-fp32-through-casts.patch"
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new, 1))
+
+    def scripts_patches(action: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, ROOT / "scripts" / "patches", action, "0.19", "--home", tmp_path]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    if recorded:
+        assert scripts_patches("record").returncode == 0
+    done = scripts_patches("verify")
+    assert done.returncode == 1
+    assert "core_v0.19: BROKEN: " in done.stderr
+    assert said in done.stderr

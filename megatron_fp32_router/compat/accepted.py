@@ -46,7 +46,7 @@ def read(path: Path) -> Accepted:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"the accepted file {path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SettingsError(f"the accepted file {path} is not JSON: {error}") from error
     targets = content.get("targets") if isinstance(content, dict) else None
     if not isinstance(targets, dict) or not all(isinstance(digest, str) for digest in targets.values()):

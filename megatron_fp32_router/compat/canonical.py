@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import copy
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from typing import Final, TypeAlias
 
 Definition: TypeAlias = ast.stmt
@@ -21,7 +21,8 @@ _IGNORED: Final = frozenset(
 )
 #: Columns beyond which a line of a diff is broken.
 _LONG: Final = 100
-_FUNCTIONS: Final = (ast.FunctionDef, ast.AsyncFunctionDef)
+FUNCTIONS: Final = (ast.FunctionDef, ast.AsyncFunctionDef)
+_NAMED: Final = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 class _Normaliser(ast.NodeTransformer):
@@ -171,7 +172,8 @@ def definitions(tree: ast.Module, module: str, path: str) -> list[Definition]:
     """Every statement of `tree` that binds `path` (`name`, `Class` or `Class.method`), in order; [] when none does.
 
     Of a class the header alone: its name, bases and decorators. A definition under `if`, `try` or `with` comes with
-    that condition. Also found: an imported name, a plain assignment, and `Class.method = …` at module level.
+    that condition. Also found: an imported name, and whatever rebinds or deletes `path` while the module runs; see
+    `_rebinds`. What code in functions does when they are called is not seen.
 
     Args:
         tree: the parsed module.
@@ -180,14 +182,24 @@ def definitions(tree: ast.Module, module: str, path: str) -> list[Definition]:
     """
     first, _, rest = path.partition(".")
     found: list[Definition] = []
+    owners = {first}
     for conditions, statement in _statements(tree.body):
-        if not rest:
+        if isinstance(statement, ast.Assign) and _is_name(statement.value, owners):
+            owners |= {target.id for target in statement.targets if isinstance(target, ast.Name)}
+        if found and isinstance(statement, ast.ImportFrom) and statement.names[0].name == "*":
+            # It may bind anything, and nobody knows what without importing it.
+            found += _wrapped(
+                conditions, ast.copy_location(_absolute(statement, statement.names[0], module), statement)
+            )
+        elif not rest:
             found += _wrapped(conditions, _binding(statement, first, module))
         elif isinstance(statement, ast.ClassDef) and statement.name == first:
             for inner, member in _statements(statement.body):
                 found += _wrapped(conditions + inner, _binding(member, rest, module))
-        elif isinstance(statement, ast.Assign) and any(ast.unparse(target) == path for target in statement.targets):
+        elif _rebinds(statement, rest, owners):
             found += _wrapped(conditions, statement)
+        elif found:
+            found += _wrapped(conditions, _binding(statement, first, module))  # another class of that name
     return found
 
 
@@ -214,22 +226,87 @@ def _statements(
 
 def _binding(statement: ast.stmt, name: str, module: str) -> ast.stmt | None:
     """`statement` as far as it binds `name`, or None."""
-    if isinstance(statement, _FUNCTIONS):
+    if isinstance(statement, FUNCTIONS):
         return statement if statement.name == name else None
     if isinstance(statement, ast.ClassDef) and statement.name == name:
         header = copy.copy(statement)
         header.body = [ast.copy_location(ast.Pass(), statement)]
         return header
-    if isinstance(statement, ast.Assign | ast.AnnAssign):
-        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-        names = (node for target in targets for node in ast.walk(target) if isinstance(node, ast.Name))
-        bound = {node.id for node in names if isinstance(node.ctx, ast.Store)}
-        return statement if name in bound and statement.value is not None else None
     if isinstance(statement, ast.ImportFrom | ast.Import):
         for alias in statement.names:
             if (alias.asname or alias.name) == name:
                 return ast.copy_location(_absolute(statement, alias, module), statement)
-    return None
+        return None
+    return statement if _rebinds(statement, name) else None
+
+
+def _rebinds(statement: ast.stmt, name: str, owners: Set[str] = frozenset()) -> bool:
+    """Whether a statement that is no definition and no import binds or deletes `name`, or that attribute of an owner.
+
+    By assignment of any form, `del`, a walrus, setattr() or delattr(), also inside a loop, where the owner may have the
+    loop's name; or, for a name of the module, through globals().
+
+    Args:
+        owners: names of the class whose attribute it is; none for a name of the module or class body itself.
+    """
+    if isinstance(statement, _NAMED | ast.Import | ast.ImportFrom):
+        return False
+    if isinstance(statement, ast.AnnAssign) and statement.value is None:
+        return False
+    nodes = list(_run(statement))
+    for node in nodes:
+        if owners and isinstance(node, ast.For) and _may_contain(node.iter, owners):
+            owners = owners | {target.id for target in ast.walk(node.target) if isinstance(target, ast.Name)}
+    return any(_binds(node, name, owners) for node in nodes)
+
+
+def _binds(node: ast.AST, name: str, owners: Set[str]) -> bool:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("setattr", "delattr"):
+        if len(node.args) < 2:
+            return False
+        of_module = not owners and "sys.modules" in ast.unparse(node.args[0])
+        return (of_module or _is_name(node.args[0], owners)) and _may_be(node.args[1], name)
+    if isinstance(getattr(node, "ctx", None), ast.Load):
+        return False
+    if isinstance(node, _NAMED):
+        return not owners and node.name == name
+    if isinstance(node, ast.alias):
+        return not owners and (node.asname or node.name) in (name, "*")
+    if isinstance(node, ast.Name):
+        return not owners and node.id == name
+    if isinstance(node, ast.Attribute):
+        return node.attr == name and _is_name(node.value, owners)
+    if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Call) and not owners:
+        return _is_name(node.value.func, {"globals", "locals", "vars"}) and _may_be(node.slice, name)
+    return False
+
+
+def _is_name(node: ast.expr, names: Set[str]) -> bool:
+    return isinstance(node, ast.Name) and node.id in names
+
+
+def _may_be(node: ast.expr, name: str) -> bool:
+    """Whether an expression may be that text: it is, or only running it would tell."""
+    return not isinstance(node, ast.Constant) or node.value == name
+
+
+def _may_contain(node: ast.expr, names: Set[str]) -> bool:
+    """Whether what is looped over may be one of these: it is listed, or only running the program would tell."""
+    if isinstance(node, ast.Tuple | ast.List | ast.Set) and all(isinstance(item, ast.Name) for item in node.elts):
+        return any(_is_name(item, names) for item in node.elts)
+    return True
+
+
+def _run(statement: ast.stmt) -> Iterator[ast.AST]:
+    """Everything in a statement that runs when it does: not the bodies of functions and classes defined in it."""
+    todo: list[ast.AST] = [statement]
+    while todo:
+        node = todo.pop()
+        yield node
+        if isinstance(node, ast.comprehension):
+            todo += [node.iter, *node.ifs]  # its variable is its own
+        elif not isinstance(node, _NAMED | ast.Lambda):
+            todo += ast.iter_child_nodes(node)
 
 
 def _absolute(statement: ast.ImportFrom | ast.Import, alias: ast.alias, module: str) -> ast.stmt:

@@ -62,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="with --probe or --accept: you have read the diffs of what the probe does not run, and vouch for them",
     )
+    parser.set_defaults(usage_error=parser.error)
     parser.add_argument("--json", action="store_true", help="print one JSON object; the same as --format json")
     parser.add_argument("--format", choices=("table", "json", "github"), default="table", help="how to print it")
 
@@ -132,14 +133,18 @@ class Report:
 
 def main(arguments: argparse.Namespace) -> int:
     """Check, print, and return the exit code."""
+    if arguments.unproven and not arguments.probe and arguments.accept is None:
+        arguments.usage_error("--unproven needs --probe or --accept: it is about what a probe did not run")
     report = Report(arguments.megatron)
     try:
+        if arguments.accept is not None:
+            _require_writable(_accepted_path(arguments))
         _static(report, arguments)
         if (arguments.probe or arguments.accept is not None) and not report.unknown:
             _probe(report, arguments)
         if arguments.accept is not None and not report.unknown:
             _accept(report, arguments)
-    except (Fp32RouterError, UnreadableSourceError) as error:
+    except (Fp32RouterError, UnreadableSourceError, OSError) as error:
         report.unknown = str(error)
     _print(report, "json" if arguments.json else arguments.format)
     return EXIT_CODES[report.verdict]
@@ -184,6 +189,14 @@ def _accepted_path(arguments: argparse.Namespace) -> Path:
     return Path(arguments.accept or os.environ.get(f"{PREFIX}_ACCEPTED", "").strip() or accepting.DEFAULT)
 
 
+def _require_writable(path: Path) -> None:
+    """The probe takes many seconds: what cannot be written after it is said before it."""
+    if not path.parent.is_dir():
+        raise Fp32RouterError(f"{path} cannot be written: there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise Fp32RouterError(f"{path} cannot be written: permission denied")
+
+
 def _accepted_file(arguments: argparse.Namespace) -> Accepted:
     path = _accepted_path(arguments)
     # A file that somebody named has to be there, except the one that is to be written.
@@ -197,13 +210,14 @@ def _probe(report: Report, arguments: argparse.Namespace) -> None:
 
     assert report.root is not None
     report.vouched = arguments.unproven
-    missing = [t.dotted for t in report.targets if t.state == "missing"]
-    if missing:
-        report.notes.append(f"not probed: {', '.join(missing)} cannot be patched")
+    hopeless = [t.dotted for t in report.targets if not t.patchable]
+    if hopeless:
+        report.notes.append(f"not probed: {', '.join(hopeless)} cannot be patched")
         return
     report.probe = probe.run(Path(report.root), report.targets, str(report.version))
-    if report.probe.unproven:
-        names = ", ".join(sorted(name.replace(":", ".") for name in report.probe.unproven))
+    unproven = [t.dotted for t in report.targets if t.name in report.probe.unproven and not t.accepted]
+    if unproven:
+        names = ", ".join(sorted(unproven))
         way_out = "which you vouch for" if report.vouched else "read the diff; --unproven vouches for it"
         report.notes.append(f"has drifted and did not run in the probe, {way_out}: {names}")
 
@@ -213,12 +227,14 @@ def _accept(report: Report, arguments: argparse.Namespace) -> None:
     if report.verdict != "fits" or report.probe is None:
         report.notes.append("nothing is accepted: only a passing probe can be recorded")
         return
-    if not report.proven:
+    # What an earlier file accepts, and this probe did not run, holds as it did.
+    accepted = [target for target in report.targets if target.accepted or target in report.proven]
+    if not accepted:
         report.notes.append("nothing has drifted, so there is nothing to accept, and no file is needed")
         return
     proofs: Mapping[str, str] = {proof.name: proof.detail for proof in report.probe.proofs}
     try:
-        accepting.write(path, str(report.version), report.proven, proofs)
+        accepting.write(path, str(report.version), accepted, proofs)
     except OSError as error:
         raise Fp32RouterError(f"{path} cannot be written: {error.strerror or error}") from error
     report.notes.append(f"written: {path}. Commit it; for training set {PREFIX}_ACCEPTED={path}")
@@ -271,7 +287,7 @@ def _print_table(report: Report) -> None:
     for sentence in (*report.problems, *report.notes):
         print(f"- {sentence}")
     print(_summary(report))
-    if report.unfit and report.probe is None and not any(t.state == "missing" for t in report.unfit):
+    if report.unfit and report.probe is None and all(t.patchable for t in report.unfit):
         print("What has drifted may be harmless: `check --accept` trains on this tree and records it if it is.")
 
 

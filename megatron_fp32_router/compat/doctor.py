@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
@@ -19,9 +20,9 @@ from megatron_fp32_router.compat.fingerprints import known
 from megatron_fp32_router.compat.judge import Judge, Target
 from megatron_fp32_router.compat.show import table
 from megatron_fp32_router.compat.source import Tree, UnreadableSourceError
-from megatron_fp32_router.errors import Fp32RouterError
+from megatron_fp32_router.errors import Fp32RouterError, SettingsError
 from megatron_fp32_router.records import PATCHES, Patch
-from megatron_fp32_router.settings import PREFIX
+from megatron_fp32_router.settings import PREFIX, Settings, from_environment
 from megatron_fp32_router.upstream import Megatron
 from megatron_fp32_router.version import __version__
 
@@ -95,10 +96,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Look, print, and return the exit code."""
     found = Diagnosis()
-    _look_at_interpreter(found)
-    _look_at_activation(found)
-    _look_at_libraries(found)
-    _look_at_megatron(found, arguments.megatron)
+    looks: dict[str, Callable[[], None]] = {
+        "python": lambda: _look_at_interpreter(found),
+        "start-up file": lambda: _look_at_activation(found),
+        "libraries": lambda: _look_at_libraries(found),
+        "Megatron": lambda: _look_at_megatron(found, arguments.megatron),
+    }
+    for about, look in looks.items():
+        try:
+            look()
+        except OSError as error:  # a folder on the path that nobody may read, say; the rest is still worth seeing
+            found.add("unknown", about, f"cannot be looked at: {error}")
     if arguments.json:
         print(json.dumps(found.to_json(), indent=1))
     else:
@@ -161,28 +169,41 @@ def _look_at_megatron(found: Diagnosis, given: str | None) -> None:
     found.add("ok", "Megatron", f"{megatron} ({root})")
     for other in installed[1:] if given is None else []:
         found.add("note", "Megatron", f"another one on the path, which an import does not take: {other}")
+    accepted = _accepted(found)
     try:
-        accepted = _accepted()
         judge = Judge(Tree(root, known()), megatron, accepted.targets)
         targets = judge.all()
     except (Fp32RouterError, UnreadableSourceError) as error:
         found.add("unknown", "Megatron", str(error))
         return
-    if accepted.why_not:
-        found.add("problem", "accepted file", accepted.why_not)
-    elif accepted.path is not None:
-        found.add("ok", "accepted file", f"{accepted.path}: {len(accepted.targets)} accepted changes")
     _look_at_patches(found, megatron, targets)
     if judge.tree.has("megatron.core.transformer.module") and _marks(judge):
         found.add("note", "upstream", "this Megatron has mark_keep_in_fp32, which its router does not use yet (#5929)")
 
 
-def _accepted() -> accepting.Accepted:
-    """What a training would honour: the variable alone."""
-    from megatron_fp32_router.settings import from_environment
+def _accepted(found: Diagnosis) -> accepting.Accepted:
+    """What a training would honour: the file of the variable alone. One that cannot be read would stop it."""
+    path = _settings().accepted
+    if not path:
+        return accepting.Accepted()
+    try:
+        accepted = accepting.read(Path(path))
+    except SettingsError as error:
+        found.add("problem", "accepted file", f"{error}; a training would stop there")
+        return accepting.Accepted()
+    if accepted.why_not:
+        found.add("problem", "accepted file", accepted.why_not)
+    else:
+        found.add("ok", "accepted file", f"{accepted.path}: {len(accepted.targets)} accepted changes")
+    return accepted
 
-    path = from_environment().accepted
-    return accepting.read(Path(path)) if path else accepting.Accepted()
+
+def _settings() -> Settings:
+    """What the environment asks for; the defaults where it has a value that is not accepted, which is a finding."""
+    try:
+        return from_environment()
+    except SettingsError:
+        return Settings()
 
 
 def _marks(judge: Judge) -> bool:
@@ -191,10 +212,8 @@ def _marks(judge: Judge) -> bool:
 
 def _look_at_patches(found: Diagnosis, megatron: Megatron, targets: list[Target]) -> None:
     """The state that each patch would have in a program that runs with this Megatron."""
-    from megatron_fp32_router.settings import from_environment
-
     off = environment.switched() is False
-    monitored = bool(from_environment().monitor)
+    monitored = bool(_settings().monitor)
     for patch in PATCHES:
         if patch.monitor and not monitored:
             continue
@@ -215,7 +234,8 @@ def _look_at_patches(found: Diagnosis, megatron: Megatron, targets: list[Target]
     counts = Counter(state for _, state, _ in found.patches)
     told = ", ".join(f"{number} {state}" for state, number in sorted(counts.items()))
     if drifted:
-        found.add("problem", "patches", f"{told}: `check` shows what has changed, `check --accept` tries it")
+        tried = ", `check --accept` tries it" if all(t.patchable for t in targets if not t.fits) else ""
+        found.add("problem", "patches", f"{told}: `check` shows what has changed{tried}")
     else:
         found.add("ok", "patches", f"would be: {told}")
 
@@ -225,7 +245,7 @@ def _native(patch: Patch, megatron: Megatron) -> str | None:
     if not megatron.at_least(patch.since):
         return f"the function came with {patch.since}"
     if patch.until is not None and megatron.at_least(patch.until):
-        return f"not needed from {patch.until}: {patch.remove_when}"
+        return patch.why_not_from_until
     return None
 
 
@@ -249,6 +269,7 @@ def _print(found: Diagnosis) -> None:
     if problems:
         print(f"{len(problems)} problem{'s' if len(problems) != 1 else ''}, marked with !!")
     elif found.code == 2:
-        print("No Megatron could be looked at.")
+        seen = "Not everything" if found.patches else "No Megatron"
+        print(f"{seen} could be looked at: see ??")
     else:
         print("Nothing stands in the way of the plugin.")

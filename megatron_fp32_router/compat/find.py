@@ -31,8 +31,20 @@ def root(given: str | None) -> Path:
     """The folder that holds `megatron/`: what the user named, or the installed one.
 
     Raises:
-        NoMegatronError: there is none.
+        NoMegatronError: there is none, or nobody may look.
     """
+    try:
+        return _root(given)
+    except (OSError, ValueError) as error:  # no permission, a name that is too long, a zero byte in it
+        where = "looking for an installed Megatron" if given is None else f"--megatron {_short(given)}"
+        raise NoMegatronError(f"{where}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 200 else f"{name[:200]}…"
+
+
+def _root(given: str | None) -> Path:
     if given is None:
         found = installed()
         if not found:
@@ -42,6 +54,8 @@ def root(given: str | None) -> Path:
             )
         return found[0]
     path = Path(given).absolute()
+    if ".." in path.parts:
+        path = path.resolve()  # only then: a link keeps the name that the user gave it
     if not path.exists():
         raise NoMegatronError(f"--megatron {given}: no such path")
     if path.suffix == ".whl":

@@ -8,6 +8,7 @@ no parsing, so for an unmodified release the gate costs a few milliseconds in a 
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 from pathlib import Path
 
@@ -22,12 +23,17 @@ from megatron_fp32_router.upstream import Megatron
 
 
 @functools.lru_cache(maxsize=2)
-def _judge(megatron: Megatron, accepted_file: str) -> Judge:
+def _tree(megatron: Megatron) -> Tree:
     assert megatron.path is not None
+    return Tree(megatron.path.parent.parent, known())
+
+
+@functools.lru_cache(maxsize=2)
+def _judge(megatron: Megatron, accepted_file: str) -> Judge:
     file = accepted.read(Path(accepted_file)) if accepted_file else accepted.Accepted()
     if file.why_not:
         say(logging.WARNING, file.why_not, once=True)
-    return Judge(Tree(megatron.path.parent.parent, known()), megatron, file.targets)
+    return Judge(_tree(megatron), megatron, file.targets)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -62,3 +68,23 @@ def objection(patch_id: str, megatron: Megatron, accepted_file: str) -> str | No
             own = any(key(patch.module, patch.path) == name for patch in PATCHES if patch.id == patch_id)
             return f"{what} {place}" if own else f"goes with {target.dotted}, which {what} {place}"
     return None
+
+
+@functools.lru_cache(maxsize=2)
+def digest(megatron: Megatron) -> str:
+    """One fingerprint of everything that patches replace or rely on in that Megatron, imported or not: 16 digits.
+
+    Ranks compare it. What the gate has read is not read again; in a fork whose every file has changed, all of it takes
+    0.2 s.
+    """
+    if megatron.path is None:
+        return "unknown, the source files are not to be found"
+    tree = _tree(megatron)
+    lines = []
+    for name in sorted(relied_on()):
+        try:
+            found = str(tree.body(name).digest) if tree.has(name.partition(":")[0]) else "no such module"
+        except UnreadableSourceError:
+            found = "unreadable"  # the gate has told whoever imports it why
+        lines.append(f"{name} {found}\n")
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]

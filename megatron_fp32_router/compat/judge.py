@@ -38,6 +38,7 @@ class Target:
         diff: what changed against the nearest known body, as a unified diff; empty unless drifted.
         accepted: whether the project has accepted exactly this drift.
         span: the first and last line of a drifted function in its file; (0, 0) for what is no function.
+        patchable: whether a patch could be applied to what was found, so that a probe can tell whether it is right.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Target:
     diff: str = ""
     accepted: bool = False
     span: tuple[int, int] = (0, 0)
+    patchable: bool = True
 
     @property
     def dotted(self) -> str:
@@ -90,7 +92,14 @@ class Judge:
 
         Args:
             explain: work out the diff too, which takes longer.
+
+        Raises:
+            UnreadableSourceError: its file cannot be read, parsed or compared.
         """
+        with self.tree.not_too_deep(name):
+            return self._one(name, patches, explain)
+
+    def _one(self, name: str, patches: tuple[str, ...], explain: bool) -> Target:
         module, _, path = name.partition(":")
         file = self.tree.file_of(module)
         if not any(self.fingerprints.files.get(module, ())):
@@ -115,9 +124,8 @@ class Judge:
                     None,
                     file,
                 )
-            return Target(
-                name, patches, "missing", self._gone(module, path), None, file, self._parsed_line(module, path)
-            )
+            line = self._parsed_line(module, path)
+            return Target(name, patches, "missing", self._gone(module, path), None, file, line, patchable=False)
         if same:
             return Target(name, patches, "known", f"as in {self._spelt(same)}", body.digest, file, body.line)
         accepted = self.accepted.get(name) == body.digest
@@ -162,7 +170,7 @@ class Judge:
             return Target(name, patches, "match", "not part of this tree", None, file)
         body = self.tree.body(name)
         if body.module is None:
-            return Target(name, patches, "missing", self._gone(module, path), None, file)
+            return Target(name, patches, "missing", self._gone(module, path), None, file, patchable=False)
         expected = next(patch.parameters for patch in PATCHES if key(patch.module, patch.path) == name)
         function = body.module.body[-1]
         found = [a.arg for a in function.args.args] if isinstance(function, ast.FunctionDef) else []
@@ -171,7 +179,8 @@ class Judge:
                 name, patches, "known", "in no wheel: compared by its parameters", body.digest, file, body.line
             )
         detail = f"takes ({', '.join(found)}) where ({', '.join(expected)}, …) was expected"
-        return Target(name, patches, "drifted", detail, body.digest, file, body.line)
+        # Its parameters are what the patch needs to be applied at all: nothing that a probe could clear.
+        return Target(name, patches, "drifted", detail, body.digest, file, body.line, patchable=False)
 
     def _drifted(self, name: str, patches: tuple[str, ...], file: str, alike: list[int], accepted: bool) -> Target:
         body = self.tree.body(name, parsed=True)

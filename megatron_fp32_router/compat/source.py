@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,7 +50,7 @@ class Tree:
 
     def has(self, module: str) -> bool:
         """Whether the tree has that module at all."""
-        return (self.root / self.file_of(module)).is_file()
+        return _is_file(self.root / self.file_of(module))
 
     def body(self, target: str, *, parsed: bool = False) -> Body:
         """What the tree defines as `target` (`module:path`).
@@ -65,8 +67,23 @@ class Tree:
             return Body(self.fingerprints.digest(target, read))
         if target not in self._bodies:
             home = f"{module}.__init__" if self.file_of(module).endswith("__init__.py") else module
-            self._bodies[target] = _body(canonical.definitions(read, home, path))
+            with self.not_too_deep(target):
+                self._bodies[target] = _body(canonical.definitions(read, home, path))
         return self._bodies[target]
+
+    @contextlib.contextmanager
+    def not_too_deep(self, target: str) -> Iterator[None]:
+        """Around what walks through syntax trees: what Python parses can be nested more deeply than it can walk.
+
+        Raises:
+            UnreadableSourceError: it is.
+        """
+        module, _, path = target.partition(":")
+        try:
+            yield
+        except RecursionError:
+            file = self.root / self.file_of(module)
+            raise UnreadableSourceError(f"{file}: something is nested too deeply to compare {path}") from None
 
     def parsed(self, module: str) -> ast.Module:
         """A module's syntax tree.
@@ -105,20 +122,32 @@ class Tree:
 
 
 def file_of(root: Path, module: str) -> str:
-    """The path below `root` of the file of a module or package; of a module where neither is there."""
+    """The path below `root` of the file of a module or package; of a module where neither is there.
+
+    Raises:
+        UnreadableSourceError: nobody may look.
+    """
     path = module.replace(".", "/")
     package = f"{path}/__init__.py"
-    return package if (root / package).is_file() else f"{path}.py"
+    return package if _is_file(root / package) else f"{path}.py"
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise UnreadableSourceError(f"{path}: {error.strerror or error}") from error
 
 
 def _body(found: list[canonical.Definition]) -> Body:
     if not found:
         return Body(None)
     line, span = found[0].lineno, (0, 0)
-    if any(isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) for part in found for node in ast.walk(part)):
-        # A condition that canonical.py has put around it stands in no line.
+    functions = [node for part in found for node in ast.walk(part) if isinstance(node, canonical.FUNCTIONS)]
+    if functions:
+        # Decorators belong to it. What rebinds the name further down does not.
         first = min(node.lineno for node in ast.walk(found[0]) if hasattr(node, "lineno"))
-        span = (first, found[-1].end_lineno or found[-1].lineno)
+        span = (first, max(node.end_lineno or node.lineno for node in functions))
     normalised = canonical.normalised(found)
     return Body(canonical.digest(normalised), normalised, line, span)
 

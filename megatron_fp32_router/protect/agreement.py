@@ -39,6 +39,9 @@ from megatron_fp32_router.version import __version__
 _ROOM: Final = f"{__name__.partition('.')[0]}/agreement"
 _ARRIVED, _JUDGE, _VERDICT, _READ = "arrived", "judge", "verdict", "read"
 
+#: What of Megatron's source is compared: all that patches replace or rely on, and no comment or annotation in it.
+_SOURCE: Final = "the fingerprint of Megatron's source"
+
 #: Seconds until rank 0 says whom it is waiting for.
 _PATIENCE: Final = 10.0
 #: Seconds beyond the timeout that the verdict itself may take; reading from 4,096 ranks takes a few.
@@ -61,8 +64,11 @@ def what_must_agree() -> dict[str, str]:
 
     How much is logged and how long is waited may differ. A patch that waits for its module is not named: a pipeline
     stage need not import what another one does. One that somebody has wrapped still works: a profiler on rank 0, say.
+    The monitor's patches are not named where it is off: its interval, which always is, speaks for them.
     """
-    settings = registry.settings
+    from megatron_fp32_router.compat import gate
+
+    settings, megatron = registry.settings, of_module(sys.modules["megatron.core"])
     patches = {
         f"patch {record.id!r}": "applied" if record.detail.startswith("wrapped") else record.state
         for record in status()
@@ -72,7 +78,11 @@ def what_must_agree() -> dict[str, str]:
         "the plugin's version": __version__,
         f"{PREFIX}_PROTECT": settings.protect,
         f"{PREFIX}_ON_MISMATCH": settings.on_mismatch,
-        "Megatron": str(of_module(sys.modules["megatron.core"])),
+        # Every look may be a collective.
+        f"{PREFIX}_MONITOR": str(settings.monitor or "off"),
+        f"{PREFIX}_UNTESTED": settings.untested,
+        "Megatron": str(megatron),
+        _SOURCE: gate.digest(megatron),
         **patches,
     }
 
@@ -82,6 +92,8 @@ def _statement(at_optimizer: bool) -> dict[str, Any]:
     routers, tensors = effect.totals()
     return {
         "says": what_must_agree(),
+        # Told only beside a difference: paths themselves may differ.
+        "where": {_SOURCE: str(of_module(sys.modules["megatron.core"]).path or "place unknown")},
         "host": socket.gethostname(),
         "local world size": os.environ.get("LOCAL_WORLD_SIZE", ""),
         "at optimizer": at_optimizer,
@@ -244,7 +256,8 @@ def _agree(store: Any) -> None:
     found = _wait(store, rank, world)
     _leave(store, rank, world, found)
     _Agreed.speaker = found["speaker"]
-    problems = [*found["problems"], *_own_difference(rank, found["says"])]
+    # Where ranks differ, nothing was agreed that this one could differ from.
+    problems = found["problems"] or _own_difference(rank, found["says"])
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         _Agreed.failure = (

@@ -72,11 +72,19 @@ def _differences(statements: Statements) -> list[str]:
                 sides.setdefault(str(statement["says"][label]), []).append(rank)
         if len(sides) > 1:
             texts = [
-                f"{value!r} on {ranks_text(ranks)} (host {_few({str(statements[rank]['host']) for rank in ranks})})"
+                f"{value!r} on {ranks_text(ranks)} ({_places(label, statements, ranks)})"
                 for value, ranks in sides.items()
             ]
             found.append(f"{label} is {', but '.join(texts)}")
     return found
+
+
+def _places(label: str, statements: Statements, ranks: Sequence[int]) -> str:
+    """The hosts of these ranks, and where on them lies what the label is about, for what lies anywhere."""
+    hosts = f"host {_few({str(statements[rank]['host']) for rank in ranks})}"
+    # An earlier version of the plugin does not say where.
+    paths = {str(path) for rank in ranks if (path := statements[rank].get("where", {}).get(label)) is not None}
+    return f"{hosts}: {_few(paths)}" if paths else hosts
 
 
 def _count(number: int, thing: str) -> str:

@@ -220,6 +220,7 @@ OPTIMIZERS: Final = (
         remove_when="0.13 is no longer supported",
         since="0.12",
         until="0.14",
+        gone=True,
         parameters=("self", "config"),
     ),
     Patch(
@@ -232,6 +233,7 @@ OPTIMIZERS: Final = (
         remove_when="it has been run on a GPU",
         since="0.14",
         until="0.20",
+        gone=True,
         parameters=("self", "config"),
     ),
     Patch(

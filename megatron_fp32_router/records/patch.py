@@ -22,7 +22,8 @@ class Patch:
         issue: where upstream discusses it.
         remove_when: how to see that upstream made it needless.
         since: the first release that has the function.
-        until: the first release that no longer has it, None while it lives.
+        until: the first release that needs no such patch, None while there is none.
+        gone: whether the function itself went with `until`; otherwise upstream does there what the patch was for.
         parameters: parameters of the target that the replacement relies on, in order.
         inherited: whether the target may come from a base class (torch's own method).
         needs: ids of patches of the same module without which this one does harm: under on_mismatch="warn" it is
@@ -42,12 +43,20 @@ class Patch:
     remove_when: str
     since: str = "0.11"
     until: str | None = None
+    gone: bool = False
     parameters: tuple[str, ...] = ()
     inherited: bool = False
     needs: tuple[str, ...] = ()
     supersedes: bool = False
     monitor: bool = False
     essential: bool = True
+
+    @property
+    def why_not_from_until(self) -> str:
+        """Why a release from `until` on needs no such patch, as the end of a sentence about it."""
+        if self.gone:
+            return f"has no such function; it went with {self.until}"
+        return f"needs no such patch from {self.until} on: {self.remove_when}"
 
     @property
     def target(self) -> str:

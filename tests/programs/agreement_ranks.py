@@ -83,6 +83,15 @@ def scenes(recipe: Any, arguments: dict[str, Any]) -> dict[str, str]:
     play("other version")
     agreement.__version__ = version
 
+    # A Megatron of the same version with another body of one function, and a monitor that looks on one rank only.
+    core, settings = import_module("megatron.core"), agreement.registry.settings
+    file = core.__file__
+    if is_last:
+        core.__file__ = arguments["fork"]
+        agreement.registry.settings = replace(settings, monitor=5)
+    play("other Megatron and monitor")
+    core.__file__, agreement.registry.settings = file, settings
+
     # Rank 1 comes to its optimizer only when rank 0 has said that it is waiting for it.
     store = dist.distributed_c10d._get_default_store()
     say, agree = agreement.say, agreement._agree
