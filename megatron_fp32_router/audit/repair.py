@@ -18,7 +18,29 @@ if TYPE_CHECKING:
 
 
 class RepairRefusedError(Fp32RouterError):
-    """Something is already where the repaired tensors were to go."""
+    """The repaired tensors cannot go where they were to go."""
+
+
+def check_target(out: Path, checkpoint: Path) -> None:
+    """Refuse a folder that cannot be made, or must not be, before anything is read.
+
+    Raises:
+        RepairRefusedError: `out` exists and is not an empty folder, lies below a file or in the checkpoint's folder.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RepairRefusedError(f"{out}: expected no such folder, or an empty one; nothing was written")
+    above = next((parent for parent in out.absolute().parents if parent.exists()), None)
+    if above is not None and not above.is_dir():
+        raise RepairRefusedError(f"{out}: expected a folder that can be made, but {above} is a file")
+    # A folder with iter_ folders is no checkpoint itself: `out` may lie beside those.
+    if checkpoint.is_dir() and out.resolve().is_relative_to(checkpoint.resolve()) and not _holds_others(checkpoint):
+        raise RepairRefusedError(
+            f"{out}: lies in the checkpoint {checkpoint}, which stays as it is; nothing was written"
+        )
+
+
+def _holds_others(folder: Path) -> bool:
+    return (folder / "latest_checkpointed_iteration.txt").exists() or any(folder.glob("iter_*"))
 
 
 def repair(found: Audit, out: Path) -> dict[str, Any]:
@@ -31,12 +53,12 @@ def repair(found: Audit, out: Path) -> dict[str, Any]:
         What repair.json says: {"restored": {name: how}, "not_restored": {name: why}, "untouched": [name]}.
 
     Raises:
-        RepairRefusedError: `out` exists and is not an empty folder.
+        RepairRefusedError: see `check_target`.
+        OSError: it cannot be written.
     """
     from safetensors.numpy import save_file
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RepairRefusedError(f"{out}: expected no such folder, or an empty one; nothing was written")
+    check_target(out, found.checkpoint.path)
     restored: dict[str, str] = {}
     not_restored: dict[str, str] = {}
     untouched: list[str] = []
