@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,25 @@ def test_of_a_sharded_model_only_the_files_that_hold_routers_are_opened(tmp_path
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
     with pytest.raises(CheckpointUnreadableError, match=r"expected model\.layers\.9\.block_sparse_moe\.gate\.weight"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_iteration_and_rate_are_read_from_what_torch_dcp_and_fsdp_dtensor_write(tmp_path: Path, whole: bool) -> None:
+    # Megatron's generate_state_dict, given to torch.distributed.checkpoint.save as it is.
+    args = argparse.Namespace(moe_router_bias_update_rate=7.7e-4, num_layers=1)
+    state = {
+        "args": args,
+        "checkpoint_version": 3.0,
+        "iteration": 30,
+        "model": {"module.decoder.layers.0.mlp.router.weight": weight()},
+        "opt_param_scheduler": {"num_steps": 480},
+        "rng_state": {"(0, 0)": [{"random_rng_state": (3, (1, 2), None)}]},
+        "num_floating_point_operations_so_far": 1.5,
+    }
+    dcp.save(state if whole else {"model": state["model"]}, checkpoint_id=tmp_path, no_dist=True)
+    found = open_checkpoint(tmp_path)
+    assert (found.iteration, found.rate) == ((30, 7.7e-4) if whole else (None, None))
+    assert [tensor.kind for tensor in found.tensors] == ["weight"]
 
 
 def test_eight_bit_floats_are_named_though_they_are_not_read(tmp_path: Path) -> None:

@@ -207,7 +207,16 @@ def read_dcp(folder: Path, meter: Meter, stack: ExitStack) -> tuple[Checkpoint, 
 
 
 def _read_common(reader: DcpReader, checkpoint: Checkpoint) -> None:
-    """Iteration and arguments: an object among the others from 0.19 on, a file `common.pt` before."""
+    """Iteration and arguments. torch_dist: an object among the others from 0.19 on, a file `common.pt` before.
+
+    torch_dcp and fsdp_dtensor hand the whole state to DCP, which makes each of its entries an object of its own.
+    """
+    parts: dict[Any, Any] = {}
+    for name in ("args", "iteration"):
+        if name in reader.objects:
+            with reader.open_archive(name) as archive:
+                parts[name] = archive.root
+    read_arguments(checkpoint, parts)
     common, file = "common_state/shard_0_1", reader.folder / "common.pt"
     if common in reader.objects:
         archive = reader.open_archive(common)
