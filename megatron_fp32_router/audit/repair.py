@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,7 +51,9 @@ def repair(found: Audit, out: Path) -> dict[str, Any]:
     rounded, rounds to exactly these values. Names are those of the checkpoint's audit, one per router.
 
     Returns:
-        What repair.json says: {"restored": {name: how}, "not_restored": {name: why}, "untouched": [name]}.
+        What repair.json says: {"restored": {name: how}, "not_restored": {name: why}, "untouched": [name],
+        "routers": {name: {"stack": "decoder", "layer": 3, "kind": "weight"}}}. Layers count from 0 through the whole
+        model, whatever pipeline stage wrote them; stack is "decoder", "encoder" or "mtp".
 
     Raises:
         RepairRefusedError: see `check_target`.
@@ -63,6 +66,7 @@ def repair(found: Audit, out: Path) -> dict[str, Any]:
     not_restored: dict[str, str] = {}
     untouched: list[str] = []
     tensors: dict[str, Any] = {}
+    keys = Counter(tensor.key for tensor in found.checkpoint.tensors)
     for tensor in found.checkpoint.tensors:
         verdicts = {f.check: f.verdict for f in found.of(tensor.name)}
         damaged = tensor.dtype in LOW or "problem" in (verdicts.get("laundered"), verdicts.get("main copy"))
@@ -70,6 +74,8 @@ def repair(found: Audit, out: Path) -> dict[str, Any]:
             untouched.append(tensor.name)
             continue
         why = _why_not(tensor.values, tensor.main)
+        if keys[tensor.key] > 1:
+            why = "another router has the same layer and kind: which is which, names do not say"
         if not damaged:
             why = "its updates went wrong; which values they should have led to, no checkpoint holds"
         if why is None:
@@ -86,6 +92,11 @@ def repair(found: Audit, out: Path) -> dict[str, Any]:
         "restored": restored,
         "not_restored": not_restored,
         "untouched": untouched,
+        "routers": {
+            tensor.name: dict(zip(("stack", "layer", "kind"), tensor.key, strict=True))
+            for tensor in found.checkpoint.tensors
+            if tensor.name in restored
+        },
     }
     (out / "repair.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report

@@ -248,6 +248,27 @@ def test_a_loop_of_ones_own_gets_a_flat_dict(build: Any, plugin: Any) -> None:
     assert monitor.latest() == {}
 
 
+def test_a_loop_that_looks_every_hundred_steps_gets_drift_per_step_for_each_of_its_models(
+    router: Any, plugin: Any
+) -> None:
+    student, teacher = router(), router()
+    for each, start in ((student, 0.25), (teacher, 8.0)):
+        each.layer_number = 1
+        each.expert_bias.data = start + torch.arange(each.expert_bias.numel()).float() / 128
+    for step, bare in ((100, False), (200, False), (300, True)):
+        for each in (student, teacher):
+            found = monitor.metrics(each, None if bare else step)
+            name = "layer_1/bias/drift_per_step"
+            if step == 200:
+                # 0.5 in 100 steps, whatever the other model's biases are.
+                assert found[name] == pytest.approx(0.005)
+                assert found["layer_1/bias/steps_to_blind_fp32"] > 0
+            else:
+                assert name not in found
+                assert "layer_1/bias/steps_to_blind_fp32" not in found
+            each.expert_bias += 0.5
+
+
 def test_inside_torch_compile_the_hooks_leave_nothing_behind(router: Any, plugin: Any) -> None:
     r = router()
     tokens = torch.randn(4, 2, 64, dtype=torch.bfloat16)
