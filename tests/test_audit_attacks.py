@@ -204,6 +204,30 @@ def test_all_router_tensors_together_are_bounded(
     assert "at most 8 router tensors" in refused(capsys, file)
 
 
+def test_the_pieces_of_a_tensor_count_as_one_and_not_again_and_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dcp.save({NAME: torch.ones(4, 4), NAME + ".piece": torch.ones(2, 4)}, checkpoint_id=tmp_path, no_dist=True)
+    metadata = pickle.loads((tmp_path / ".metadata").read_bytes())
+    whole, piece = (metadata.state_dict_metadata[n] for n in (NAME, NAME + ".piece"))
+    (chunk,) = piece.chunks
+    # Two halves, as two ranks write them: the same bytes for both.
+    where = {index.fqn: info for index, info in metadata.storage_data.items()}[NAME + ".piece"]
+    metadata.storage_data = {Index(NAME, (row, 0)): where for row in (0, 2)}
+    whole.chunks = [type(chunk)(torch.Size([row, 0]), torch.Size([2, 4])) for row in (0, 2)]
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    monkeypatch.setattr(source, "MAX_TOTAL", 64)
+    monkeypatch.setattr(source, "MAX_TENSORS", 1)
+    (found,) = open_checkpoint(tmp_path).tensors
+    assert found.shape == (4, 4)
+    monkeypatch.setattr(source, "MAX_TOTAL", 63)
+    assert "at most 63 bytes of router tensors" in refused(capsys, tmp_path)
+    whole.chunks *= 3
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    monkeypatch.undo()
+    assert "expected each element of" in refused(capsys, tmp_path)
+
+
 PRIME = (1 << 61) - 1
 
 

@@ -144,7 +144,7 @@ class DcpReader:
             with archive:
                 if ref.shape != size or ref.dtype != dtype:
                     raise unreadable(archive.path, f"{dtype} {size} for {name}", f"{ref.dtype} {ref.shape}")
-                whole[box] = archive.tensor(ref)
+                whole[box] = archive.tensor(ref, claimed=True)
             seen[box] = True
         if not seen.all():
             raise unreadable(self.path, f"all of {name}", f"{int(seen.sum())} of {seen.size} elements")
@@ -162,6 +162,8 @@ class DcpReader:
         pieces = sum(math.prod(size) for _, size in self.chunks(name))
         if pieces < numel:
             raise unreadable(self.path, f"all of {name}", f"{pieces} of {numel} elements")
+        if pieces > 2 * numel:
+            raise unreadable(self.path, f"each element of {name} once", f"{pieces} elements for {numel}")
         if held < numel:
             raise unreadable(self.path, f"{numel} elements of {name} in its files", f"room for {held}: truncated?")
 

@@ -92,11 +92,15 @@ class Archive:
             raise unreadable(self.path, f"the checksum {info.CRC:08x} of {name}", f"{zlib.crc32(read):08x}: garbled")
         return read
 
-    def tensor(self, ref: TensorRef) -> NDArray[Any]:
-        """A whole tensor, with its checksum checked where its storage holds nothing else."""
+    def tensor(self, ref: TensorRef, claimed: bool = False) -> NDArray[Any]:
+        """A whole tensor, with its checksum checked where its storage holds nothing else.
+
+        `claimed`: it is a piece of one whose size the meter knows.
+        """
         dtype = self._dtype(ref)
         numel = math.prod(ref.shape)
-        self._meter.claim(numel * dtype.itemsize, self.path, f"shape {ref.shape}")
+        if not claimed:
+            self._meter.claim(numel * dtype.itemsize, self.path, f"shape {ref.shape}")
         if max(ref.shape, default=0) > MAX_TENSOR:
             raise unreadable(self.path, f"a router's tensor of at most {MAX_TENSOR} bytes", f"shape {ref.shape}")
         extent = sum((n - 1) * s for n, s in zip(ref.shape, ref.stride, strict=True)) + 1 if 0 not in ref.shape else 0

@@ -58,7 +58,8 @@ def written(tmp_path_factory: pytest.TempPathFactory, release: Version) -> dict[
     ]
     recipe = lab.Recipe(bias_start=BIAS, optimizer="distributed", fused_adam=True, overlap=False)
     for protect in ("off", "buffers", "all"):
-        with _plugin("off" if protect == "off" else "on", protect), _training(recipe) as (room, batches), _fused_adam_is_known():
+        plugin = "off" if protect == "off" else "on"
+        with _plugin(plugin, protect), _training(recipe) as (room, batches), _fused_adam_is_known():
             for _ in range(STEPS):
                 room.step(batches)
             for sharding in shardings:
