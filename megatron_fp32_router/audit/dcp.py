@@ -156,7 +156,9 @@ class DcpReader:
         for offset, size in self.chunks(name):
             info = self._where.get((name, offset))
             length = None if info is None else info.field("length")
-            if info is not None and type(length) is int:
+            if info is not None and info.field("transform_descriptors"):
+                held += math.prod(size)  # compressed: refused when it is opened, by a better reason
+            elif info is not None and type(length) is int:
                 file = inside(self.folder, info.field("relative_path"), self.path)
                 held += min(length, file.stat().st_size) // itemsize if file.is_file() else math.prod(size)
         pieces = sum(math.prod(size) for _, size in self.chunks(name))
