@@ -336,6 +336,14 @@ def test_two_checkpoints_of_one_iteration_that_differ_are_not_good(kind: str) ->
     assert answer(wide, "against")[0] == "unknown"
 
 
+def test_weights_that_have_nothing_in_common_are_noted() -> None:
+    one, two = normal(8, 64, seed=1), normal(8, 64, seed=2)
+    for other, said in ((two, True), (one + two / 100, False)):
+        found = audit(checkpoint(one, "weight", iteration=20), checkpoint(other, "weight", iteration=10))
+        assert ("or of another model" in answer(found, "against")[1]) == said
+        assert answer(found, "against")[0] == "note"
+
+
 def test_a_bias_that_stands_still_is_a_problem_only_where_its_dtype_explains_it() -> None:
     low, high = np.full(8, 0.75, BF16), walk(30, 1e-3)
     swallowed = audit(checkpoint(low, iteration=20, rate=1e-3), checkpoint(low, iteration=10))

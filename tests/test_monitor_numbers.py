@@ -372,6 +372,8 @@ def test_a_file_that_the_monitor_did_not_write_is_refused_in_one_line(
 
 
 def test_a_file_that_is_not_there_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main(argparse.Namespace(run=Path("/dev/zero"), out=None, json=False)) == 2
+    assert "found a device" in capsys.readouterr().err
     assert report.main(argparse.Namespace(run=tmp_path / "none.jsonl", out=None, json=False)) == 2
     assert capsys.readouterr().err.count("\n") == 1
 

@@ -84,7 +84,11 @@ def _moved(one: RouterTensor, other: RouterTensor, between: int | None, known: S
         return found("unknown", f"cannot tell: {text}{said}: of another run or model, or changed since")
     if one.kind != "expert_bias":
         if moved:
-            return found("note", f"{moved:,} of {a.size:,} values moved{over}, by up to {largest:.3g}")
+            text = f"{moved:,} of {a.size:,} values moved{over}, by up to {largest:.3g}"
+            alike = _correlation(a, b) if a.size >= 64 else None
+            if alike is not None and abs(alike) < 0.5:
+                text += f"; correlation {alike:.2f}: after a long training, or of another model"
+            return found("note", text)
         return found("note", f"none of {a.size:,} values moved{over}: frozen?")
     rates = list(known) or list(lattice.USUAL_RATES)
     if not moved:

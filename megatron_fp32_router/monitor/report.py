@@ -67,6 +67,8 @@ def read(path: Path) -> Run:
         UnreadableRunError: there is none, or it holds something else.
     """
     path = path / "monitor.jsonl" if path.is_dir() else path
+    if path.is_char_device() or path.is_block_device():
+        raise UnreadableRunError(f"{path}: expected a file, found a device")
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
