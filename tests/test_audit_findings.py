@@ -123,6 +123,7 @@ def test_a_rate_that_the_known_one_is_no_multiple_of_is_a_problem() -> None:
     verdict, text = answer(audit(checkpoint(walk(300, 2e-3), rate=5e-3)), "updates")
     assert (verdict, "whole steps of 0.002 apart, not of 0.005, which was to be expected" in text) == ("problem", True)
     assert answer(audit(checkpoint(walk(300, 1e-2), rate=1e-3)), "updates")[0] == "problem"
+    assert answer(audit(checkpoint(walk(300, 1e-2), rate=1e-9)), "updates")[0] == "problem"
     # None of those that are usual.
     assert answer(audit(checkpoint(walk(300, 7.7e-4), rate=1e-3)), "updates")[0] == "problem"
 

@@ -445,6 +445,13 @@ def test_numbers_that_the_monitor_never_writes_are_refused_by_line(
     assert not path.with_suffix(".html").exists()
 
 
+def test_a_drift_that_is_nearly_none_gives_enormous_numbers_that_are_no_error(tmp_path: Path) -> None:
+    moved = bias.drift(torch.tensor([0.5, 0.75]), 0.625 - 1e-15, 100)
+    assert moved["bias/steps_to_blind_fp32"] > 1e20
+    record = {"step": 2, "layer": 1, "metrics": {**moved, "bias/mean": 1e300}, "violations": []}
+    assert report.main(argparse.Namespace(run=write(tmp_path / "run.jsonl", [record]), out=None, json=False)) == 0
+
+
 def test_names_from_a_file_cannot_steer_the_terminal_or_break_the_page(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -176,7 +176,7 @@ def judge(fit: lattice.Fit, experts: int, known: Sequence[float], data: dict[str
         return "unknown", f"cannot tell: at this size fp32 itself rounds a step of {fit.rate:g} too much"
     expected = " or ".join(f"{rate:g}" for rate in known)
     other = bool(known) and fit.rate not in known
-    changed = any(abs(rate / fit.rate - round(rate / fit.rate)) < 1e-6 for rate in known)
+    changed = any(round(m := rate / fit.rate) >= 1 and abs(m - round(m)) < 1e-6 for rate in known)
     if fit.exact and fit.distinct >= ENOUGH:
         if fit.rounding == "float32" and other:
             text = f"whole steps of {fit.rate:g} apart, not of {expected}, which was to be expected ({sure})"

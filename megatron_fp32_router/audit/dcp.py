@@ -100,7 +100,8 @@ class DcpReader:
             if not isinstance(offsets, tuple) or not isinstance(sizes, tuple) or len(offsets) != len(sizes):
                 raise unreadable(self.path, f"pieces of {name}", shown((offsets, sizes)))
             found.append((self._naturals(name, offsets), self._naturals(name, sizes)))
-        return found
+        # A planner that keeps replicas lists a piece once for each rank, and stores it in one place.
+        return list(dict.fromkeys(found))
 
     def _naturals(self, name: str, values: tuple[Any, ...]) -> tuple[int, ...]:
         if len(values) > 8 or any(type(value) is not int or not 0 <= value < 1 << 62 for value in values):

@@ -20,7 +20,7 @@ from megatron_fp32_router.monitor.sinks import Layer, order
 _LARGE: Final = 30_000_000
 _LISTED: Final = 8
 
-#: No step, layer or metric comes near; squares of it are still finite.
+#: No step or layer comes near. (Numbers of steps until something happens do, as fractions.)
 _HUGE: Final = 10**18
 
 
@@ -124,8 +124,10 @@ def _is_record(record: object) -> bool:
 
 
 def _is_number(value: object, whole: bool = False) -> bool:
-    """What the monitor writes: never NaN, infinity, or so large that a drawing's axis could not hold it."""
-    return (type(value) is int or (type(value) is float and not whole)) and -_HUGE < value < _HUGE
+    """What the monitor writes: never NaN or infinity, and no step or layer that a drawing's axis could not hold."""
+    if type(value) is int:
+        return -_HUGE < value < _HUGE
+    return type(value) is float and not whole and math.isfinite(value)
 
 
 @dataclass(frozen=True)
