@@ -218,12 +218,14 @@ def test_of_a_legacy_checkpoint_only_the_index_and_router_tensors_are_read(tmp_p
     assert found.bytes_on_disk > 64_000_000
 
 
-def test_a_truncated_large_file_is_named(tmp_path: Path) -> None:
+def test_a_truncated_large_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(ON, tmp_path / "copy")
     file = next((tmp_path / "copy").glob("*.distcp"))
     with file.open("r+b") as stream:
         stream.truncate(1000)
     assert main(["audit", str(tmp_path / "copy")]) == 2
+    assert f"{file}: expected " in (said := capsys.readouterr().err)
+    assert "truncated" in said
 
 
 def test_progress_is_shown_after_two_seconds_and_not_before(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,11 @@ a bias of 0.75, as torch_dist and legacy, and one of safetensors. They were writ
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import pickle
+import pickletools
 import shutil
 import time
 import tracemalloc
@@ -25,6 +27,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from megatron_fp32_router.audit import audit, open_checkpoint, pickles
+from megatron_fp32_router.cli import main
 from megatron_fp32_router.errors import CheckpointUnreadableError
 
 CORPUS = Path(__file__).parent / "corpus" / "audit"
@@ -73,22 +76,33 @@ def test_garbled_files_give_a_report_or_a_clear_error(data: Any, tmp_path: Path)
             content[at:at] = content[at : at + data.draw(st.integers(1, 64))]
         content = content or bytearray(b"\0")
     victim.write_bytes(content)
-    said = ""
-    try:
-        found = audit(open_checkpoint(work))
-    except CheckpointUnreadableError as error:
-        said = str(error)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(["audit", str(work), "--json"])
+    found = json.loads(out.getvalue())
+    assert code == {"good": 0, "problem": 1, "unknown": 2}[found["verdict"]]
+    if "error" in found:
+        (line,) = err.getvalue().splitlines()
+        # Which file, and not by the last resort, which does not know what was expected.
+        assert str(work) in line
+        assert "cannot be read: " not in line or "Errno" in line
     else:
-        json.dumps(found.to_json(), allow_nan=False)
-    assert not said or str(work) in said
+        assert found["checkpoint"]["path"] == str(work)
+        assert err.getvalue() == ""
 
 
 @settings(max_examples=FUZZ, deadline=None)
 @given(data=st.binary(max_size=200))
 def test_bytes_that_are_no_pickle_give_a_clear_error(data: bytes) -> None:
     for start in (b"", b"\x80\x02", b"\x80\x04\x95"):
-        with contextlib.suppress(CheckpointUnreadableError):
+        try:
             pickles.load(start + data, HERE, "a pickle")
+        except CheckpointUnreadableError as error:
+            said = str(error)
+        else:
+            # What is read whole is a pickle by the standard library's account as well.
+            said = "here: " if list(pickletools.genops(start + data)) else ""
+        assert said.startswith("here: ")
 
 
 class Attack:
@@ -216,6 +230,10 @@ def test_a_view_that_repeats_its_storage_without_end_is_refused(tmp_path: Path) 
         torch.save({"model": {"decoder.layers.0.mlp.router.weight": view}}, tmp_path / "model.pt")
         with pytest.raises(CheckpointUnreadableError, match="router's tensor of at most"):
             open_checkpoint(tmp_path / "model.pt")
+    # As large as a router may be, and made of one value.
+    torch.save({"model": {"decoder.layers.0.mlp.router.weight": torch.ones(1).expand(8, 16)}}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointUnreadableError, match=r"expected 128 elements .* found 1 that are repeated"):
+        open_checkpoint(tmp_path / "model.pt")
 
 
 def test_a_view_that_spans_more_than_a_router_is_refused_before_it_is_read(tmp_path: Path) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors
+import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
 from megatron_fp32_router.audit import open_checkpoint
 from megatron_fp32_router.audit.tensors import kind_of
+from megatron_fp32_router.cli import main
 from megatron_fp32_router.errors import CheckpointUnreadableError
 
 EXPERTS, HIDDEN = 8, 16
@@ -60,6 +64,25 @@ def test_of_a_sharded_model_only_the_files_that_hold_routers_are_opened(tmp_path
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
     with pytest.raises(CheckpointUnreadableError, match=r"expected model\.layers\.9\.block_sparse_moe\.gate\.weight"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_iteration_and_rate_are_read_from_what_torch_dcp_and_fsdp_dtensor_write(tmp_path: Path, whole: bool) -> None:
+    # Megatron's generate_state_dict, given to torch.distributed.checkpoint.save as it is.
+    args = argparse.Namespace(moe_router_bias_update_rate=7.7e-4, num_layers=1)
+    state = {
+        "args": args,
+        "checkpoint_version": 3.0,
+        "iteration": 30,
+        "model": {"module.decoder.layers.0.mlp.router.weight": weight()},
+        "opt_param_scheduler": {"num_steps": 480},
+        "rng_state": {"(0, 0)": [{"random_rng_state": (3, (1, 2), None)}]},
+        "num_floating_point_operations_so_far": 1.5,
+    }
+    dcp.save(state if whole else {"model": state["model"]}, checkpoint_id=tmp_path, no_dist=True)
+    found = open_checkpoint(tmp_path)
+    assert (found.iteration, found.rate) == ((30, 7.7e-4) if whole else (None, None))
+    assert [tensor.kind for tensor in found.tensors] == ["weight"]
 
 
 def test_eight_bit_floats_are_named_though_they_are_not_read(tmp_path: Path) -> None:
@@ -190,3 +213,67 @@ def test_a_copy_that_lies_across_two_blocks_is_found(tmp_path: Path, monkeypatch
         monkeypatch.setattr(main_copies, "_BLOCK", block)
         (tensor,) = open_checkpoint(tmp_path).tensors
         assert bits(tensor.main) == bits(main)
+
+
+def _stages(folder: Path) -> dict[str, torch.Tensor]:
+    """Two pipeline stages in the legacy format, with MTP on the last; the weights by their names in the whole model."""
+    truth = {}
+    for stage in range(2):
+        model = {f"decoder.layers.{i}.mlp.router.weight": weight(10 * stage + i).bfloat16() for i in range(2)}
+        truth |= {f"decoder.layers.{2 * stage + i}.mlp.router.weight": model[n] for i, n in enumerate(model)}
+        if stage == 1:
+            name = "mtp.layers.0.transformer_layer.mlp.router.weight"
+            truth[name] = model[name] = weight(99).bfloat16()
+        copies = [value.float() * (1 + 2.0**-12) for value in model.values()]
+        place = folder / f"mp_rank_00_{stage:03d}"
+        place.mkdir(parents=True)
+        args = argparse.Namespace(pipeline_model_parallel_size=2)
+        state = {"model": model, "args": args, "optimizer": {"fp32_from_fp16_params": [copies]}}
+        torch.save(state, place / "model_optim_rng.pt")
+    return truth
+
+
+def test_legacy_stages_are_counted_through_and_mtp_by_itself(tmp_path: Path) -> None:
+    truth = _stages(tmp_path)
+    found = {tensor.name: tensor for tensor in open_checkpoint(tmp_path).tensors}
+    assert set(found) == set(truth)
+    for name, value in truth.items():
+        assert bits(found[name].values) == bits(value)
+    assert {tensor.key for tensor in found.values()} == {
+        *(("decoder", layer, "weight") for layer in range(4)),
+        ("mtp", 0, "weight"),
+    }
+
+
+def test_what_was_repaired_finds_its_layer_on_every_stage_by_the_documented_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth = _stages(tmp_path / "checkpoint")
+    assert main(["audit", str(tmp_path / "checkpoint"), "--repair", str(tmp_path / "OUT")]) == 1
+    text = (Path(__file__).parents[1] / "docs" / "audit.md").read_text()
+    lines = text.partition("## Repair")[2].partition("```python\n")[2].partition("```")[0]
+
+    def layer(number: int) -> torch.nn.Module:
+        """`mlp.router` with the attributes that Megatron's has."""
+        router = torch.nn.Linear(HIDDEN, EXPERTS, bias=False)
+        router.layer_number = number  # type: ignore[assignment]
+        return torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"router": router})})
+
+    # The second stage: names count from 0, layer numbers go on; MTP's number is another in every release.
+    stage = torch.nn.ModuleDict(
+        {
+            "decoder": torch.nn.ModuleDict({"layers": torch.nn.ModuleList([layer(3), layer(4)])}),
+            "mtp": torch.nn.ModuleDict(
+                {"layers": torch.nn.ModuleList([torch.nn.ModuleDict({"transformer_layer": layer(7)})])}
+            ),
+        }
+    )
+    monkeypatch.chdir(tmp_path)
+    exec(lines, {"safetensors": safetensors, "json": json, "model": [stage]})
+    parameters = dict(stage.named_parameters())
+    for name, source in (
+        ("decoder.layers.0.mlp.router.weight", "decoder.layers.2.mlp.router.weight"),
+        ("decoder.layers.1.mlp.router.weight", "decoder.layers.3.mlp.router.weight"),
+        ("mtp.layers.0.transformer_layer.mlp.router.weight", "mtp.layers.0.transformer_layer.mlp.router.weight"),
+    ):
+        assert torch.equal(parameters[name], truth[source].float() * (1 + 2.0**-12))

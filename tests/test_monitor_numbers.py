@@ -372,6 +372,8 @@ def test_a_file_that_the_monitor_did_not_write_is_refused_in_one_line(
 
 
 def test_a_file_that_is_not_there_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main(argparse.Namespace(run=Path("/dev/zero"), out=None, json=False)) == 2
+    assert "found a device" in capsys.readouterr().err
     assert report.main(argparse.Namespace(run=tmp_path / "none.jsonl", out=None, json=False)) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -415,6 +417,62 @@ def test_the_command_writes_a_page_that_shows_every_layer_and_loads_nothing(
     assert summary["page"] == str(tmp_path / "run.html")
     assert all(f"<th scope=row>{layer}</th>" in text for layer in range(1, 13))
     _loads_nothing(text)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": 2, "layer": 1, "metrics": {"load/max_vio": NaN}, "violations": []}',
+        '{"step": 2, "layer": 1, "metrics": {"load/max_vio": Infinity}, "violations": []}',
+        '{"step": 2, "layer": 1, "metrics": {"load/max_vio": 1e999}, "violations": []}',
+        '{"step": 2, "layer": 1, "metrics": {"load/max_vio": 1' + "0" * 400 + '}, "violations": []}',
+        '{"step": 1' + "0" * 30 + ', "layer": 1, "metrics": {}, "violations": []}',
+        '{"step": 2, "layer": true, "metrics": {}, "violations": []}',
+        '{"step": 2, "layer": 1' + "0" * 30 + ', "metrics": {}, "violations": []}',
+        "[" * 10**5,
+        "7",
+    ],
+    ids=lambda line: line[:60],
+)
+def test_numbers_that_the_monitor_never_writes_are_refused_by_line(
+    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "run.jsonl", [look(1, 1, load__max_vio=1.0)])
+    path.write_text(path.read_text() + line + "\n")
+    assert report.main(argparse.Namespace(run=path, out=None, json=False)) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"report: {path}, line 2: ")
+    assert not path.with_suffix(".html").exists()
+
+
+def test_a_drift_that_is_nearly_none_gives_enormous_numbers_that_are_no_error(tmp_path: Path) -> None:
+    moved = bias.drift(torch.tensor([0.5, 0.75]), 0.625 - 1e-15, 100)
+    assert moved["bias/steps_to_blind_fp32"] > 1e20
+    record = {"step": 2, "layer": 1, "metrics": {**moved, "bias/mean": 1e300}, "violations": []}
+    assert report.main(argparse.Namespace(run=write(tmp_path / "run.jsonl", [record]), out=None, json=False)) == 0
+
+
+def test_names_from_a_file_cannot_steer_the_terminal_or_break_the_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "run.jsonl", [look(1, "a\x1b[2J", ("b\x1b]0;c\x07", "d\ud800"), load__max_vio=1.0)])
+    assert report.main(argparse.Namespace(run=path, out=None, json=False)) == 0
+    said = capsys.readouterr().out
+    assert "\x1b" not in said
+    assert "layer a?[2J: b?]0;c?" in said
+    # Half a character that would have to be drawn.
+    write(path, [look(1, "\ud800", load__max_vio=1.0)])
+    assert report.main(argparse.Namespace(run=path, out=None, json=False)) == 2
+    assert f"{path}: cannot be drawn" in capsys.readouterr().err
+
+
+def test_a_run_is_never_written_over_by_its_own_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "run.html", [look(1, 1, load__max_vio=1.0)])
+    before = path.read_bytes()
+    for out in (None, tmp_path / "." / "run.html"):
+        assert report.main(argparse.Namespace(run=path, out=out, json=False)) == 2
+        assert "is the run itself" in capsys.readouterr().err
+    assert path.read_bytes() == before
 
 
 def test_the_page_escapes_what_it_is_given_and_takes_a_single_look(tmp_path: Path) -> None:

@@ -41,6 +41,12 @@ def bf16(values: np.ndarray) -> np.ndarray:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
 
 
+def tf32(values: np.ndarray) -> np.ndarray:
+    """Rounded to 10 bits of mantissa, to nearest and ties to even: fp64 is wide enough to round in."""
+    fraction, exponent = np.frexp(values.astype(np.float64))
+    return np.ldexp(np.rint(fraction * 2.0**11) / 2.0**11, exponent)
+
+
 def chosen(scores: np.ndarray, topk: int) -> np.ndarray:
     """Whom each token goes to, bool; of equal scores the lower expert wins."""
     order = np.argsort(-scores, axis=1, kind="stable")[:, :topk]
@@ -62,6 +68,7 @@ def test_two_pipeline_ranks_make_one_report_and_its_numbers_are_those_of_numpy(r
     assert sorted(dumped) == [1, 2, 3, 4]
 
     found = records(tmp_path)
+    means: dict[int, float] = {}
     assert [(record["step"], record["layer"]) for record in found] == [
         (step, layer) for step in (2, 4, 6) for layer in (1, 2, 3, 4, "all")
     ]
@@ -78,12 +85,23 @@ def test_two_pipeline_ranks_make_one_report_and_its_numbers_are_those_of_numpy(r
         assert metrics["load/assignments"] == counts.sum() == recipe.tokens_per_step * recipe.topk
         assert metrics["load/max_vio"] == pytest.approx(counts.max() / counts.mean() - 1)
         assert metrics["load/cv"] == pytest.approx(counts.std() / counts.mean())
+        assert metrics["load/min_vio"] == pytest.approx(counts.min() / counts.mean() - 1)
+        assert metrics["load/avg_vio"] == pytest.approx(np.abs(counts / counts.mean() - 1).mean())
+        shares = counts[counts > 0] / counts.sum()
+        assert metrics["load/diversity"] == pytest.approx(np.prod(shares**-shares) / recipe.experts)
         assert metrics["load/dead_experts"] == (counts == 0).sum()
         bias = seen["bias"].numpy()
         step = np.sign(counts.sum() - recipe.experts * counts).astype(np.float32)
         after = bias + step * np.float32(1e-3)
         assert metrics["bias/mean"] == pytest.approx(after.astype(np.float64).mean(), abs=1e-12)
         assert metrics["bias/spread"] == pytest.approx(float(after.max()) - float(after.min()), abs=1e-12)
+        last = means.get(record["layer"])
+        means[record["layer"]] = after.astype(np.float64).mean()
+        if last is None:
+            assert "bias/drift_per_step" not in metrics
+        else:
+            drift = (means[record["layer"]] - last) / 2
+            assert metrics["bias/drift_per_step"] == pytest.approx(drift, abs=1e-12)
         assert (metrics["update/swallowed"], metrics["update/inexact"]) == (0, 0)
         # The bias is above 0.5: bf16 would have swallowed the lot, fp16 nothing.
         assert (metrics["update/swallowed_bf16"], metrics["update/swallowed_fp16"]) == (1, 0)
@@ -96,7 +114,13 @@ def test_two_pipeline_ranks_make_one_report_and_its_numbers_are_those_of_numpy(r
             "bf16_logits": sigmoid(bf16(logits)) + bias,
             "bf16_scores": bf16(sigmoid(logits)).astype(np.float64) + bias,
             "bf16_bias": sigmoid(logits) + bf16(bias),
+            "tf32": sigmoid(tf32(hidden) @ tf32(weight).T) + bias,
         }
+        best = -np.sort(-(sigmoid(logits) + bias), axis=1)
+        margins = best[:, recipe.topk - 1] - best[:, recipe.topk]
+        for name, part in (("p01", 0.01), ("p10", 0.1), ("p50", 0.5)):
+            # fp32 scores are 6e-8 apart here.
+            assert metrics[f"margin/{name}"] == pytest.approx(np.quantile(margins, part), abs=3e-7)
         assert metrics["sample/tokens"] == len(hidden)
         for name, scores in others.items():
             flips = (chosen(scores.astype(np.float32), recipe.topk) != reference).any(axis=1).mean()

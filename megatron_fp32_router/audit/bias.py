@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -11,30 +12,34 @@ from megatron_fp32_router.audit import bits, lattice
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from megatron_fp32_router.audit.findings import Finding
+    from numpy.typing import NDArray
+
+    from megatron_fp32_router.audit.findings import Finding, Verdict
     from megatron_fp32_router.audit.tensors import RouterTensor
 
 #: Different values on one chain before chance is out of the question: one fixes its start, two confirm it.
 ENOUGH: Final = 3
 
+#: Steps between the quarters of a router's biases from where on sharing one value needs an explanation.
+_FAR: Final = 12
 
-def questions(tensor: RouterTensor, known: Sequence[float], iteration: int | None) -> list[Finding]:
+
+def questions(tensor: RouterTensor, known: Sequence[float]) -> list[Finding]:
     """Answers for one finite expert_bias, [experts].
 
     Args:
         known: rates that the user or the checkpoint gave; the usual ones are tried otherwise.
-        iteration: training steps so far, where known.
     """
-    return [*_updates(tensor, known, iteration), *_room(tensor, known)]
+    return [*_updates(tensor, known), *_room(tensor)]
 
 
-def _updates(tensor: RouterTensor, known: Sequence[float], iteration: int | None) -> list[Finding]:
+def _updates(tensor: RouterTensor, known: Sequence[float]) -> list[Finding]:
     """Are the values what whole, unrounded updates lead to?"""
-    from megatron_fp32_router.audit.findings import Finding, Verdict
+    from megatron_fp32_router.audit.findings import Finding
 
     values = tensor.values
     assert values is not None
-    rates = [*known, *(rate for rate in lattice.USUAL_RATES if rate not in known)]
+    rates = list(known) or list(lattice.USUAL_RATES)
     assumed = "" if known else ", assuming a usual rate"
     data: dict[str, Any] = {"rates": list(known), "values": values.astype(float).ravel().tolist()[:1024]}
 
@@ -83,14 +88,84 @@ def _updates(tensor: RouterTensor, known: Sequence[float], iteration: int | None
             f"{int(stuck.any(axis=0).sum())} of {values.size} cannot take another step{assumed}"
         )
         return found("problem", text)
-    found_fit = lattice.best(values, rates)
-    return found(*judge(found_fit, values.size, known, data, iteration))
+    fit = fitted(values, known)
+    verdict, text = judge(fit, values.size, known, data)
+    if verdict != "problem":
+        verdict, text = _frozen(values, fit, known, data) or (verdict, text)
+    return found(verdict, text)
 
 
-def judge(
-    fit: lattice.Fit, experts: int, known: Sequence[float], data: dict[str, Any], iteration: int | None = None
-) -> Any:
-    """(verdict, text) for the fit of one router's biases to a step size; figures go into `data`."""
+def fitted(values: NDArray[Any], known: Sequence[float], since: NDArray[Any] | None = None) -> lattice.Fit:
+    """The step size that explains the values: the known rate's, unless only another explains all of them.
+
+    A finer lattice holds any single value by chance, and its neighbours: another rate counts where that is improbable
+    for the values that the known one does not explain.
+    """
+    if not known:
+        return lattice.best(values, lattice.USUAL_RATES, since)
+    fit = lattice.best(values, known, since)
+    others = [rate for rate in lattice.USUAL_RATES if rate not in known]
+    if fit.exact or not others:
+        return fit
+    other = lattice.best(values, others, since)
+    moved = values if since is None else values.astype(np.float64) - since.astype(np.float64)
+    plain = (lattice.fit(values, rate, "float32", since) for rate in known)
+    unexplained = min(np.unique(moved[one.off > one.allowed]).size for one in plain)
+    by_chance = min(1.0, 2 * max(other.worst, other.allowed)) ** unexplained
+    better = other.exact if fit.share == 1.0 else other.share == 1.0
+    return other if better and by_chance < 1e-3 else fit
+
+
+def _frozen(
+    values: NDArray[Any], fit: lattice.Fit, known: Sequence[float], data: dict[str, Any]
+) -> tuple[Verdict, str] | None:
+    """(verdict, text) if more experts hold one value than a walk of the others explains.
+
+    Experts do share values: early, because there are few, and at any time every second one is empty, as all experts
+    have made the same number of steps. So the others say how wide the walk is, by their middle half; a peak of a bell
+    of that width, twice as high as it should be, is still chance. Experts that are in balance to one step meet every
+    second step; noise has ended that by the time the others are far apart.
+    """
+    places, counts = np.unique(values, return_counts=True)
+    held, common = int(counts.max()), places[counts.argmax()]
+    walked = lattice.steps(values.ravel(), fit.step)
+    others = walked[values.ravel() != common]
+    if held < ENOUGH + 1 or others.size < 2 * ENOUGH:
+        return None
+    low, high = np.percentile(others, (25, 75))
+    if high - low < _FAR:
+        return None
+    share = min(1.0, 1.6 * 1.35 / float(high - low))
+    chance = min(1.0, places.size * _at_least(held, values.size, share))
+    at = float(lattice.steps(np.array([common]), fit.step)[0])
+    near = int((np.abs(others - at) <= 4).sum())
+    data.update(most_in_one_place=held, chance_of_that=chance)
+    if chance > 1e-6 or held < 2 * near:
+        # The second: many that hover around one place are a group in balance, which meets in it.
+        return None
+    spread = round(float(others.max() - others.min()))
+    text = (
+        f"{held} of {values.size} biases hold exactly {float(common):g}, while the others are up to {spread} steps of "
+        f"{fit.rate:g} apart (chance: {chance:.1g}): no update reached these, or they were swallowed there"
+    )
+    return ("problem", text) if known else ("unknown", f"cannot tell: {text}")
+
+
+def _at_least(least: int, of: int, share: float) -> float:
+    """Probability that at least `least` of `of` independent draws, each with probability `share`, succeed."""
+    if share >= 1.0:
+        return 1.0
+    up, down = math.log(share), math.log1p(-share)
+    ways = (math.lgamma(of + 1) - math.lgamma(k + 1) - math.lgamma(of - k + 1) for k in range(least, of + 1))
+    return math.fsum(math.exp(w + k * up + (of - k) * down) for k, w in enumerate(ways, least))
+
+
+def judge(fit: lattice.Fit, experts: int, known: Sequence[float], data: dict[str, Any]) -> tuple[Verdict, str]:
+    """(verdict, text) for the fit of one router's biases to a step size; figures go into `data`.
+
+    A rate that is known is the one to be found. Another that fits is a guess: if whole steps of it make up the known
+    one, the rate may have been changed during training, which is no damage.
+    """
     on = round(fit.share * experts)
     data.update(
         rate=fit.rate, rounding=fit.rounding, step=fit.step, on_lattice=on, worst=fit.worst, allowed=fit.allowed,
@@ -99,11 +174,18 @@ def judge(
     sure = f"chance: {fit.chance:.1g}"
     if fit.allowed > 0.2:
         return "unknown", f"cannot tell: at this size fp32 itself rounds a step of {fit.rate:g} too much"
+    expected = " or ".join(f"{rate:g}" for rate in known)
+    other = bool(known) and fit.rate not in known
+    changed = any(round(m := rate / fit.rate) >= 1 and abs(m - round(m)) < 1e-6 for rate in known)
     if fit.exact and fit.distinct >= ENOUGH:
+        if fit.rounding == "float32" and other:
+            text = f"whole steps of {fit.rate:g} apart, not of {expected}, which was to be expected ({sure})"
+            if changed:
+                return "unknown", f"cannot tell: {text}: was the rate changed in between? Then give --rate for each"
+            return "problem", f"{text}: another rate moved them"
         if fit.rounding == "float32":
-            said = "" if fit.rate in known or not known else f", not of {known[0]:g}, which was to be expected"
             alike = f"; at this size steps rounded to {fit.alike[0]} would look the same" if fit.alike else ""
-            return "good", f"whole steps of {fit.rate:g} apart{said}, fp32 rounding allowed for ({sure}){alike}"
+            return "good", f"whole steps of {fit.rate:g} apart, fp32 rounding allowed for ({sure}){alike}"
         text = (
             f"the steps are {fit.step:.7g}, which is {fit.rate:g} rounded to {fit.rounding}: the token counter was "
             f"{fit.rounding} when the updates were made, so counts were rounded and signs may be wrong ({sure})"
@@ -116,7 +198,7 @@ def judge(
             "good",
             f"whole steps of {fit.rate:g} apart to {fit.worst:.1g} of a step, as a change of rate leaves them",
         )
-    if fit.share == 1.0:
+    if fit.share == 1.0 and (changed or not known):
         text = f"near whole steps of {fit.rate:g}, but off by up to {fit.worst:.3g} of a step: updates of several sizes"
         return "unknown", text
     apart = f"{experts - on} of {experts} biases are not whole steps of {fit.rate:g} apart"
@@ -125,7 +207,7 @@ def judge(
     return "unknown", f"cannot tell: no usual rate fits ({apart}); --rate has it judged"
 
 
-def _room(tensor: RouterTensor, known: Sequence[float]) -> list[Finding]:
+def _room(tensor: RouterTensor) -> list[Finding]:
     """How many experts would a consumer in a narrower dtype still tell apart?"""
     from megatron_fp32_router.audit.findings import Finding
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,10 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repair", type=Path, metavar="OUT", help="write what can be restored into a new folder")
     parser.add_argument(
         "--search-limit",
-        type=float,
+        type=_gigabytes,
         default=_SEARCH_LIMIT / 1e9,
         metavar="GB",
-        help="how much of optimizer buffers without names to search for main copies (default: 2.1)",
+        help="how much of optimizer buffers without names to search for main copies (default: 2.1; inf: all)",
     )
 
 
@@ -51,15 +53,32 @@ def _rate(text: str) -> float:
     return value
 
 
+def _gigabytes(text: str) -> float:
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"expected gigabytes, 0 or more, or inf, found {text!r}")
+    return value
+
+
 def main(arguments: argparse.Namespace) -> int:
     """Audit, print, and return the exit code: 0 good, 1 a problem was found, 2 could not tell or bad input."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A log in ASCII gets "?" for the table's lines, not a traceback.
+            stream.reconfigure(errors="replace")
     try:
-        return _main(arguments)
+        code = _main(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Whoever read this, `head` say, has enough; what is still to be written goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
     except ImportError as error:
         if error.name not in ("numpy", "ml_dtypes", "safetensors"):
             raise
         return _refuse(f"{error.name} is not installed: pip install 'megatron-fp32-router[audit]'")
-    except Fp32RouterError as error:
+    except (Fp32RouterError, OSError) as error:
         return _refuse(str(error))
 
 
@@ -75,7 +94,13 @@ def _main(arguments: argparse.Namespace) -> int:
 
     if len(arguments.path) > 1 and (arguments.repair or arguments.html):
         return _refuse("--html and --repair take one PATH")
-    limit = int(max(0.0, arguments.search_limit) * 1e9)
+    if arguments.html is not None:
+        _check_page(arguments.html, arguments.path[0])
+    if arguments.repair is not None:
+        from megatron_fp32_router.audit.repair import check_target
+
+        check_target(arguments.repair, arguments.path[0])
+    limit = int(min(arguments.search_limit * 1e9, sys.maxsize))
     against = None
     if arguments.against is not None:
         against = open_checkpoint(arguments.against, search_limit=0, progress=report.progress(sys.stderr))
@@ -90,13 +115,20 @@ def _main(arguments: argparse.Namespace) -> int:
             printed.append({"checkpoint": {"path": str(path)}, "verdict": "unknown", "error": str(error)})
             codes.append(_refuse(str(error)))
             continue
-        found = audit(checkpoint, against, rates=arguments.rate, protect=arguments.protect)
+        try:
+            found = audit(checkpoint, against, rates=arguments.rate, protect=arguments.protect)
+            result = found.to_json()
+        except (MemoryError, ArithmeticError, ValueError, TypeError, LookupError, RecursionError) as error:
+            why = f"{path}: its values cannot be judged: {type(error).__name__}: {str(error)[:200]}"
+            printed.append({"checkpoint": {"path": str(path)}, "verdict": "unknown", "error": why})
+            codes.append(_refuse(why))
+            continue
         codes.append(found.exit_code)
-        result = found.to_json()
         if arguments.html is not None:
             from megatron_fp32_router.audit.page import page
 
-            arguments.html.write_text(page(found), encoding="utf-8")
+            # Names in a file may hold halves of characters, which no encoding has.
+            arguments.html.write_text(page(found), encoding="utf-8", errors="backslashreplace")
         if not arguments.json:
             report.show(found, sys.stdout)
         if arguments.repair is not None:
@@ -109,6 +141,16 @@ def _main(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(printed[0] if len(printed) == 1 else printed, indent=2, allow_nan=False))
     return 1 if 1 in codes else max(codes)
+
+
+def _check_page(page: Path, path: Path) -> None:
+    """Refuse a page that cannot be written, or that would replace a file of the checkpoint, before anything is read."""
+    if page.is_dir() or not page.absolute().parent.is_dir():
+        found = "a folder" if page.is_dir() else "no folder to put it in"
+        raise Fp32RouterError(f"{page}: expected a file that can be written, found {found}")
+    inside = page.resolve().is_relative_to(path.resolve())
+    if page.exists() and inside and page.suffix not in (".html", ".htm"):
+        raise Fp32RouterError(f"{page}: is a file of the checkpoint; it was not written over")
 
 
 def _show_repair(done: dict[str, Any], out: Path) -> None:

@@ -12,6 +12,8 @@ from megatron_fp32_router.audit.findings import Finding
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
+
     from megatron_fp32_router.audit.findings import Verdict
     from megatron_fp32_router.audit.tensors import Checkpoint, RouterTensor
 
@@ -42,6 +44,13 @@ def questions(one: Checkpoint, other: Checkpoint, known: Sequence[float]) -> lis
     return found
 
 
+def _correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float | None:
+    """Pearson's, of all elements; None where one of the two is the same everywhere."""
+    a, b = a.ravel() - a.mean(), b.ravel() - b.mean()
+    size = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / size if size and np.isfinite(size) else None
+
+
 def _moved(one: RouterTensor, other: RouterTensor, between: int | None, known: Sequence[float]) -> Finding:
     assert one.values is not None
     assert other.values is not None
@@ -56,6 +65,8 @@ def _moved(one: RouterTensor, other: RouterTensor, between: int | None, known: S
     def found(verdict: Verdict, text: str) -> Finding:
         return Finding(one.name, "against", verdict, text, data)
 
+    if between == 0 and moved == 0 and one.dtype == other.dtype:
+        return found("note", f"the same {a.size:,} values, of the same iteration")
     if one.dtype != other.dtype:
         low, high = sorted((one, other), key=lambda t: t.dtype in ("float32", "float64"))
         assert low.values is not None
@@ -63,12 +74,23 @@ def _moved(one: RouterTensor, other: RouterTensor, between: int | None, known: S
         if np.array_equal(bits.rounded(high.values, low.values.dtype), low.values):
             data["rounded"] = low.dtype
             return found("problem", f"the same values, rounded from {high.dtype} to {low.dtype} in one of the two")
-        return found("note", f"{moved:,} of {a.size:,} values moved{over}, by up to {largest:.3g}; dtypes differ")
-    if between == 0 or one.kind != "expert_bias":
+        if between != 0:
+            return found("note", f"{moved:,} of {a.size:,} values moved{over}, by up to {largest:.3g}; dtypes differ")
+    if between == 0:
+        alike = _correlation(a, b)
+        data["correlation"] = alike
+        text = f"both are of the same iteration, but {moved:,} of {a.size:,} values differ, by up to {largest:.3g}"
+        said = "" if alike is None else f"; correlation {alike:.2f}"
+        return found("unknown", f"cannot tell: {text}{said}: of another run or model, or changed since")
+    if one.kind != "expert_bias":
         if moved:
-            return found("note", f"{moved:,} of {a.size:,} values moved{over}, by up to {largest:.3g}")
+            text = f"{moved:,} of {a.size:,} values moved{over}, by up to {largest:.3g}"
+            alike = _correlation(a, b) if a.size >= 64 else None
+            if alike is not None and abs(alike) < 0.5:
+                text += f"; correlation {alike:.2f}: after a long training, or of another model"
+            return found("note", text)
         return found("note", f"none of {a.size:,} values moved{over}: frozen?")
-    rates = [*known, *(rate for rate in lattice.USUAL_RATES if rate not in known)]
+    rates = list(known) or list(lattice.USUAL_RATES)
     if not moved:
         stuck = int(lattice.swallowed(one.values, lattice.rounded(rates[0], "float32")).all(axis=0).sum())
         data["swallowing"] = stuck
@@ -83,7 +105,7 @@ def _moved(one: RouterTensor, other: RouterTensor, between: int | None, known: S
         return found(
             "note", f"{moved} of {a.size} biases moved{over}, by up to {largest:.3g}, on {one.dtype}'s own grid"
         )
-    fit = lattice.best(one.values, rates, since=other.values)
+    fit = bias.fitted(one.values, known, other.values)
     verdict, text = bias.judge(fit, a.size, known, data)
     count = np.abs(lattice.steps(one.values, fit.step) - lattice.steps(other.values, fit.step))
     data["net_steps"] = float(np.nan_to_num(count).max(initial=0.0))

@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_fp32_router.audit.main_copies import Flat, Piece, buffers_in
 from megatron_fp32_router.audit.pickles import Dtype, Opaque, TensorRef, load
-from megatron_fp32_router.audit.source import MAX_TENSOR, Meter, inside, read_small, unreadable
+from megatron_fp32_router.audit.source import Meter, inside, read_small, shown, unreadable
 from megatron_fp32_router.audit.tensors import PARAMETERS, Checkpoint, RouterTensor, kind_of, read_arguments
 from megatron_fp32_router.audit.torch_zip import NUMPY_DTYPES, Archive
 
@@ -72,7 +72,7 @@ class DcpReader:
             if isinstance(index, Opaque) and isinstance(info, Opaque):
                 name, offset = index.field("fqn"), index.field("offset")
                 if isinstance(name, str) and isinstance(offset, tuple | None):
-                    self._where[name, offset] = info
+                    self._where[name, None if offset is None else self._naturals(name, offset)] = info
 
     def describe(self, name: str) -> tuple[str, tuple[int, ...]]:
         """(dtype, shape)."""
@@ -85,10 +85,11 @@ class DcpReader:
         )
         shape = entry.field("size")
         if not isinstance(dtype, Dtype) or not isinstance(shape, tuple) or len(shape) > 8:
-            raise unreadable(self.path, f"dtype and shape of {name}", repr((dtype, shape))[:200])
+            raise unreadable(self.path, f"dtype and shape of {name}", shown((dtype, shape)))
+        shape = self._naturals(name, shape)
         if 0 in shape:
             raise unreadable(self.path, f"elements in {name}", f"shape {shape}")
-        return dtype.name, self._naturals(name, shape)
+        return dtype.name, shape
 
     def chunks(self, name: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         """(offset, shape) of the pieces in which a tensor is stored."""
@@ -97,13 +98,14 @@ class DcpReader:
             offsets = entry.field("offsets") if isinstance(entry, Opaque) else None
             sizes = entry.field("sizes") if isinstance(entry, Opaque) else None
             if not isinstance(offsets, tuple) or not isinstance(sizes, tuple) or len(offsets) != len(sizes):
-                raise unreadable(self.path, f"pieces of {name}", repr((offsets, sizes))[:200])
+                raise unreadable(self.path, f"pieces of {name}", shown((offsets, sizes)))
             found.append((self._naturals(name, offsets), self._naturals(name, sizes)))
-        return found
+        # A planner that keeps replicas lists a piece once for each rank, and stores it in one place.
+        return list(dict.fromkeys(found))
 
     def _naturals(self, name: str, values: tuple[Any, ...]) -> tuple[int, ...]:
-        if any(type(value) is not int or not 0 <= value < 1 << 62 for value in values):
-            raise unreadable(self.path, f"sizes of {name}", repr(values)[:200])
+        if len(values) > 8 or any(type(value) is not int or not 0 <= value < 1 << 62 for value in values):
+            raise unreadable(self.path, f"sizes of {name}", shown(values))
         return values
 
     def open_archive(self, name: str, offset: tuple[int, ...] | None = None) -> Archive:
@@ -115,7 +117,7 @@ class DcpReader:
         if info.field("transform_descriptors"):
             raise unreadable(self.path, f"{name} stored as it is", "a compressed or otherwise transformed piece")
         if type(start) is not int or type(length) is not int:
-            raise unreadable(self.path, f"the place of {name}", repr((start, length))[:200])
+            raise unreadable(self.path, f"the place of {name}", shown((start, length)))
         return Archive(inside(self.folder, info.field("relative_path"), self.path), self.meter, start, length)
 
     def open_chunk(self, name: str, offset: tuple[int, ...]) -> tuple[Archive, TensorRef]:
@@ -132,8 +134,8 @@ class DcpReader:
         if dtype not in NUMPY_DTYPES:
             raise unreadable(self.path, "a dtype that NumPy can hold", f"{dtype} of {name}")
         numpy_dtype = NUMPY_DTYPES[dtype]
-        if math.prod(shape) * numpy_dtype.itemsize > MAX_TENSOR:
-            raise unreadable(self.path, f"a router's tensor of at most {MAX_TENSOR} bytes", f"{name}, shape {shape}")
+        self.meter.claim(math.prod(shape) * numpy_dtype.itemsize, self.path, f"{name}, shape {shape}")
+        self._stored(name, shape, numpy_dtype.itemsize)
         whole, seen = np.empty(shape, numpy_dtype), np.zeros(shape, bool)
         for offset, size in self.chunks(name):
             box = tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))
@@ -143,11 +145,30 @@ class DcpReader:
             with archive:
                 if ref.shape != size or ref.dtype != dtype:
                     raise unreadable(archive.path, f"{dtype} {size} for {name}", f"{ref.dtype} {ref.shape}")
-                whole[box] = archive.tensor(ref)
+                whole[box] = archive.tensor(ref, claimed=True)
             seen[box] = True
         if not seen.all():
             raise unreadable(self.path, f"all of {name}", f"{int(seen.sum())} of {seen.size} elements")
         return whole
+
+    def _stored(self, name: str, shape: tuple[int, ...], itemsize: int) -> None:
+        """Compare what a tensor claims with what its pieces and files can hold, before memory for it is taken."""
+        held, numel = 0, math.prod(shape)
+        for offset, size in self.chunks(name):
+            info = self._where.get((name, offset))
+            length = None if info is None else info.field("length")
+            if info is not None and info.field("transform_descriptors"):
+                held += math.prod(size)  # compressed: refused when it is opened, by a better reason
+            elif info is not None and type(length) is int:
+                file = inside(self.folder, info.field("relative_path"), self.path)
+                held += min(length, file.stat().st_size) // itemsize if file.is_file() else math.prod(size)
+        pieces = sum(math.prod(size) for _, size in self.chunks(name))
+        if pieces < numel:
+            raise unreadable(self.path, f"all of {name}", f"{pieces} of {numel} elements")
+        if pieces > 2 * numel:
+            raise unreadable(self.path, f"each element of {name} once", f"{pieces} elements for {numel}")
+        if held < numel:
+            raise unreadable(self.path, f"{numel} elements of {name} in its files", f"room for {held}: truncated?")
 
 
 def read_dcp(folder: Path, meter: Meter, stack: ExitStack) -> tuple[Checkpoint, list[Flat]]:
@@ -191,7 +212,16 @@ def read_dcp(folder: Path, meter: Meter, stack: ExitStack) -> tuple[Checkpoint, 
 
 
 def _read_common(reader: DcpReader, checkpoint: Checkpoint) -> None:
-    """Iteration and arguments: an object among the others from 0.19 on, a file `common.pt` before."""
+    """Iteration and arguments. torch_dist: an object among the others from 0.19 on, a file `common.pt` before.
+
+    torch_dcp and fsdp_dtensor hand the whole state to DCP, which makes each of its entries an object of its own.
+    """
+    parts: dict[Any, Any] = {}
+    for name in ("args", "iteration"):
+        if name in reader.objects:
+            with reader.open_archive(name) as archive:
+                parts[name] = archive.root
+    read_arguments(checkpoint, parts)
     common, file = "common_state/shard_0_1", reader.folder / "common.pt"
     if common in reader.objects:
         archive = reader.open_archive(common)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
@@ -149,8 +149,8 @@ def audit(
             continue
         if tensor.dtype in ("float32", "float64") and tensor.kind in ("weight", "bias", "expert_bias", "qb_beta"):
             findings.append(_laundered(tensor, known, same))
-        if tensor.kind == "expert_bias" and tensor.dtype in (*LOW, "float32"):
-            findings += bias.questions(tensor, known, checkpoint.iteration)
+        if tensor.kind == "expert_bias":
+            findings += _of_a_bias(tensor, known)
         if tensor.main is not None:
             findings.append(_main_copy(tensor))
     if against is not None:
@@ -161,6 +161,21 @@ def audit(
         )
     findings += [Finding("", "main copy", "note", note) for note in checkpoint.notes]
     return Audit(checkpoint, findings, against)
+
+
+def _of_a_bias(tensor: RouterTensor, known: Sequence[float]) -> list[Finding]:
+    """Updates and room of an expert_bias, if its dtype is one whose steps are known."""
+    values = tensor.values
+    assert values is not None
+    if tensor.dtype in (*LOW, "float32"):
+        return bias.questions(tensor, known)
+    if tensor.dtype != "float64":
+        return []
+    narrow = values.astype(np.float32)
+    if np.array_equal(narrow.astype(np.float64), values):
+        # fp32 steps, kept in more room than they need.
+        return bias.questions(replace(tensor, dtype="float32", values=narrow), known)
+    return [Finding(tensor.name, "updates", "unknown", "cannot tell: its values need more than float32")]
 
 
 def _dtype(tensor: RouterTensor, protect: str) -> Finding:
@@ -176,7 +191,11 @@ def _dtype(tensor: RouterTensor, protect: str) -> Finding:
             return found("note", f"{tensor.dtype} on disk, as PROTECT=buffers leaves parameters")
         kept = "; its fp32 main copy is in this checkpoint" if tensor.main is not None else ""
         return found("problem", f"{tensor.dtype} on disk: every value is rounded{kept}")
-    if tensor.dtype in ("float32", "float64") or (tensor.dtype.startswith("int") and not parameter):
+    if tensor.dtype.startswith("int") and tensor.kind in ("expert_bias", "qb_beta"):
+        return found("problem", f"{tensor.dtype} on disk: whole numbers, which take no step of a rate below 1")
+    if tensor.dtype == "float64":
+        return found("good", "float64 on disk: more than fp32, which no release of Megatron makes")
+    if tensor.dtype == "float32" or (tensor.dtype.startswith("int") and not parameter):
         return found("good", f"{tensor.dtype} on disk")
     return found("unknown", f"{tensor.dtype} on disk: not a dtype that a router is kept in; quantised?")
 

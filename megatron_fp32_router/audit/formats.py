@@ -47,8 +47,16 @@ def open_checkpoint(
             checkpoint, buffers = _read(Path(path), meter, stack)
             checkpoint.tensors = [part for tensor in checkpoint.tensors for part in unstack(tensor)]
             main_copies.find(checkpoint, buffers, search_limit)
+    except (CheckpointUnreadableError, ImportError):
+        raise
     except OSError as error:
-        raise CheckpointUnreadableError(f"{path}: cannot be read: {error}") from error
+        raise CheckpointUnreadableError(f"{meter.file or path}: cannot be read: {error}") from error
+    except Exception as error:
+        # What a file of unknown origin can bring about is not to be listed; MemoryError, OverflowError, RecursionError
+        # and UnicodeError have all been seen. None may look like the exit code of a problem that was found.
+        raise CheckpointUnreadableError(
+            f"{meter.file or path}: cannot be read: {type(error).__name__}: {str(error)[:200]}"
+        ) from error
     named = _ITERATION.match(checkpoint.path.name)
     if checkpoint.iteration is None and named is not None:
         checkpoint.iteration = int(named[1])

@@ -11,7 +11,7 @@ import ml_dtypes  # noqa: F401
 from safetensors import SafetensorError, safe_open
 
 from megatron_fp32_router.audit.pickles import ITEMSIZE
-from megatron_fp32_router.audit.source import MAX_TENSOR, Meter, inside, open_regular, read_small, unreadable
+from megatron_fp32_router.audit.source import Meter, inside, open_regular, read_small, unreadable
 from megatron_fp32_router.audit.tensors import Checkpoint, RouterTensor, kind_of
 from megatron_fp32_router.errors import CheckpointUnreadableError
 
@@ -62,6 +62,7 @@ def _index(path: Path, meter: Meter) -> dict[str, Any]:
 
 
 def _read_file(path: Path, meter: Meter) -> list[RouterTensor]:
+    meter.file = path
     with open_regular(path) as file:
         header = file.read(8)
     found = []
@@ -75,8 +76,7 @@ def _read_file(path: Path, meter: Meter) -> list[RouterTensor]:
                 part = file.get_slice(name)
                 shape, dtype = tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype())
                 size = math.prod(shape) * ITEMSIZE.get(dtype, 1)
-                if size > MAX_TENSOR:
-                    raise unreadable(path, f"a router's tensor of at most {MAX_TENSOR} bytes", f"{name}, shape {shape}")
+                meter.claim(size, path, f"{name}, shape {shape}")
                 # NumPy's side of the library has no 8-bit floats; their dtype says enough.
                 values = None if dtype.startswith("float8") or dtype not in ITEMSIZE else file.get_tensor(name)
                 meter.add(size if values is not None else 0, path.name)

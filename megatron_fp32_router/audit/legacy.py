@@ -1,8 +1,8 @@
 """Megatron's `torch` format: one archive per model-parallel rank, `mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt`.
 
 A router is the same on every tensor- and expert-parallel rank; the first of each is read. Layers are numbered anew in
-every pipeline stage, so stages are counted through. `distrib_optim.pt`, where the distributed optimizer wrote one,
-holds main copies of all parameters without names.
+every pipeline stage and in every stack (`decoder.layers`, `mtp.layers`), so each stack is counted through the stages.
+`distrib_optim.pt`, where the distributed optimizer wrote one, holds main copies of all parameters without names.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from megatron_fp32_router.audit.source import Meter
 
 _RANK: Final = re.compile(r"^mp_rank_(\d+)(?:_(\d+))?(?:_(\d+))?$")
+
+#: The stack with all that leads to it, the layer's number in it, and the rest.
+_LAYER: Final = re.compile(r"^((?:.*?\.)?layers\.)(\d{1,9})(\..*)$", re.DOTALL)
 
 
 def read_legacy(files: list[Path], meter: Meter, stack: ExitStack) -> tuple[Checkpoint, list[Flat]]:
@@ -57,23 +60,26 @@ def read_legacy(files: list[Path], meter: Meter, stack: ExitStack) -> tuple[Chec
             buffers += buffers_in(optimizer, optimizer.root)
     if not stages:
         raise unreadable(files[0], "a `model` entry with Megatron's parameters", "none")
-    before = 0
+    before: dict[str, int] = {}
     for _, (archive, names) in sorted(stages.items()):
-        layers = {int(m[1]) for name in names if (m := re.search(r"(?:^|\.)layers\.(\d{1,9})\.", name))}
+        layers: dict[str, int] = {}
+        for name in names:
+            if (found := _LAYER.match(name)) is not None:
+                layers[found[1]] = max(layers.get(found[1], 0), int(found[2]) + 1)
         for name, ref in names.items():
             kind = kind_of(name)
             if kind is not None:
                 values = archive.tensor(ref) if ref.dtype in NUMPY_DTYPES else None
                 checkpoint.tensors.append(RouterTensor(_counted(name, before), kind, ref.dtype, ref.shape, values))
-        before += max(layers) + 1 if layers else 0
+        for stack_of, count in layers.items():
+            before[stack_of] = before.get(stack_of, 0) + count
     return checkpoint, buffers
 
 
-def _counted(name: str, before: int) -> str:
-    """A name with the number that its layer has in the whole model."""
-    return re.sub(
-        r"((?:^|\.)layers\.)(\d{1,9})(?=\.)", lambda found: f"{found[1]}{int(found[2]) + before}", name, count=1
-    )
+def _counted(name: str, before: dict[str, int]) -> str:
+    """A name with the number that its layer has in the whole model. `before`: layers of its stack in earlier stages."""
+    found = _LAYER.match(name)
+    return name if found is None else f"{found[1]}{int(found[2]) + before.get(found[1], 0)}{found[3]}"
 
 
 def _first_copy(file: Path) -> bool:

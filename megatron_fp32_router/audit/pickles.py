@@ -15,6 +15,7 @@ import pickle
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
+from megatron_fp32_router.audit.source import shown
 from megatron_fp32_router.errors import CheckpointUnreadableError
 
 if TYPE_CHECKING:
@@ -113,19 +114,19 @@ _OPCODES_PER_TICK: Final = 1 << 16
 
 def _natural(value: Any) -> int:
     if type(value) is not int or value < 0 or value >= 1 << 62:
-        raise pickle.UnpicklingError(f"expected a size, found {repr(value)[:80]}")
+        raise pickle.UnpicklingError(f"expected a size, found {shown(value)}")
     return value
 
 
 def _naturals(values: Any) -> tuple[int, ...]:
     if not isinstance(values, tuple | list) or len(values) > _MAX_NDIM:
-        raise pickle.UnpicklingError(f"expected at most {_MAX_NDIM} sizes, found {repr(values)[:80]}")
+        raise pickle.UnpicklingError(f"expected at most {_MAX_NDIM} sizes, found {shown(values)}")
     return tuple(_natural(value) for value in values)
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, dtype: str | None = None) -> TensorRef:
     if not isinstance(storage, Storage):
-        raise pickle.UnpicklingError(f"expected a storage below a tensor, found {repr(storage)[:80]}")
+        raise pickle.UnpicklingError(f"expected a storage below a tensor, found {shown(storage)}")
     if dtype is not None:
         # An untyped storage counts bytes.
         size = ITEMSIZE.get(dtype, 1)
@@ -186,10 +187,22 @@ _REFUSED_OPCODES: Final = (
 
 
 def _check_key(key: Any) -> None:
-    """Only keys whose hash is cheap: nested tuples can be made to take for ever."""
-    plain = (str, bytes, int, float, bool, type(None), Dtype, Opaque)
-    if not isinstance(key, plain) and not (isinstance(key, tuple) and all(isinstance(k, plain) for k in key)):
-        raise pickle.UnpicklingError(f"a key of a kind that no checkpoint has: {type(key).__name__}")
+    """Only keys whose hash is cheap, and which cannot be chosen so that all have the same one.
+
+    Nested tuples can be made to take for ever. Integers below 2^61 - 1 are their own hash; larger ones, and large ones
+    in tuples, can be picked to collide, so that n of them take n^2 steps.
+    """
+    parts = key if isinstance(key, tuple) and len(key) <= _MAX_KEY_PARTS else (key,)
+    limit = 1 << (31 if isinstance(key, tuple) else 60)
+    for part in parts:
+        if not isinstance(part, _PLAIN_KEYS) or (isinstance(part, int) and not -limit < part < limit):
+            raise pickle.UnpicklingError(f"a key of a kind that no checkpoint has: {shown(key)}")
+
+
+_PLAIN_KEYS: Final = (str, bytes, int, float, bool, type(None), Dtype, Opaque)
+
+#: Megatron's longest are the two dtypes of a buffer.
+_MAX_KEY_PARTS: Final = 16
 
 
 class _Done(Exception):
@@ -241,11 +254,11 @@ class _Unpickler(pickle._Unpickler):
     def persistent_load(self, saved: Any) -> Any:
         """("storage", type, key, location, number of elements), as torch.save writes it."""
         if not isinstance(saved, tuple) or len(saved) != 5 or saved[0] != "storage":
-            raise pickle.UnpicklingError(f"expected a storage, found {repr(saved)[:80]}")
+            raise pickle.UnpicklingError(f"expected a storage, found {shown(saved)}")
         kind, key = saved[1], saved[2]
         if not isinstance(kind, Dtype) or not isinstance(key, str):
             # A storage of a kind that routers do not have (quantised, complex): nothing to read there.
-            kind, key = Dtype("uint8"), str(key)[:80]
+            kind, key = Dtype("uint8"), key if isinstance(key, str) else shown(key)
         return Storage(key, kind.name, _natural(saved[4]))
 
 
@@ -280,6 +293,14 @@ def _load_stop(self: Any) -> None:
     raise _Done(self.stack.pop())
 
 
+def _load_put(self: Any) -> None:
+    """The memo is a dictionary as well, and this opcode may name any integer."""
+    index = int(self.readline()[:-1])
+    if not 0 <= index < 1 << 31:
+        raise pickle.UnpicklingError("a memo index that no checkpoint has")
+    self.memo[index] = self.stack[-1]
+
+
 def _load_frame(self: Any) -> None:
     self.read(8)
 
@@ -287,6 +308,7 @@ def _load_frame(self: Any) -> None:
 _Unpickler.dispatch[pickle.BUILD[0]] = _load_build
 _Unpickler.dispatch[pickle.FRAME[0]] = _load_frame
 _Unpickler.dispatch[pickle.STOP[0]] = _load_stop
+_Unpickler.dispatch[pickle.PUT[0]] = _load_put
 for _name in ("SETITEM", "SETITEMS", "DICT", "ADDITEMS", "FROZENSET"):
     _keyed(_name, getattr(pickle, _name))
 for _name in _REFUSED_OPCODES:

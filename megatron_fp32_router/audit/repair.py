@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,29 @@ if TYPE_CHECKING:
 
 
 class RepairRefusedError(Fp32RouterError):
-    """Something is already where the repaired tensors were to go."""
+    """The repaired tensors cannot go where they were to go."""
+
+
+def check_target(out: Path, checkpoint: Path) -> None:
+    """Refuse a folder that cannot be made, or must not be, before anything is read.
+
+    Raises:
+        RepairRefusedError: `out` exists and is not an empty folder, lies below a file or in the checkpoint's folder.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RepairRefusedError(f"{out}: expected no such folder, or an empty one; nothing was written")
+    above = next((parent for parent in out.absolute().parents if parent.exists()), None)
+    if above is not None and not above.is_dir():
+        raise RepairRefusedError(f"{out}: expected a folder that can be made, but {above} is a file")
+    # A folder with iter_ folders is no checkpoint itself: `out` may lie beside those.
+    if checkpoint.is_dir() and out.resolve().is_relative_to(checkpoint.resolve()) and not _holds_others(checkpoint):
+        raise RepairRefusedError(
+            f"{out}: lies in the checkpoint {checkpoint}, which stays as it is; nothing was written"
+        )
+
+
+def _holds_others(folder: Path) -> bool:
+    return (folder / "latest_checkpointed_iteration.txt").exists() or any(folder.glob("iter_*"))
 
 
 def repair(found: Audit, out: Path) -> dict[str, Any]:
@@ -28,19 +51,22 @@ def repair(found: Audit, out: Path) -> dict[str, Any]:
     rounded, rounds to exactly these values. Names are those of the checkpoint's audit, one per router.
 
     Returns:
-        What repair.json says: {"restored": {name: how}, "not_restored": {name: why}, "untouched": [name]}.
+        What repair.json says: {"restored": {name: how}, "not_restored": {name: why}, "untouched": [name],
+        "routers": {name: {"stack": "decoder", "layer": 3, "kind": "weight"}}}. Layers count from 0 through the whole
+        model, whatever pipeline stage wrote them; stack is "decoder", "encoder" or "mtp".
 
     Raises:
-        RepairRefusedError: `out` exists and is not an empty folder.
+        RepairRefusedError: see `check_target`.
+        OSError: it cannot be written.
     """
     from safetensors.numpy import save_file
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RepairRefusedError(f"{out}: expected no such folder, or an empty one; nothing was written")
+    check_target(out, found.checkpoint.path)
     restored: dict[str, str] = {}
     not_restored: dict[str, str] = {}
     untouched: list[str] = []
     tensors: dict[str, Any] = {}
+    keys = Counter(tensor.key for tensor in found.checkpoint.tensors)
     for tensor in found.checkpoint.tensors:
         verdicts = {f.check: f.verdict for f in found.of(tensor.name)}
         damaged = tensor.dtype in LOW or "problem" in (verdicts.get("laundered"), verdicts.get("main copy"))
@@ -48,6 +74,8 @@ def repair(found: Audit, out: Path) -> dict[str, Any]:
             untouched.append(tensor.name)
             continue
         why = _why_not(tensor.values, tensor.main)
+        if keys[tensor.key] > 1:
+            why = "another router has the same layer and kind: which is which, names do not say"
         if not damaged:
             why = "its updates went wrong; which values they should have led to, no checkpoint holds"
         if why is None:
@@ -64,6 +92,11 @@ def repair(found: Audit, out: Path) -> dict[str, Any]:
         "restored": restored,
         "not_restored": not_restored,
         "untouched": untouched,
+        "routers": {
+            tensor.name: dict(zip(("stack", "layer", "kind"), tensor.key, strict=True))
+            for tensor in found.checkpoint.tensors
+            if tensor.name in restored
+        },
     }
     (out / "repair.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report

@@ -112,7 +112,11 @@ def show(found: Audit, out: TextIO) -> None:
             grid.add_column(name, overflow="fold")
         for name, check, verdict, text in shown:
             grid.add_row(escape(name), check, f"[{_STYLES[verdict]}]{verdict}[/]", escape(text))
-        Console(file=out).print(grid)
+        console = Console(file=out)
+        # rich itself would end the program with exit code 1 when nobody reads any more.
+        with console.capture() as captured:
+            console.print(grid)
+        out.write(captured.get())
     if len(table) > len(shown):
         print(f"… and {len(table) - len(shown)} more rows: see --json or --html", file=out)
     for line in summary(found):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import stat
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -20,10 +21,35 @@ MAX_READ: Final = 1 << 26
 #: Largest tensor that is taken for a router's. DeepSeek-V3's 61 layers in one tensor would be 450 MB of fp32.
 MAX_TENSOR: Final = 1 << 30
 
+#: All router tensors of a checkpoint with their main copies: about five times DeepSeek-V3's.
+MAX_TOTAL: Final = 4 << 30
+
+#: How many of them: a thousand layers of ten tensors, ten times over.
+MAX_TENSORS: Final = 100_000
+
 
 def unreadable(path: Path | str, expected: str, found: object) -> CheckpointUnreadableError:
     """The error for a file that is not what it should be."""
     return CheckpointUnreadableError(f"{path}: expected {expected}, found {found}")
+
+
+def shown(value: object, depth: int = 3) -> str:
+    """A value from a file in at most 200 characters, without looking at more of it than it shows.
+
+    `repr` of a list in a list in a list may be longer than the memory, and of an integer longer than Python allows.
+    """
+    if isinstance(value, int):
+        text = repr(value) if value.bit_length() <= 128 else f"an integer of {value.bit_length()} bits"
+    elif isinstance(value, str | bytes):
+        text = repr(value[:100]) + ("…" if len(value) > 100 else "")
+    elif value is None or isinstance(value, float):
+        text = repr(value)
+    elif isinstance(value, tuple | list | dict | set | frozenset):
+        first = ", ".join(shown(item, depth - 1) for item in itertools.islice(value, 6)) if depth else "…"
+        text = f"{type(value).__name__} of {len(value)}: {first}" if value else f"an empty {type(value).__name__}"
+    else:
+        text = str(getattr(value, "of", "") or type(value).__name__)
+    return text[:200]
 
 
 def inside(folder: Path, name: object, where: Path) -> Path:
@@ -33,11 +59,11 @@ def inside(folder: Path, name: object, where: Path) -> Path:
         CheckpointUnreadableError: the name is absolute, climbs out of the folder, or is no name at all.
     """
     if not isinstance(name, str) or not name or "\0" in name:
-        raise unreadable(where, "the name of a file of this checkpoint", repr(name)[:200])
+        raise unreadable(where, "the name of a file of this checkpoint", shown(name))
     # Read by both conventions, so that the verdict does not depend on the machine.
     parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
     if PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor or ".." in parts:
-        raise unreadable(where, "the name of a file inside the checkpoint's folder", repr(name)[:200])
+        raise unreadable(where, "the name of a file inside the checkpoint's folder", shown(name))
     return folder / name
 
 
@@ -46,6 +72,9 @@ class Meter:
 
     def __init__(self, progress: Callable[[int, str], None] | None = None) -> None:
         self.bytes = 0
+        #: The file that was opened last: where a failure is most likely to come from.
+        self.file: Path | None = None
+        self._claimed = self._tensors = 0
         self._progress = progress
 
     def add(self, size: int, what: str) -> None:
@@ -53,6 +82,21 @@ class Meter:
         self.bytes += size
         if self._progress is not None:
             self._progress(self.bytes, what)
+
+    def claim(self, size: int, path: Path, what: str) -> None:
+        """Call this before memory for one more router tensor of `size` bytes is taken.
+
+        Raises:
+            CheckpointUnreadableError: it, or all of them together, are larger than any router's.
+        """
+        if size > MAX_TENSOR:
+            raise unreadable(path, f"a router's tensor of at most {MAX_TENSOR} bytes", what)
+        self._claimed += size
+        self._tensors += 1
+        if self._claimed > MAX_TOTAL:
+            raise unreadable(path, f"at most {MAX_TOTAL} bytes of router tensors in a checkpoint", what)
+        if self._tensors > MAX_TENSORS:
+            raise unreadable(path, f"at most {MAX_TENSORS} router tensors in a checkpoint", what)
 
 
 class Window(io.RawIOBase):
@@ -64,7 +108,7 @@ class Window(io.RawIOBase):
 
     def __init__(self, path: Path, meter: Meter, start: int = 0, length: int | None = None) -> None:
         super().__init__()
-        self.path, self._meter = path, meter
+        self.path, self._meter, meter.file = path, meter, path
         self._file = open_regular(path)
         try:
             size = os.fstat(self._file.fileno()).st_size

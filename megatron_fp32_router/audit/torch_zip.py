@@ -38,7 +38,7 @@ class Archive:
     """
 
     def __init__(self, path: Path, meter: Meter, start: int = 0, length: int | None = None) -> None:
-        self.path = path
+        self.path, self._meter = path, meter
         self._window = Window(path, meter, start, length)
         try:
             self._records = self._directory()
@@ -92,14 +92,23 @@ class Archive:
             raise unreadable(self.path, f"the checksum {info.CRC:08x} of {name}", f"{zlib.crc32(read):08x}: garbled")
         return read
 
-    def tensor(self, ref: TensorRef) -> NDArray[Any]:
-        """A whole tensor, with its checksum checked where its storage holds nothing else."""
+    def tensor(self, ref: TensorRef, claimed: bool = False) -> NDArray[Any]:
+        """A whole tensor, with its checksum checked where its storage holds nothing else.
+
+        `claimed`: it is a piece of one whose size the meter knows.
+        """
         dtype = self._dtype(ref)
-        if math.prod(ref.shape) * dtype.itemsize > MAX_TENSOR:
+        numel = math.prod(ref.shape)
+        if not claimed:
+            self._meter.claim(numel * dtype.itemsize, self.path, f"shape {ref.shape}")
+        if max(ref.shape, default=0) > MAX_TENSOR:
             raise unreadable(self.path, f"a router's tensor of at most {MAX_TENSOR} bytes", f"shape {ref.shape}")
         extent = sum((n - 1) * s for n, s in zip(ref.shape, ref.stride, strict=True)) + 1 if 0 not in ref.shape else 0
         if extent * dtype.itemsize > MAX_TENSOR:
             raise unreadable(self.path, f"a router's tensor within {MAX_TENSOR} bytes", f"strides {ref.stride}")
+        if numel > extent:
+            # torch.save would keep an expanded tensor so; a few bytes would become a gigabyte here.
+            raise unreadable(self.path, f"{numel} elements for shape {ref.shape}", f"{extent} that are repeated")
         flat = self._elements(ref, dtype, 0, extent)
         if _contiguous(ref):
             return flat.reshape(ref.shape)

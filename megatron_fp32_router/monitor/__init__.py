@@ -7,7 +7,7 @@ that does not call Megatron's finalize_model_grads, or has a logger of its own:
 
     with monitor.listening(model):      # optional: without it there is nothing to say about tokens
         forward_and_backward()
-    logger.log(monitor.metrics(model))  # a flat dict of numbers
+    logger.log(monitor.metrics(model, step))  # a flat dict of numbers
 
 Names are fetched on first use: importing this package does not import torch.
 """

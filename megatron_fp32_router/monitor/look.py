@@ -124,7 +124,8 @@ class Memory:
     watch: contract.Watch = field(default_factory=contract.Watch)
     probe: stability.Probe | None = None
     mean: float | None = None
-    mean_step: int = 0
+    #: None: whoever looked did not say.
+    mean_step: int | None = None
 
 
 def see(name: str, router: Any, listener: Listener | None, samples: bool, memory: Memory) -> Seen:
@@ -227,21 +228,25 @@ def _to_host(tensors: Iterable[torch.Tensor | None]) -> list[torch.Tensor]:
     return list(torch.split(torch.cat(whole).cpu(), [tensor.numel() for tensor in whole]))
 
 
-def entry(seen: Seen, memory: Memory, step: int) -> Entry:
-    """The numbers and broken promises of one router, read() done. `step` counts this process's."""
+def entry(seen: Seen, memory: Memory, step: int | None) -> Entry:
+    """The numbers and broken promises of one router, read() done.
+
+    `step`: the training step, or how many this process has made. None: not known, and nothing is said per step.
+    """
     config, numbers = seen.router.config, dict(seen.numbers)
     metrics = {f"precision/{name.replace('.', '_')}_bits": dtype.itemsize * 8.0 for name, dtype in seen.dtypes.items()}
     bits = None
     if "arithmetic" in numbers:
         bits = contract.bits_of(numbers.pop("arithmetic"), seen.dtypes["logits"])
         metrics["precision/arithmetic_bits"] = bits
-    violations = memory.watch.violations(seen.name, seen.dtypes, bits, is_mixed(config), step)
+    violations = memory.watch.violations(seen.name, seen.dtypes, bits, is_mixed(config), step or 0)
     if seen.reduced_E is not None:
         metrics |= load(seen.reduced_E.tolist())
     if seen.before_E is not None and seen.after_E is not None:
         if seen.reduced_E is not None and seen.updated:
             metrics |= bias.update(seen.before_E, seen.after_E, seen.reduced_E, config.moe_router_bias_update_rate)
-        metrics |= bias.drift(seen.after_E, memory.mean, step - memory.mean_step)
+        known = step is not None and memory.mean_step is not None
+        metrics |= bias.drift(seen.after_E, memory.mean, step - memory.mean_step if known else 0)  # type: ignore[operator]
         memory.mean, memory.mean_step = float(seen.after_E.double().mean()), step
     finite = {name: value for name, value in (metrics | numbers).items() if math.isfinite(value)}
     return {"metrics": finite, "violations": violations}

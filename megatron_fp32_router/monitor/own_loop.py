@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -13,9 +14,9 @@ from megatron_fp32_router.monitor.load import load
 from megatron_fp32_router.monitor.sinks import Layer
 from megatron_fp32_router.registry import registry
 
-_heard: dict[Layer, look.Listener] = {}
-_memory: dict[Layer, look.Memory] = {}
-_calls = 0
+#: By router, not by layer: a teacher has a layer 1 as well.
+_heard: WeakKeyDictionary[Any, look.Listener] = WeakKeyDictionary()
+_memory: WeakKeyDictionary[Any, look.Memory] = WeakKeyDictionary()
 
 
 @contextlib.contextmanager
@@ -25,21 +26,23 @@ def listening(model: Any) -> Iterator[None]:
     Args:
         model: a torch.nn.Module, or a list of model chunks.
     """
-    _heard.clear()
-    _heard.update(look.listen(look.layers_of(model), samples=True))
-    listeners = list(_heard.values())
+    layers = look.layers_of(model)
+    listeners = look.listen(layers, samples=True)
+    _heard.update({layers[layer][1]: listener for layer, listener in listeners.items()})
     try:
         yield
     finally:
-        for listener in listeners:
+        for listener in listeners.values():
             listener.remove()
 
 
-def metrics(model: Any) -> dict[str, float]:
+def metrics(model: Any, step: int | None = None) -> dict[str, float]:
     """Look at the routers of `model` now. This rank's layers only; no collective, and no error for what it finds.
 
     Args:
         model: a torch.nn.Module, or a list of model chunks.
+        step: of the training, as you count it. Without it bias/drift_per_step is left out, and bias/steps_to_blind_*
+            where it depends on the drift: how many steps lie between two calls only you know.
 
     Returns:
         `layer_3/precision/weight_bits`, `all/bias/spread/max` and so on, as docs/monitor.md lists them, and
@@ -47,16 +50,13 @@ def metrics(model: Any) -> dict[str, float]:
         tokens are there after listening(); load is that of this rank's tokens since the last balance update.
         update/* needs the update itself and is left to the automatic monitor.
     """
-    global _calls
-    _calls += 1
-    seen = {}
+    seen: dict[Layer, look.Seen] = {}
     with torch.no_grad():
         for layer, (name, router) in look.layers_of(model).items():
-            memory = _memory.setdefault(layer, look.Memory())
-            seen[layer] = look.see(name, router, _heard.get(layer), True, memory)
-    _heard.clear()
+            memory = _memory.setdefault(router, look.Memory())
+            seen[layer] = look.see(name, router, _heard.pop(router, None), True, memory)
     look.read(seen.values())
-    entries = {layer: look.entry(each, _memory[layer], _calls) for layer, each in seen.items()}
+    entries = {layer: look.entry(each, _memory[each.router], step) for layer, each in seen.items()}
     for layer, each in seen.items():
         if each.local_E is not None:
             entries[layer]["metrics"] |= load(each.local_E.tolist())

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
+import os
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from megatron_fp32_router.audit.report import printable
 from megatron_fp32_router.errors import Fp32RouterError
 from megatron_fp32_router.monitor.sinks import Layer, order
 
 #: A file larger than this takes more than a moment to read, so it is announced.
 _LARGE: Final = 30_000_000
 _LISTED: Final = 8
+
+#: No step or layer comes near. (Numbers of steps until something happens do, as fractions.)
+_HUGE: Final = 10**18
 
 
 class UnreadableRunError(Fp32RouterError):
@@ -61,6 +67,8 @@ def read(path: Path) -> Run:
         UnreadableRunError: there is none, or it holds something else.
     """
     path = path / "monitor.jsonl" if path.is_dir() else path
+    if path.is_char_device() or path.is_block_device():
+        raise UnreadableRunError(f"{path}: expected a file, found a device")
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
@@ -70,12 +78,16 @@ def read(path: Path) -> Run:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
+        except RecursionError as error:
+            raise UnreadableRunError(f"{path}, line {number}: lists in lists without end") from error
         except ValueError:
             # A job that is killed while it writes leaves half a line; the next start begins a new one.
             cut += 1
             continue
         if not _is_record(record):
-            raise UnreadableRunError(f"{path}, line {number}: expected an object with step, layer, metrics, violations")
+            raise UnreadableRunError(
+                f"{path}, line {number}: expected an object with step, layer, metrics (finite numbers), violations"
+            )
         records.setdefault(record["step"], {})[record["layer"]] = record
     if not records:
         raise UnreadableRunError(f"{path}: no look of the monitor in it")
@@ -102,13 +114,20 @@ def read(path: Path) -> Run:
 def _is_record(record: object) -> bool:
     return (
         isinstance(record, dict)
-        and type(record.get("step")) is int
-        and isinstance(record.get("layer"), (int, str))
+        and _is_number(record.get("step"), whole=True)
+        and (isinstance(record.get("layer"), str) or _is_number(record.get("layer"), whole=True))
         and isinstance(record.get("violations"), list)
         and all(isinstance(text, str) for text in record["violations"])
         and isinstance(record.get("metrics"), dict)
-        and all(type(value) in (int, float) for value in record["metrics"].values())
+        and all(_is_number(value) for value in record["metrics"].values())
     )
+
+
+def _is_number(value: object, whole: bool = False) -> bool:
+    """What the monitor writes: never NaN or infinity, and no step or layer that a drawing's axis could not hold."""
+    if type(value) is int:
+        return -_HUGE < value < _HUGE
+    return type(value) is float and not whole and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -264,25 +283,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Do it. 0: the page is written; 2: it could not be."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        code = _main(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
+
+
+def _refuse(why: str) -> int:
+    print(f"report: {printable(why)}", file=sys.stderr)
+    return 2
+
+
+def _main(arguments: argparse.Namespace) -> int:
     try:
         path: Path = arguments.run
         if path.is_file() and path.stat().st_size > _LARGE:
-            print(f"report: reading {path} ({path.stat().st_size / 1e6:,.0f} MB)", file=sys.stderr)
+            print(f"report: reading {printable(str(path))} ({path.stat().st_size / 1e6:,.0f} MB)", file=sys.stderr)
         run = read(path)
         found = findings(run)
         out: Path = arguments.out or run.path.with_suffix(".html")
+        if out.resolve() == run.path.resolve():
+            return _refuse(f"{out}: is the run itself, which is not written over; --out FILE names the page")
         from megatron_fp32_router.monitor import page
 
         print("report: drawing, a few seconds", file=sys.stderr)
-        out.write_text(page.render(run, found), encoding="utf-8")
+        # Names in a file may hold halves of characters, which no encoding has.
+        out.write_text(page.render(run, found), encoding="utf-8", errors="backslashreplace")
     except (UnreadableRunError, OSError) as error:
-        print(f"report: {error}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
+    except (ValueError, TypeError, ArithmeticError, LookupError, RecursionError, MemoryError) as error:
+        return _refuse(f"{arguments.run}: cannot be drawn: {type(error).__name__}: {str(error)[:200]}")
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
-        print("report: needs matplotlib: pip install 'megatron-fp32-router[report]'", file=sys.stderr)
-        return 2
+        return _refuse("needs matplotlib: pip install 'megatron-fp32-router[report]'")
     if arguments.json:
         summary = {
             "file": str(run.path),
@@ -296,6 +336,6 @@ def main(arguments: argparse.Namespace) -> int:
         print(json.dumps(summary, indent=1))
     else:
         for finding in found:
-            print(f"{'! ' if finding.problem else '  '}{finding.text}")
-        print(f"page: {out}")
+            print(f"{'! ' if finding.problem else '  '}{printable(finding.text)}")
+        print(f"page: {printable(str(out))}")
     return 0

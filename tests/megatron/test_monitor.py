@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import megatron_fp32_router
 from megatron_fp32_router import lab, monitor
-from megatron_fp32_router.monitor import look
+from megatron_fp32_router.monitor import contract, look
 from megatron_fp32_router.protect import balance
 
 # What is asked here is alike on the lines in between.
@@ -129,6 +129,43 @@ def test_a_cast_in_the_middle_of_a_run_stops_it_at_the_next_look(cast: Any, buil
     assert "; it was float32 2 steps before" in str(raised.value)
     assert looks(file)[-1]["step"] == 4
     assert any("layer 2" in text for text in looks(file)[-1]["violations"])
+
+
+def _narrow_gradient(router: Any) -> None:
+    router.weight.main_grad = router.weight.main_grad.bfloat16()
+
+
+def _narrow_moment(router: Any) -> None:
+    """In the optimizer's state, wherever it keeps that of this weight."""
+    narrowed = 0
+    for optimizer in list(contract._optimizers):
+        for parameter, state in getattr(getattr(optimizer, "optimizer", None), "state", {}).items():
+            if parameter.shape == router.weight.shape and "exp_avg" in state:
+                state["exp_avg"] = state["exp_avg"].bfloat16()
+                narrowed += 1
+    assert narrowed
+
+
+@pytest.mark.parametrize(
+    ("narrow", "what"),
+    [(_narrow_gradient, "weight_grad"), (_narrow_moment, "weight_exp_avg")],
+    ids=["gradient", "moment"],
+)
+def test_a_gradient_or_moment_below_fp32_stops_the_run_by_its_name(
+    narrow: Any, what: str, build: Any, watched: Any
+) -> None:
+    file = watched(2)
+    room = build(**TINY)
+    batches = lab.text_batches(room.recipe, seed=1)
+    for _ in range(3):
+        room.step(batches)
+    assert looks(file)[-1]["violations"] == []
+    assert looks(file)[-2]["metrics"][f"precision/{what}_bits"] == 32
+    name, router = room.routers()[1]
+    room.on_counts.append(lambda _: narrow(router))
+    with pytest.raises(megatron_fp32_router.UnprotectedRouterError) as raised:
+        room.step(batches)
+    assert f"layer 2, {name}: {what} is bfloat16; it was float32 2 steps before" in str(raised.value)
 
 
 def test_under_warn_a_cast_is_written_down_and_the_training_goes_on(
@@ -246,6 +283,27 @@ def test_a_loop_of_ones_own_gets_a_flat_dict(build: Any, plugin: Any) -> None:
     after = monitor.metrics(room.chunks)
     assert after["layer_1/bias/mean"] == pytest.approx(0.75, abs=2e-3)
     assert monitor.latest() == {}
+
+
+def test_a_loop_that_looks_every_hundred_steps_gets_drift_per_step_for_each_of_its_models(
+    router: Any, plugin: Any
+) -> None:
+    student, teacher = router(), router()
+    for each, start in ((student, 0.25), (teacher, 8.0)):
+        each.layer_number = 1
+        each.expert_bias.data = start + torch.arange(each.expert_bias.numel()).float() / 128
+    for step, bare in ((100, False), (200, False), (300, True)):
+        for each in (student, teacher):
+            found = monitor.metrics(each, None if bare else step)
+            name = "layer_1/bias/drift_per_step"
+            if step == 200:
+                # 0.5 in 100 steps, whatever the other model's biases are.
+                assert found[name] == pytest.approx(0.005)
+                assert found["layer_1/bias/steps_to_blind_fp32"] > 0
+            else:
+                assert name not in found
+                assert "layer_1/bias/steps_to_blind_fp32" not in found
+            each.expert_bias += 0.5
 
 
 def test_inside_torch_compile_the_hooks_leave_nothing_behind(router: Any, plugin: Any) -> None:
