@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "bench"
 
 #: part -> seconds it takes on two quiet cores, roughly: for the order and for --help.
-PARTS = {"startup": 10, "construction": 25, "step": 90, "balance": 60, "monitor": 40, "gating": 60, "accuracy": 15}
+PARTS = {"startup": 10, "construction": 25, "step": 240, "balance": 60, "monitor": 40, "gating": 60, "accuracy": 15}
 
 
 def _cpu() -> str:
@@ -91,12 +91,12 @@ def _measure(options: argparse.Namespace, progress: Callable[[str], Report]) -> 
     if "step" in parts:
         from benchmarks import training
 
-        pairs = {"small": 5, "medium": 3, "large": 3} if quick else {"small": 100, "medium": 40, "large": 12}
+        pairs = {"small": 5, "medium": 3, "large": 3} if quick else {"small": 150, "medium": 100, "large": 40}
         found["step"] = training.steps(pairs, progress("step"))
     if "balance" in parts:
         from benchmarks import balance
 
-        found["balance"] = balance.measure(5 if quick else 60, progress("balance"))
+        found["balance"] = balance.measure(5 if quick else 200, progress("balance"))
     if "monitor" in parts:
         from benchmarks import monitor
 
