@@ -35,6 +35,17 @@ def test_the_update_dispatches_a_fraction_of_upstreams_operations_at_every_size(
             assert row["on"]["operations"] <= 0.12 * row["off"]["operations"], row
 
 
+def test_the_times_in_the_file_keep_what_was_promised() -> None:
+    """Medians of what scripts/bench measured. A file that breaks this is not to be committed without a reason."""
+    assert rows("startup")["off"]["more_ms"] < 0.3
+    assert rows("startup")["starts"] >= 30
+    assert rows("construction")["ratio"] <= 1.05
+    assert {row["size"]: row["ratio"] for row in rows("step") if row["ratio"] > 1.02} == {}
+    for row in rows("balance"):
+        # One layer is what upstream's loop is made for: no slower there, faster everywhere else.
+        assert row["ratio"] < 1 or (row["layers"] == 1 and row["ratio"] <= 1.02), row
+
+
 def test_the_monitor_adds_no_operation_to_steps_that_it_does_not_look_at() -> None:
     operations = rows("monitor")["operations"]
     assert operations["between looks"] == operations["off"] < operations["a look"]
@@ -44,7 +55,9 @@ def test_split_errors_in_the_file_are_at_most_one_and_a_half_times_those_of_fp32
     found = rows("accuracy")
     assert found.keys() == {"random", "ill-conditioned", "heavy-tailed", "real"}
     for case, table in found.items():
-        for product in ("logits", "gradient of the weight", "gradient of the input"):
+        products = [product for product in table if not product.startswith("tokens")]
+        assert len(products) == 4  # one of them before it is rounded to bf16
+        for product in products:
             ways = table[product]
             for statistic in ("max", "mean"):
                 assert ways["split"][statistic] <= 1.5 * ways["fp32"][statistic], (case, product, statistic)
