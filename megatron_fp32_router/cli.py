@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from megatron_fp32_router.audit import command as audit_command
 from megatron_fp32_router.compat import check as compat_check
@@ -114,5 +115,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script. Returns the exit code."""
     given = sys.argv[1:] if argv is None else list(argv)
     arguments = _parser(with_demo=given[:1] == ["demo"]).parse_args(given)
-    code: int = arguments.action(arguments)
+    action: Callable[[argparse.Namespace], int] = arguments.action
+    if action is _run:
+        return _run(arguments)  # its streams are the user's program's
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A log in ASCII gets "?" for a table's lines, not a traceback.
+            stream.reconfigure(errors="replace")
+    try:
+        code = action(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read this, `head` say, has enough; what is still to be written goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
     return code

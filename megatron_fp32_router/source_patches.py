@@ -23,7 +23,7 @@ from megatron_fp32_router.errors import Fp32RouterError
 from megatron_fp32_router.upstream import read_version
 
 #: Inside the package where it is installed, beside it in a checkout.
-HOMES = (Path(__file__).parent / "patches", Path(__file__).parents[1] / "patches")
+HOMES: tuple[Path, ...] = (Path(__file__).parent / "patches", Path(__file__).parents[1] / "patches")
 
 State = Literal["released", "patched", "half patched"]
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -62,18 +60,10 @@ def _gigabytes(text: str) -> float:
 
 def main(arguments: argparse.Namespace) -> int:
     """Audit, print, and return the exit code: 0 good, 1 a problem was found, 2 could not tell or bad input."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # A log in ASCII gets "?" for the table's lines, not a traceback.
-            stream.reconfigure(errors="replace")
     try:
-        code = _main(arguments)
-        sys.stdout.flush()
-        return code
+        return _main(arguments)
     except BrokenPipeError:
-        # Whoever read this, `head` say, has enough; what is still to be written goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 2
+        raise
     except ImportError as error:
         if error.name not in ("numpy", "ml_dtypes", "safetensors"):
             raise

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
-import os
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -281,26 +279,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
-def main(arguments: argparse.Namespace) -> int:
-    """Do it. 0: the page is written; 2: it could not be."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
-    try:
-        code = _main(arguments)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 2
-
-
 def _refuse(why: str) -> int:
     print(f"report: {printable(why)}", file=sys.stderr)
     return 2
 
 
-def _main(arguments: argparse.Namespace) -> int:
+def main(arguments: argparse.Namespace) -> int:
+    """Do it. 0: the page is written; 2: it could not be."""
     try:
         path: Path = arguments.run
         if path.is_file() and path.stat().st_size > _LARGE:
