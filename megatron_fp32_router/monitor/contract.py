@@ -157,10 +157,10 @@ def promised(name: str, mixed: bool) -> bool:
     """Whether the contract says that the tensor or result `name` is fp32.
 
     Args:
-        name: as facts() has it, or "logits", or "arithmetic".
+        name: as facts() has it, or "logits", "scores" or "arithmetic".
         mixed: whether the model trains in bf16 or fp16. One in fp32 keeps upstream's own gating.
     """
-    if name in ("logits", "arithmetic"):
+    if name in ("logits", "scores", "arithmetic"):
         return mixed
     if name in _BUFFERS:
         return True
@@ -193,7 +193,7 @@ class Watch:
 
         Args:
             router: its module name, for the sentences.
-            now: what facts() found, and `logits`.
+            now: what facts() found, `logits` and `scores`.
             bits: significant bits of the gating's arithmetic; None if not measured.
             mixed: whether the model trains in bf16 or fp16.
             step: this look's.

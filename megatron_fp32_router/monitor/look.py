@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -19,6 +19,7 @@ from megatron_fp32_router.monitor.sinks import Entry, Layer
 from megatron_fp32_router.protect.balance import _group as balance_group
 from megatron_fp32_router.protect.casts import COUNTER
 from megatron_fp32_router.protect.effect import _routers as routers_of
+from megatron_fp32_router.protect.gating import score_watchers
 from megatron_fp32_router.say import say
 
 #: Tokens of a router's first micro-batch that routing stability is computed for, evenly spread over it.
@@ -56,8 +57,20 @@ class Listener:
         self.sample: stability.Sample | None = None
         self.counts_E: torch.Tensor | None = None
         self.input_dtype: torch.dtype | None = None
+        self.scores_dtype: torch.dtype | None = None
         self._samples, self._counts = samples, counts
-        self.remove: Callable[[], None] = router.register_forward_hook(self._hook, with_kwargs=True).remove
+        self._router = router
+        self._handle = router.register_forward_hook(self._hook, with_kwargs=True)
+        score_watchers[id(router)] = self._see_scores
+
+    def remove(self) -> None:
+        """Listen no more."""
+        self._handle.remove()
+        if score_watchers.get(id(self._router)) == self._see_scores:
+            del score_watchers[id(self._router)]
+
+    def _see_scores(self, scores: torch.Tensor) -> None:
+        self.scores_dtype = scores.dtype
 
     def _hook(self, router: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         # Recomputation's first pass and evaluation have no gradients, and Megatron does not count them. A traced or
@@ -102,7 +115,7 @@ class Seen:
 
     name: str
     router: Any
-    #: Of every tensor, and of the logits.
+    #: Of every tensor, of the logits, and of the scores if anybody has seen them.
     dtypes: dict[str, torch.dtype]
     #: expert_bias before and after this step's update.
     before_E: torch.Tensor | None
@@ -140,6 +153,8 @@ def see(name: str, router: Any, listener: Listener | None, samples: bool, memory
     measured = contract.probe(router, dtype or _input_dtype(router.config))
     if measured is not None:
         seen.dtypes["logits"], seen.pending["arithmetic"] = measured
+    if listener is not None and listener.scores_dtype is not None:
+        seen.dtypes["scores"] = listener.scores_dtype
     if samples:
         _see_stability(seen, listener, memory)
     return seen

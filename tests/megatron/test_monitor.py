@@ -16,6 +16,7 @@ import megatron_fp32_router
 from megatron_fp32_router import lab, monitor
 from megatron_fp32_router.monitor import contract, look
 from megatron_fp32_router.protect import balance
+from megatron_fp32_router.protect.gating import score_watchers
 
 # What is asked here is alike on the lines in between.
 pytestmark = pytest.mark.on_lines("0.11", "0.15", "0.19")
@@ -166,6 +167,30 @@ def test_a_gradient_or_moment_below_fp32_stops_the_run_by_its_name(
     with pytest.raises(megatron_fp32_router.UnprotectedRouterError) as raised:
         room.step(batches)
     assert f"layer 2, {name}: {what} is bfloat16; it was float32 2 steps before" in str(raised.value)
+
+
+def test_scores_below_fp32_stop_the_run_by_their_name(
+    build: Any, watched: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = watched(2)
+    room = build(**TINY)
+    batches = lab.text_batches(room.recipe, seed=1)
+    for _ in range(2):
+        room.step(batches)
+    assert [record["metrics"]["precision/scores_bits"] for record in looks(file)[:-1]] == [32, 32]
+    assert score_watchers == {}
+    name, router = room.routers()[1]
+    routing = router.routing
+
+    def rounding(*args: Any, **kwargs: Any) -> Any:
+        scores, *rest = routing(*args, **kwargs)
+        return (scores.bfloat16(), *rest)
+
+    monkeypatch.setattr(router, "routing", rounding, raising=False)
+    room.step(batches)
+    with pytest.raises(megatron_fp32_router.UnprotectedRouterError) as raised:
+        room.step(batches)
+    assert f"layer 2, {name}: scores is bfloat16; it was float32 2 steps before" in str(raised.value)
 
 
 def test_under_warn_a_cast_is_written_down_and_the_training_goes_on(
