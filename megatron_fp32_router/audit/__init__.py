@@ -17,14 +17,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_fp32_router.audit.findings import Audit, Finding, audit
+    from megatron_fp32_router.audit.finding import Audit, Finding
+    from megatron_fp32_router.audit.findings import audit
     from megatron_fp32_router.audit.formats import open_checkpoint
     from megatron_fp32_router.audit.tensors import Checkpoint, RouterTensor
 
 _HOMES = {
-    "Audit": "findings",
+    "Audit": "finding",
     "Checkpoint": "tensors",
-    "Finding": "findings",
+    "Finding": "finding",
     "RouterTensor": "tensors",
     "audit": "findings",
     "open_checkpoint": "formats",

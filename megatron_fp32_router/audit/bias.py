@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from megatron_fp32_router.audit import bits, lattice
+from megatron_fp32_router.audit.finding import Finding
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from megatron_fp32_router.audit.findings import Finding, Verdict
+    from megatron_fp32_router.audit.finding import Verdict
     from megatron_fp32_router.audit.tensors import RouterTensor
 
 #: Different values on one chain before chance is out of the question: one fixes its start, two confirm it.
@@ -35,8 +36,6 @@ def questions(tensor: RouterTensor, known: Sequence[float]) -> list[Finding]:
 
 def _updates(tensor: RouterTensor, known: Sequence[float]) -> list[Finding]:
     """Are the values what whole, unrounded updates lead to?"""
-    from megatron_fp32_router.audit.findings import Finding
-
     values = tensor.values
     assert values is not None
     rates = list(known) or list(lattice.USUAL_RATES)
@@ -209,8 +208,6 @@ def judge(fit: lattice.Fit, experts: int, known: Sequence[float], data: dict[str
 
 def _room(tensor: RouterTensor) -> list[Finding]:
     """How many experts would a consumer in a narrower dtype still tell apart?"""
-    from megatron_fp32_router.audit.findings import Finding
-
     values = tensor.values
     assert values is not None
     wide = values.astype(np.float64)

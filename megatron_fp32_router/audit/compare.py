@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_fp32_router.audit import bias, bits, lattice
-from megatron_fp32_router.audit.findings import Finding
+from megatron_fp32_router.audit.finding import Finding
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from megatron_fp32_router.audit.findings import Verdict
+    from megatron_fp32_router.audit.finding import Verdict
     from megatron_fp32_router.audit.tensors import Checkpoint, RouterTensor
 
 

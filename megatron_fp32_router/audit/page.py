@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from megatron_fp32_router.audit import report
 
 if TYPE_CHECKING:
-    from megatron_fp32_router.audit.findings import Audit
+    from megatron_fp32_router.audit.finding import Audit
 
 _STYLE: Final = """
 :root { color-scheme: light dark; --line: #8886; --good: #1a7f37; --problem: #cf222e; --unknown: #9a6700; --note: #777 }

@@ -15,7 +15,7 @@ from megatron_fp32_router.errors import Fp32RouterError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from megatron_fp32_router.audit.findings import Audit
+    from megatron_fp32_router.audit.finding import Audit
 
 
 class RepairRefusedError(Fp32RouterError):

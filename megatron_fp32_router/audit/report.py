@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, TextIO
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from megatron_fp32_router.audit.findings import Audit, Finding
+    from megatron_fp32_router.audit.finding import Audit, Finding
 
 #: Tables of large models are cut here; --json and --html have everything.
 MAX_ROWS: Final = 400
