@@ -290,9 +290,12 @@ def _growth(cpu: dict[str, Any]) -> str:
     )
 
 
-OTHER_GROWTH = """\
+_SPLIT_BYTES = 3 * 2 * 256 * 7168  # three bf16 parts
+
+OTHER_GROWTH = f"""\
 Split products (on a GPU) hold 6 bytes for every element of the router weights on the device, from the first forward of
-a step to its end: 11 MB for each layer of 256 experts at hidden 7,168, 0.6 GB for 58 of them on one device.
+a step to its end: {_SPLIT_BYTES / 1e6:.0f} MB for each layer of 256 experts at hidden 7,168,
+{58 * _SPLIT_BYTES / 1e9:.1f} GB for 58 of them on one device.
 
 The agreement check between ranks is no part of a step: each rank writes what it says of itself into the store through
 which torch.distributed set itself up, once, when its model is wrapped. Afterwards it costs one comparison a step and
