@@ -22,6 +22,9 @@ from megatron_fp32_router.settings import PREFIX
 _GRACE: Final = 2.0
 _LOG_LINES: Final = 40
 
+#: What gloo says now and then where many ranks of several launches start at once.
+_UNMET: Final = "Gloo connectFullMesh failed"
+
 
 class RankFailedError(LabError):
     """A rank raised, or died. The message ends with that rank's own traceback.
@@ -70,7 +73,8 @@ def run_ranks(
         What the function returned, in order of rank (plain values and tensors, which come back on the CPU).
 
     Raises:
-        RankFailedError: a rank failed.
+        RankFailedError: a rank failed. (Not at once when ranks could not connect to each other before `target` was
+            called: they are then started once more, which standard error tells.)
         RanksTimedOutError: not done in `timeout` seconds.
         LabError: the request makes no sense, or a result is not made of plain values and tensors.
     """
@@ -79,25 +83,36 @@ def run_ranks(
         raise LabError(f"plugin has {len(plugins)} answers for {recipe.world_size} ranks")
     if target.count(":") != 1:
         raise LabError(f"target {target!r}: expected 'module:function'")
+    job = {
+        "target": target,
+        "recipe": recipe.to_json(),
+        "arguments": dict(arguments or {}),
+        "megatron": None if megatron is None else str(Path(megatron).resolve()),
+        "timeout": float(timeout),
+    }
+    environments = [
+        {**_environment(rank, recipe.world_size, on, python_path), **(env or {})} for rank, on in enumerate(plugins)
+    ]
+    try:
+        return _run_once(job, environments, logs)
+    except RankFailedError as error:
+        called = any("function(recipe, " in traceback for traceback in error.tracebacks.values())  # see worker.py
+        if called or _UNMET not in str(error):
+            raise
+        print(f"lab: the ranks could not connect to each other ({_UNMET}); starting them anew", file=sys.stderr)
+        return _run_once(job, environments, logs)
+
+
+def _run_once(job: Mapping[str, Any], environments: Sequence[Mapping[str, str]], logs: Path | None) -> list[Any]:
     with tempfile.TemporaryDirectory(prefix="fp32-router-lab-") as name:
         folder = Path(name)
-        job = {
-            "target": target,
-            "recipe": recipe.to_json(),
-            "arguments": dict(arguments or {}),
-            "megatron": None if megatron is None else str(Path(megatron).resolve()),
-            "timeout": float(timeout),
-        }
         torch.save(job, folder / "job.pt")
         # Before a process is started: what cannot be read there is the caller's mistake.
         _load(folder / "job.pt", "the recipe or the arguments")
         printed = folder if logs is None else logs.resolve()
-        environments = [
-            {**_environment(rank, recipe.world_size, on, python_path), **(env or {})} for rank, on in enumerate(plugins)
-        ]
         with _started(folder, printed, environments) as ranks:
-            _wait(folder, printed, ranks, timeout)
-        return [_load(folder / f"result-{rank}.pt", f"rank {rank}'s result") for rank in range(recipe.world_size)]
+            _wait(folder, printed, ranks, job["timeout"])
+        return [_load(folder / f"result-{rank}.pt", f"rank {rank}'s result") for rank in range(len(environments))]
 
 
 def _environment(rank: int, world_size: int, plugin: bool, python_path: Sequence[str | Path]) -> dict[str, str]:
