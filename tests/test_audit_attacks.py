@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import resource
 import struct
 import subprocess
 import sys
@@ -296,7 +297,6 @@ def test_no_failure_on_a_files_content_is_taken_for_a_verdict(
 
 
 def test_a_machine_without_enough_memory_is_told_the_file(tmp_path: Path) -> None:
-    resource = pytest.importorskip("resource")
     torch.save({"model": {NAME: torch.zeros(1 << 13, 1 << 15, dtype=torch.bool)}}, tmp_path / "model.pt")
     command = [sys.executable, "-m", "megatron_fp32_router", "audit", str(tmp_path / "model.pt")]
     limit = 600 << 20

@@ -1,12 +1,10 @@
-"""The monitor's arithmetic against NumPy, its file, its writers and its page; no Megatron needed."""
+"""The monitor's arithmetic against NumPy, its file and its writers; no Megatron needed."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -18,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_fp32_router.errors import MonitorError, SettingsError
-from megatron_fp32_router.monitor import bias, collect, page, report, sinks, stability, watch
+from megatron_fp32_router.monitor import bias, collect, sinks, stability, watch
 from megatron_fp32_router.monitor.load import load
 from megatron_fp32_router.registry import registry
 from megatron_fp32_router.settings import Settings, from_environment
@@ -294,190 +292,3 @@ def test_rank_0_hears_each_complaint_once(monkeypatch: pytest.MonkeyPatch) -> No
     exchange.complain(3, "weight is bfloat16")
     assert list(exchange.complaints()) == [(3, "weight is bfloat16 (rank 0)")]
     assert list(exchange.complaints()) == []
-
-
-# The report ------------------------------------------------------------------------------------------------------
-
-
-def look(step: int, layer: int | str, violations: tuple[str, ...] = (), **metrics: float) -> dict[str, Any]:
-    numbers = {name.replace("__", "/"): value for name, value in metrics.items()}
-    return {"step": step, "layer": layer, "metrics": numbers, "violations": list(violations)}
-
-
-def write(path: Path, records: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
-def a_run(path: Path, layers: int = 12) -> report.Run:
-    records = []
-    for step in range(100, 1100, 100):
-        for layer in range(1, layers + 1):
-            dead = 3.0 if layer == 12 and step >= 400 else 0.0
-            records.append(
-                look(
-                    step,
-                    layer,
-                    load__max_vio=1 / layer,
-                    load__dead_experts=dead,
-                    bias__mean=step * 1e-3,
-                    bias__spread=0.1,
-                    flips__bf16_weight=0.02,
-                    flips__actual=0.0,
-                    probe__changed=0.1,
-                    margin__p10=1e-3,
-                )
-            )
-        records.append(look(step, "all"))
-    return report.read(write(path / "run.jsonl", records))
-
-
-def test_an_experts_death_is_dated(tmp_path: Path) -> None:
-    problems = [finding.text for finding in report.findings(a_run(tmp_path)) if finding.problem]
-    assert problems == ["layer 12: 3 dead experts since step 400"]
-
-
-def test_an_expert_that_came_back_is_dated_from_its_second_death(tmp_path: Path) -> None:
-    records = [look(step, 1, load__dead_experts=float(step != 30)) for step in (10, 20, 30, 40, 50)]
-    run = report.read(write(tmp_path / "run.jsonl", records))
-    assert report.findings(run)[0].text == "layer 1: 1 dead expert since step 40"
-
-
-def test_violations_come_first_and_once(tmp_path: Path) -> None:
-    records = [look(10, 1), look(20, 1, ("weight is bfloat16; it was float32 10 steps before",))]
-    records += [look(30, 1, ("weight is bfloat16",), update__swallowed=0.5)]
-    run = report.read(write(tmp_path / "run.jsonl", records))
-    texts = [finding.text for finding in report.findings(run)]
-    assert texts == [
-        "layer 1: weight is bfloat16, at steps 20 to 30",
-        "layer 1: up to 50.0% of the bias updates that were due changed nothing (1 of 3 looks, first at step 30)",
-    ]
-
-
-def test_steps_that_a_restart_repeated_count_as_they_were_written_last(tmp_path: Path) -> None:
-    records = [look(step, 1, load__max_vio=value) for step, value in ((10, 1.0), (20, 2.0), (20, 3.0), (30, 4.0))]
-    assert report.read(write(tmp_path / "run.jsonl", records)).series("load/max_vio", 1) == [1, 3, 4]
-
-
-@pytest.mark.parametrize(
-    "text", ["", "{}\n", '{"step": 1, "layer": 1, "metrics": {"a": "b"}, "violations": []}\n', "\x00\xff\n", "[]\n"]
-)
-def test_a_file_that_the_monitor_did_not_write_is_refused_in_one_line(
-    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "run.jsonl"
-    path.write_text(text)
-    assert report.main(argparse.Namespace(run=path, out=None, json=False)) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_a_file_that_is_not_there_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert report.main(argparse.Namespace(run=Path("/dev/zero"), out=None, json=False)) == 2
-    assert "found a device" in capsys.readouterr().err
-    assert report.main(argparse.Namespace(run=tmp_path / "none.jsonl", out=None, json=False)) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-
-
-class _Loads(HTMLParser):
-    """Collects everything that a browser would fetch, and every id."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-        self.ids: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in ("script", "link", "img", "iframe", "object", "embed"):
-            self.found.append(tag)
-        for name, value in attrs:
-            if name in ("src", "href") and value and not value.startswith(("#", "data:image/png;base64,")):
-                self.found.append(value)
-            if name == "id" and value:
-                self.ids.append(value)
-
-
-def _loads_nothing(text: str) -> None:
-    loads = _Loads()
-    loads.feed(text)
-    assert loads.found == []
-    assert len(loads.ids) == len(set(loads.ids))
-    assert "http:" not in text
-    assert "https:" not in text
-
-
-def test_the_command_writes_a_page_that_shows_every_layer_and_loads_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    a_run(tmp_path)
-    assert report.main(argparse.Namespace(run=tmp_path / "run.jsonl", out=None, json=True)) == 0
-    summary = json.loads(capsys.readouterr().out)
-    assert summary["layers"] == list(range(1, 13))
-    assert summary["findings"][0] == {"problem": True, "text": "layer 12: 3 dead experts since step 400"}
-    text = (tmp_path / "run.html").read_text()
-    assert summary["page"] == str(tmp_path / "run.html")
-    assert all(f"<th scope=row>{layer}</th>" in text for layer in range(1, 13))
-    _loads_nothing(text)
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        '{"step": 2, "layer": 1, "metrics": {"load/max_vio": NaN}, "violations": []}',
-        '{"step": 2, "layer": 1, "metrics": {"load/max_vio": Infinity}, "violations": []}',
-        '{"step": 2, "layer": 1, "metrics": {"load/max_vio": 1e999}, "violations": []}',
-        '{"step": 2, "layer": 1, "metrics": {"load/max_vio": 1' + "0" * 400 + '}, "violations": []}',
-        '{"step": 1' + "0" * 30 + ', "layer": 1, "metrics": {}, "violations": []}',
-        '{"step": 2, "layer": true, "metrics": {}, "violations": []}',
-        '{"step": 2, "layer": 1' + "0" * 30 + ', "metrics": {}, "violations": []}',
-        "[" * 10**5,
-        "7",
-    ],
-    ids=lambda line: line[:60],
-)
-def test_numbers_that_the_monitor_never_writes_are_refused_by_line(
-    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = write(tmp_path / "run.jsonl", [look(1, 1, load__max_vio=1.0)])
-    path.write_text(path.read_text() + line + "\n")
-    assert report.main(argparse.Namespace(run=path, out=None, json=False)) == 2
-    (said,) = capsys.readouterr().err.splitlines()
-    assert said.startswith(f"report: {path}, line 2: ")
-    assert not path.with_suffix(".html").exists()
-
-
-def test_a_drift_that_is_nearly_none_gives_enormous_numbers_that_are_no_error(tmp_path: Path) -> None:
-    moved = bias.drift(torch.tensor([0.5, 0.75]), 0.625 - 1e-15, 100)
-    assert moved["bias/steps_to_blind_fp32"] > 1e20
-    record = {"step": 2, "layer": 1, "metrics": {**moved, "bias/mean": 1e300}, "violations": []}
-    assert report.main(argparse.Namespace(run=write(tmp_path / "run.jsonl", [record]), out=None, json=False)) == 0
-
-
-def test_names_from_a_file_cannot_steer_the_terminal_or_break_the_page(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = write(tmp_path / "run.jsonl", [look(1, "a\x1b[2J", ("b\x1b]0;c\x07", "d\ud800"), load__max_vio=1.0)])
-    assert report.main(argparse.Namespace(run=path, out=None, json=False)) == 0
-    said = capsys.readouterr().out
-    assert "\x1b" not in said
-    assert "layer a?[2J: b?]0;c?" in said
-    # Half a character that would have to be drawn.
-    write(path, [look(1, "\ud800", load__max_vio=1.0)])
-    assert report.main(argparse.Namespace(run=path, out=None, json=False)) == 2
-    assert f"{path}: cannot be drawn" in capsys.readouterr().err
-
-
-def test_a_run_is_never_written_over_by_its_own_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write(tmp_path / "run.html", [look(1, 1, load__max_vio=1.0)])
-    before = path.read_bytes()
-    for out in (None, tmp_path / "." / "run.html"):
-        assert report.main(argparse.Namespace(run=path, out=out, json=False)) == 2
-        assert "is the run itself" in capsys.readouterr().err
-    assert path.read_bytes() == before
-
-
-def test_the_page_escapes_what_it_is_given_and_takes_a_single_look(tmp_path: Path) -> None:
-    run = report.read(write(tmp_path / "run.jsonl", [look(1, "<b>", ("<i>",), load__max_vio=1.0)]))
-    text = page.render(run, report.findings(run))
-    assert "<b>" not in text
-    assert "<i>" not in text
-    _loads_nothing(text)

@@ -59,18 +59,20 @@ class Listener:
         self.input_dtype: torch.dtype | None = None
         self.scores_dtype: torch.dtype | None = None
         self._samples, self._counts = samples, counts
-        self._router = router
+        # Not the router itself: whoever keeps a listener by its router would keep both for ever.
+        self._id = id(router)
         self._handle = router.register_forward_hook(self._hook, with_kwargs=True)
-        score_watchers[id(router)] = self._see_scores
+        score_watchers.append(self._see_scores)
 
     def remove(self) -> None:
         """Listen no more."""
         self._handle.remove()
-        if score_watchers.get(id(self._router)) == self._see_scores:
-            del score_watchers[id(self._router)]
+        if self._see_scores in score_watchers:
+            score_watchers.remove(self._see_scores)
 
-    def _see_scores(self, scores: torch.Tensor) -> None:
-        self.scores_dtype = scores.dtype
+    def _see_scores(self, router: Any, scores: torch.Tensor) -> None:
+        if id(router) == self._id:
+            self.scores_dtype = scores.dtype
 
     def _hook(self, router: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         # Recomputation's first pass and evaluation have no gradients, and Megatron does not count them. A traced or

@@ -19,7 +19,6 @@ from megatron_fp32_router.protect import split
 from megatron_fp32_router.protect.casts import below_fp32, mark_parameters, protects_parameters, widen_counter
 from megatron_fp32_router.protect.gating import compute_dtype
 from megatron_fp32_router.protect.linear import in_words
-from megatron_fp32_router.protect.walk import modules_of
 from megatron_fp32_router.registry import mismatch, registry, replaces, settle, status
 from megatron_fp32_router.say import say
 from megatron_fp32_router.settings import PREFIX
@@ -92,13 +91,14 @@ def survey(module: torch.nn.Module) -> Survey:
     return Survey(len(routers), dict(dtypes), tuple(below), foreign)
 
 
-def _products(module: torch.nn.Module, config: Any) -> str:
-    """How the routers of `module` will multiply, as far as can be told before the first forward."""
-    if "gating" not in registry.replacements:
-        return "Megatron's own products, or those of whoever replaced them"
+def _products(routers: Iterable[Any], config: Any) -> str:
+    """How these TopKRouters will multiply, as far as can be told before the first forward."""
+    gating = next(record for record in status() if record.id == "gating")
+    if gating.state != "applied" and not gating.detail.startswith("wrapped"):  # below a wrapper ours still runs
+        return f"the products of others: {gating.detail or gating.state}"
     activations = torch.float16 if getattr(config, "fp16", False) else torch.bfloat16
     ways = set()
-    for router in _topk_routers(module):
+    for router in routers:
         weight, owner = router.weight, dict(_own_functions(router)).get("gating")
         if owner:
             ways.add(f"the products of {owner}")
@@ -107,11 +107,6 @@ def _products(module: torch.nn.Module, config: Any) -> str:
         else:
             ways.add(in_words(split.why_not(weight.device, activations, weight, compute_dtype(config, weight))))
     return "; ".join(sorted(ways))
-
-
-def _topk_routers(module: torch.nn.Module) -> Iterator[Any]:
-    router_class = sys.modules[_ROUTER_MODULE].TopKRouter
-    return (child for child in modules_of([module]) if isinstance(child, router_class))
 
 
 def _own_functions(router: torch.nn.Module) -> Iterator[tuple[str, str]]:
@@ -131,9 +126,9 @@ def _own_functions(router: torch.nn.Module) -> Iterator[tuple[str, str]]:
             yield name, f"{module}.{getattr(function, '__qualname__', type(function).__name__)}"
 
 
-def _say_whose_functions_run(module: torch.nn.Module) -> None:
+def _say_whose_functions_run(routers: Iterable[Any]) -> None:
     """Once: routers of a class of the user's decide for themselves in what precision they compute."""
-    own = sorted({found for router in _topk_routers(module) for found in _own_functions(router)})
+    own = sorted({found for router in routers for found in _own_functions(router)})
     if own:
         registry.notes.setdefault("gating", set()).update(f"not in {owner}" for name, owner in own if name == "gating")
         say(
@@ -168,15 +163,16 @@ def _report(module: torch.nn.Module, config: Any) -> None:
             f"{PREFIX}_ON_MISMATCH=warn trains on as it is.",
         )
     elif found.routers:
+        routers = [router for _, router in _routers(module)[0]]
         protected = "all" if protects_parameters() else "buffers"
         say(
             logging.INFO,
             f"megatron-fp32-router {__version__} on {release}{chunk}: {found} (protect={protected}); "
-            f"gating in {_products(module, config)}",
+            f"gating in {_products(routers, config)}",
             threshold=registry.settings.log,
         )
         _say_what_is_displaced()
-        _say_whose_functions_run(module)
+        _say_whose_functions_run(routers)
 
 
 def _say_what_is_displaced() -> None:

@@ -12,9 +12,9 @@ from megatron_fp32_router.protect.casts import COUNTER, below_fp32, protects_par
 from megatron_fp32_router.protect.linear import RouterLinear
 from megatron_fp32_router.registry import mismatch, replaces
 
-#: id(router) -> called with its scores (those of the chosen experts) in the dtype upstream computed them in. Empty
+#: Called with a router and its scores (those of the chosen experts), in the dtype upstream computed them in. Empty
 #: unless the monitor listens to this very step.
-score_watchers: dict[int, Callable[[torch.Tensor], None]] = {}
+score_watchers: list[Callable[[Any, torch.Tensor], None]] = []
 
 
 def _built_too_early(tensor: str, dtype: torch.dtype) -> str:
@@ -74,8 +74,8 @@ def hand_on_upstream_dtype(original: Callable[..., Any]) -> Callable[..., Any]:
             if buffer is not None and below_fp32(buffer.dtype):
                 mismatch(UnprotectedRouterError, _built_too_early(name, buffer.dtype))
         probs, *rest = original(self, input, *args, **kwargs)
-        if score_watchers and id(self) in score_watchers:
-            score_watchers[id(self)](probs)
+        for watcher in score_watchers:
+            watcher(self, probs)
         if getattr(self.config, "moe_router_dtype", None) is None and below_fp32(input.dtype):
             probs = probs.to(input.dtype)
         return (probs, *rest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -51,3 +52,17 @@ def test_the_loss_is_computed_from_exact_counts(build: Any, plugin: Any) -> None
         assert true.sum() == 256 * 4 * 4 * 2
         assert (counters == true).all()
         assert micro_batches == 4
+
+
+def test_the_scale_of_a_loss_ends_with_the_groups_of_its_training() -> None:
+    before = scaler().main_loss_backward_scale
+    recipe = lab.Recipe(load_balancing="aux_loss")
+    with lab.parallel(recipe):
+        lab.build(recipe).step(lab.text_batches(recipe, seed=1))
+        assert scaler().main_loss_backward_scale is not before
+    after = scaler().main_loss_backward_scale
+    assert after is None if before is None else bool(after == before)
+
+
+def scaler() -> Any:
+    return import_module("megatron.core.transformer.moe.moe_utils").MoEAuxLossAutoScaler

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -178,7 +180,7 @@ def test_scores_below_fp32_stop_the_run_by_their_name(
     for _ in range(2):
         room.step(batches)
     assert [record["metrics"]["precision/scores_bits"] for record in looks(file)[:-1]] == [32, 32]
-    assert score_watchers == {}
+    assert score_watchers == []
     name, router = room.routers()[1]
     routing = router.routing
 
@@ -191,6 +193,19 @@ def test_scores_below_fp32_stop_the_run_by_their_name(
     with pytest.raises(megatron_fp32_router.UnprotectedRouterError) as raised:
         room.step(batches)
     assert f"layer 2, {name}: scores is bfloat16; it was float32 2 steps before" in str(raised.value)
+    assert "layer 1" not in str(raised.value)
+
+
+def test_a_router_that_was_listened_to_can_be_let_go(router: Any, plugin: Any) -> None:
+    built = router()
+    with monitor.listening(built):
+        assert len(score_watchers) == 1
+    assert score_watchers == []
+    monitor.metrics(built)
+    gone = weakref.ref(built)
+    del built
+    gc.collect()
+    assert gone() is None
 
 
 def test_under_warn_a_cast_is_written_down_and_the_training_goes_on(

@@ -17,7 +17,7 @@ import torch
 import wrapt
 
 import megatron_fp32_router
-from megatron_fp32_router import cli
+from megatron_fp32_router import cli, upstream
 from megatron_fp32_router.records import PATCHES
 
 HOME = "megatron.core.transformer.moe.router"
@@ -59,6 +59,31 @@ def test_disable_gives_the_identical_objects_back() -> None:
     after = originals()
     assert after.keys() == before.keys()
     assert all(after[name][0] is before[name][0] and after[name][1] is before[name][1] for name in before)
+
+
+def test_status_reads_of_what_version_megatron_is_once_for_each_file(
+    plugin: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything_imported()
+    read: list[Path] = []
+    monkeypatch.setattr(upstream, "read_version", lambda path: read.append(path) or upstream.Version("0.19.2"))
+    upstream._tree_around.cache_clear()
+    try:
+        for _ in range(2):
+            megatron_fp32_router.status()
+        files = {sys.modules[patch.module].__file__ for patch in PATCHES if patch.module in sys.modules}
+        assert 0 < len(read) <= len(files)
+    finally:
+        upstream._tree_around.cache_clear()
+
+
+def test_where_the_weight_is_not_on_its_device_yet_the_line_does_not_name_products(
+    router: Any, plugin: Any, caplog: Any
+) -> None:
+    built = router().to("meta")
+    with caplog.at_level(logging.INFO):
+        sys.modules["megatron.core.transformer.module"].Float16Module(built.config, built)  # type: ignore[attr-defined]
+    assert "gating in products chosen at the first forward (the weight is still on meta)" in caplog.text
 
 
 def test_status_is_asked_live(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ in the module where Megatron looks them up.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -184,7 +185,9 @@ def test_a_replaced_update_is_the_one_that_runs_on_exact_counts(patched: Any, bu
     assert_exact(train(build), rate=2 * RATE)
 
 
-def test_a_replaced_gating_is_the_one_that_runs_and_gets_an_fp32_weight(patched: Any, build: Any) -> None:
+def test_a_replaced_gating_is_the_one_that_runs_and_gets_an_fp32_weight(
+    patched: Any, build: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     seen: set[torch.dtype] = set()
 
     def gating(self: Any, input: torch.Tensor) -> torch.Tensor:
@@ -193,8 +196,10 @@ def test_a_replaced_gating_is_the_one_that_runs_and_gets_an_fp32_weight(patched:
 
     patched({f"{ROUTER}:Router.gating": gating})
     assert states()["gating"][0] == "displaced"
-    assert_exact(train(build, steps=1))
+    with caplog.at_level(logging.INFO):
+        assert_exact(train(build, steps=1))
     assert seen == {torch.float32}
+    assert f"gating in the products of others: replaced by {__name__}.{gating.__qualname__}" in caplog.text
 
 
 def test_a_wrapper_that_takes_anything_is_no_obstacle_and_one_that_leaves_ours_out_is_noticed(
