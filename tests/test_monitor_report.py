@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -196,3 +199,17 @@ def test_the_page_escapes_what_it_is_given_and_takes_a_single_look(tmp_path: Pat
     assert "<b>" not in text
     assert "<i>" not in text
     _loads_nothing(text)
+
+
+def test_a_name_that_a_log_cannot_spell_is_no_traceback(tmp_path: Path) -> None:
+    path = write(tmp_path / "run.jsonl", [look(1, "é", ("weight is bfloat16",), load__max_vio=1.0)])
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_fp32_router", "report", str(path)],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "! layer ?: weight is bfloat16" in done.stdout
