@@ -1,7 +1,7 @@
 """Applying patches/ to a Megatron tree that cannot be patched while it runs: `megatron-fp32-router patch`.
 
 What a tree is, is decided by the content of the files that the patches touch, not by its version or its history:
-`files` beside each line's patches has their sha256, as released and as patched. Everything happens on copies; the
+`LINE.files` beside its `LINE.series` has their sha256, as released and as patched. Everything happens on copies; the
 files of the tree are replaced at the end, one rename each, and put back if one of those fails.
 """
 
@@ -51,11 +51,27 @@ class TouchedFile:
 
 @dataclass(frozen=True)
 class Line:
-    """The patches for one line of releases, for example core_v0.19."""
+    """The patches for one line of releases.
 
-    name: str
+    Attributes:
+        series: the file that lists the patches, for example core_v0.19.series.
+        patches: in the order in which they go in. Lines whose code is alike share them.
+        files: what they change.
+    """
+
+    series: Path
     patches: tuple[Path, ...]
     files: tuple[TouchedFile, ...]
+
+    @property
+    def name(self) -> str:
+        """For example core_v0.19."""
+        return self.series.name.removesuffix(".series")
+
+    @property
+    def table(self) -> Path:
+        """The file that `files` is read from."""
+        return self.series.with_name(f"{self.name}.files")
 
 
 def lines() -> list[Line]:
@@ -67,20 +83,23 @@ def lines() -> list[Line]:
     home = next((home for home in HOMES if home.is_dir()), None)
     if home is None:
         raise UnknownTreeError(f"this installation lacks the source patches (looked in {', '.join(map(str, HOMES))})")
-    folders = [folder for folder in home.iterdir() if (folder / "series").is_file()]
-    return [_line(folder) for folder in sorted(folders, key=lambda f: int(f.name.rpartition(".")[2]))]
+    return sorted(map(_line, home.glob("*.series")), key=lambda line: int(line.name.rpartition(".")[2]))
 
 
-def _line(folder: Path) -> Line:
+def _line(series: Path) -> Line:
+    patches = tuple(series.parent / name for name in series.read_text(encoding="utf-8").split())
+    table = Line(series, patches, ()).table
     files: dict[str, dict[str, str]] = {}
-    table = folder / "files"
     for row in table.read_text(encoding="utf-8").splitlines() if table.is_file() else []:
         if row and not row.startswith("#"):
             released, patched, path, *_ = row.split()
             files.setdefault(path, {})[released] = patched
-    names = (folder / "series").read_text(encoding="utf-8").split()
-    touched = tuple(TouchedFile(path, shas) for path, shas in sorted(files.items()))
-    return Line(folder.name, tuple(folder / name for name in names), touched)
+    return Line(series, patches, tuple(TouchedFile(path, shas) for path, shas in sorted(files.items())))
+
+
+def name_of(patch: Path) -> str:
+    """What a series calls it: `router-choose-in-fp32/core_v0.19.patch`."""
+    return f"{patch.parent.name}/{patch.name}"
 
 
 def title(patch: Path) -> str:
@@ -134,7 +153,7 @@ def state(root: Path, line: Line) -> State:
         raise DirtyTreeError(
             f"{root} is neither {line.name} as released nor as patched: {', '.join(strange)} "
             f"{'differs' if len(strange) == 1 else 'differ'}. Undo the changes there (git stash), or merge the patches "
-            f"by hand, in the order of {line.patches[0].parent / 'series'}."
+            f"by hand, in the order of {line.series}."
         )
     if len(found) > 1:
         return "half patched"
@@ -207,7 +226,7 @@ def run_patches(folder: Path, patches: Iterable[Path], only: list[str], *, rever
         except FileNotFoundError as error:
             raise UnknownTreeError("git was not found; it is what applies the patches. Install it first.") from error
         if done.returncode:
-            raise UnknownTreeError(f"{patch.parent.name}/{patch.name} does not apply: {done.stderr.strip()}")
+            raise UnknownTreeError(f"{name_of(patch)} does not apply: {done.stderr.strip()}")
 
 
 def _install(root: Path, after: dict[str, bytes]) -> None:
@@ -276,6 +295,6 @@ def main(root: Path, *, check: bool, reverse: bool) -> int:
         print(f"{root}: {line.name}, {now} already; nothing to do")
         return 0
     for patch in line.patches:
-        print(f"{'took back' if reverse else 'applied'} {patch.name}: {title(patch)}")
+        print(f"{'took back' if reverse else 'applied'} {name_of(patch)}: {title(patch)}")
     print(f"{root}: {line.name}, {wanted}; changed {', '.join(changed)}")
     return 0

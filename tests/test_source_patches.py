@@ -71,7 +71,9 @@ def test_it_says_what_it_did(tree: Path, capsys: pytest.CaptureFixture[str]) -> 
     patch(tree)
     done = capsys.readouterr().out.splitlines()
     assert len(done) == len(line_of(RELEASES[-1]).patches) + 1
-    assert done[0].startswith("applied 0001-router-initialise-in-fp32.patch: Router parameters are initialised in fp32")
+    assert done[0].startswith(
+        "applied router-initialise-in-fp32/core_v0.16.patch: Router parameters are initialised in fp32"
+    )
     patch(tree)
     assert capsys.readouterr().out == f"{tree}: core_v0.19, patched already; nothing to do\n"
 
@@ -237,8 +239,8 @@ def test_a_broken_hunk_is_noticed_and_nothing_is_changed(
     what: str, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     home = tmp_path / "patches"
-    shutil.copytree(line_of(RELEASES[-1]).patches[0].parent, home / "core_v0.19")
-    file = next((home / "core_v0.19").glob("*count-tokens*"))
+    shutil.copytree(line_of(RELEASES[-1]).series.parent, home)
+    file = home / "moe-count-tokens-in-integers/core_v0.18.patch"
     old, new = {
         "context": ("\n         ", "\n         x"),
         "added line": ("+        offset = ", "+        offset = -"),
@@ -256,7 +258,7 @@ def test_a_broken_hunk_is_noticed_and_nothing_is_changed(
 @pytest.mark.parametrize(
     ("old", "new", "recorded", "said"),
     [
-        ("\n         ", "\n         x", False, "0002-router-stay-fp32-through-casts.patch does not apply"),
+        ("\n         ", "\n         x", False, "router-stay-fp32-through-casts/core_v0.15.patch does not apply"),
         ("element_size() < 4 <=", "element_size() < 1 <=", False, "made something else of"),
         # The table goes with it, so that only what the source does can tell.
         ("element_size() < 4 <=", "element_size() < 1 <=", True, "FAILED tests/megatron/test_defects.py"),
@@ -264,14 +266,14 @@ def test_a_broken_hunk_is_noticed_and_nothing_is_changed(
     ids=["context", "table", "behaviour"],
 )
 def test_verify_fails_when_one_hunk_is_broken(old: str, new: str, recorded: bool, said: str, tmp_path: Path) -> None:
-    folder = tmp_path / "core_v0.19"
-    shutil.copytree(LINES["core_v0.19"].patches[0].parent, folder)
-    file = folder / "0002-router-stay-fp32-through-casts.patch"
+    home = tmp_path / "patches"
+    shutil.copytree(LINES["core_v0.19"].series.parent, home)
+    file = home / "router-stay-fp32-through-casts/core_v0.15.patch"
     assert old in file.read_text()
     file.write_text(file.read_text().replace(old, new, 1))
 
     def scripts_patches(action: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, ROOT / "scripts" / "patches", action, "0.19", "--home", tmp_path]
+        command = [sys.executable, ROOT / "scripts" / "patches", action, "0.19", "--home", home]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     if recorded:
@@ -280,3 +282,14 @@ def test_verify_fails_when_one_hunk_is_broken(old: str, new: str, recorded: bool
     assert done.returncode == 1
     assert "core_v0.19: BROKEN: " in done.stderr
     assert said in done.stderr
+
+
+def test_verify_names_a_patch_that_no_series_lists(tmp_path: Path) -> None:
+    home = tmp_path / "patches"
+    shutil.copytree(LINES["core_v0.19"].series.parent, home)
+    for series in home.glob("*.series"):
+        series.write_text(series.read_text().replace("moe-padding-mask-per-token/core_v0.16.patch\n", ""))
+    command = [sys.executable, ROOT / "scripts" / "patches", "verify", "0.11", "--home", home]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "moe-padding-mask-per-token/core_v0.16.patch: BROKEN: is in no series" in done.stderr
