@@ -13,14 +13,16 @@ if TYPE_CHECKING:
 
 
 def init() -> None:
-    """Leave a gate before Megatron if MEGATRON_FP32_ROUTER asks for the plugin. Never raises.
+    """Leave a gate before Megatron if MEGATRON_FP32_ROUTER asks for the plugin, or a near miss may. Never raises.
 
     May be called any number of times: site runs a .pth line twice in a virtual environment, and from Python
     3.15 on there may be both a .pth and a .start file that call it.
     """
     import sys
 
-    if _asked_for() is None or any(type(finder).__name__ == Gate.__name__ for finder in sys.meta_path):
+    if _asked_for() is None and not _near_misses():
+        return
+    if any(type(finder).__name__ == Gate.__name__ for finder in sys.meta_path):
         return
     gate = Gate()
     sys.meta_path.insert(0, gate)
@@ -28,7 +30,7 @@ def init() -> None:
     # Something that ran even earlier imported Megatron. Its later parts still pass the gate, but do not wait.
     if "megatron" in sys.modules:
         try:
-            gate.open()
+            gate.tell() if _asked_for() is None else gate.open()
         except RuntimeError as error:
             print(error, file=sys.stderr)
 
@@ -49,14 +51,16 @@ def command() -> int:
 class Gate:
     """A finder, first on sys.meta_path, that finds nothing: it arms the plugin before Megatron is looked for.
 
-    While arming fails, every attempt to import Megatron fails. Once it has succeeded the gate stands open. It
-    stays on sys.meta_path, since taking it out would make every search that is under way, in this thread or
-    another, skip the finder behind it.
+    While arming fails, every attempt to import Megatron fails. Once it has succeeded the gate stands open. Where
+    only a near miss of the variable is set, it says so, once, and lets Megatron through. It stays on sys.meta_path,
+    since taking it out would make every search that is under way, in this thread or another, skip the finder
+    behind it.
     """
 
     def __init__(self) -> None:
         self.is_open = False
         self._opening: set[int] = set()
+        self._told = False
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> "ModuleSpec | None":
         """Arm the plugin if *name* is Megatron or a part of it. Raises RuntimeError if that fails."""
@@ -68,7 +72,10 @@ class Gate:
         # The package may ask where Megatron is while it is being imported below; that is not to start it
         # again. And the program may have changed its mind: the variable counts as it is now.
         thread = _thread.get_ident()
-        if thread in self._opening or _asked_for() is None:
+        if thread in self._opening:
+            return None
+        if _asked_for() is None:
+            self.tell()
             return None
 
         self._opening.add(thread)
@@ -83,6 +90,31 @@ class Gate:
         from importlib.util import find_spec
 
         return find_spec(name)
+
+    def tell(self) -> None:
+        """Say once which variables may have been meant to ask for the plugin.
+
+        Here and not at the start of the interpreter: most programs have nothing to do with Megatron. Workers that
+        multiprocessing starts belong to a program that has been told, and of the ranks the first one speaks.
+        """
+        import os
+        import sys
+
+        told, self._told = self._told, True
+        if told or "megatron_fp32_router" in sys.modules or os.environ.get("RANK", "0") != "0":
+            return
+        # A forked worker has a parent; a spawned one, or the server that forks, imports the program before it does.
+        process = sys.modules.get("multiprocessing.process")
+        spawned = any(argument.startswith("from multiprocessing.") for argument in sys.orig_argv)
+        if spawned or (process is not None and process.parent_process() is not None):
+            return
+        for name in _near_misses():
+            print(
+                f"megatron_fp32_router: {name}={os.environ[name]} turns nothing on: the variable is "
+                "MEGATRON_FP32_ROUTER, and it is not set. Routers train unprotected, unless this program imports "
+                "megatron_fp32_router. Set MEGATRON_FP32_ROUTER=1 if that was meant, or unset this one.",
+                file=sys.stderr,
+            )
 
     def open(self) -> None:
         """Import the package, which arms it. Raises RuntimeError, which says how to go on, if that fails."""
@@ -129,6 +161,21 @@ def _asked_for() -> "str | None":
 
     value = os.environ.get("MEGATRON_FP32_ROUTER", "").strip()
     return None if value in ("", "0") else value
+
+
+def _near_misses() -> "list[str]":
+    """Variables that may have been meant to be MEGATRON_FP32_ROUTER, unless that one says off."""
+    import os
+
+    if os.environ.get("MEGATRON_FP32_ROUTER", "").strip() == "0":
+        return []
+    return [
+        name
+        for name, value in os.environ.items()
+        if all(word in name.upper() for word in ("MEGA", "FP32", "ROUT"))
+        and not (name + "_").startswith("MEGATRON_FP32_ROUTER_")
+        and value.strip() not in ("", "0")
+    ]
 
 
 def _require_unwrapping() -> None:

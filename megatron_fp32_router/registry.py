@@ -11,9 +11,11 @@ import importlib
 import inspect
 import itertools
 import logging
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, Final, Literal
 
@@ -39,6 +41,10 @@ _MARK: Final = "__megatron_fp32_router__"
 
 #: The factory of a replacement: two patches may share a target, and then lie one upon the other.
 _MADE_BY: Final = "__megatron_fp32_router_factory__"
+
+
+#: This copy of the package. There may be two in a process.
+_HOME: Final = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
@@ -200,13 +206,16 @@ def _apply(patch: Patch, module: ModuleType, megatron: Megatron, changed: str | 
     problem = _problem(patch, module, megatron)
     if problem == "does not exist" and megatron.is_prerelease_of(patch.since):
         return
-    error, way_out = TargetMissingError, "Use a release that the plugin knows"
+    error, accepting = TargetMissingError, ""
     if problem is None and changed is not None:
         problem, error = changed, TargetChangedError
+    if error is TargetChangedError and megatron.path is not None:
+        file = str(Path(registry.settings.accepted or "megatron_fp32_router.accepted.json").absolute())
         tree = str(megatron.path).removesuffix("/megatron/core")
-        way_out += (
-            f", or run `megatron-fp32-router check --megatron {tree} --accept`, which shows the change, tries the "
-            f"plugin on this Megatron, and records it as harmless, if it is, in a file for {PREFIX}_ACCEPTED"
+        command = [sys.executable, "-m", "megatron_fp32_router", "check", "--megatron", tree, "--accept", file]
+        accepting = (
+            f"To keep this Megatron, run `{shlex.join(command)}`: it shows the change, trains a tiny model on it, and "
+            f"writes {file} if the plugin works there. Then train with {PREFIX}_ACCEPTED={shlex.quote(file)}. Or "
         )
     if problem is not None:
         registry.problems[patch.id] = problem
@@ -222,7 +231,7 @@ def _apply(patch: Patch, module: ModuleType, megatron: Megatron, changed: str | 
         mismatch(
             error,
             f"{patch.target} {problem} in {megatron} ({megatron.path}); the patch {patch.id!r} was written for it. "
-            f"Without that patch {patch.why}. {way_out}, or set "
+            f"Without that patch {patch.why}. {accepting or 'Either '}use a release that the plugin knows, or set "
             f"{PREFIX}_ON_MISMATCH=warn to train with this unprotected, or {PREFIX}=0 to train without the plugin.",
         )
         return
@@ -232,6 +241,14 @@ def _apply(patch: Patch, module: ModuleType, megatron: Megatron, changed: str | 
             # In place already, maybe below somebody else's: the hook fired twice, or the name was imported from a
             # module that is patched.
             registry.replacements[patch.id] = entry
+            if _home(entry) != _HOME:
+                say(
+                    logging.WARNING,
+                    f"{_name(entry)} has patched this Megatron already, and its functions run, not those in {_HOME}. "
+                    f"Remove one of the two: `{sys.executable} -m megatron_fp32_router doctor` names them.",
+                    threshold=registry.settings.log,
+                    once=True,
+                )
             return
     file, _, name = patch.factory.partition(":")
     factory = getattr(importlib.import_module(f"megatron_fp32_router.{file}"), name)
@@ -248,7 +265,7 @@ def _apply(patch: Patch, module: ModuleType, megatron: Megatron, changed: str | 
 
 
 def _position(patch: Patch, module: ModuleType) -> tuple[Literal["outermost", "below", "gone"], str]:
-    """Where our replacement sits now, and who sits in its place. Another replacement of ours on it does not count."""
+    """Where our replacement sits now, and who sits in its place. Another one of this copy on it does not count."""
     try:
         current = wrapt.resolve_path(module, patch.path)[2]
     except wrapt.PathResolutionError:
@@ -258,7 +275,7 @@ def _position(patch: Patch, module: ModuleType) -> tuple[Literal["outermost", "b
     for entry in wrapt.wrapper_chain(current):
         if entry is replacement:
             return "outermost", ""
-        if not is_ours(entry):
+        if not is_ours(entry) or _home(entry) != _HOME:
             break
     if any(entry is replacement for entry in wrapt.wrapper_chain(current)):
         return "below", above
@@ -268,6 +285,12 @@ def _position(patch: Patch, module: ModuleType) -> tuple[Literal["outermost", "b
 def is_ours(function: Any) -> bool:
     """Whether `function` is a replacement of ours, and not somebody else's wrapper around one."""
     return getattr(function, _MARK, None) is function
+
+
+def _home(replacement: Any) -> Path:
+    """The copy of the package that a replacement of ours was made by."""
+    file = Path(replacement.__globals__["__file__"]).resolve()
+    return next((folder for folder in file.parents if folder.name == _HOME.name), file)
 
 
 def _megatrons_own(function: Any) -> bool:
@@ -298,6 +321,8 @@ def _left_to_somebody_else(patch: Patch, module: ModuleType) -> bool:
 
 
 def _name(function: Any) -> str:
+    if is_ours(function):
+        return f"the copy of the plugin in {_home(function)}"
     return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__name__)}"
 
 
@@ -347,6 +372,8 @@ def _status(patch: Patch) -> tuple[State, str]:
             return "displaced", f"replaced by {name} before the plugin was active"
         return "drifted", "was not applied"
     position, above = _position(patch, module)
+    if position == "outermost" and _home(registry.replacements[patch.id]) != _HOME:
+        return "displaced", f"what runs is of {_name(registry.replacements[patch.id])}"
     if position == "outermost":
         if patch.id in registry.needless:
             return "native", registry.needless[patch.id]

@@ -194,11 +194,13 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
 
 
 def unknown_names(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """One sentence for every variable that has our prefix and is not in the table, with the nearest known name."""
+    """One sentence for every variable that is not in the table and has our prefix, or all its words, switched on."""
     known = [variable.name for variable in VARIABLES]
     sentences = []
     for name in sorted(environ):
-        if name.startswith(PREFIX) and name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        similar = all(word in name.upper() for word in ("MEGA", "FP32", "ROUT"))  # as the start-up module has it
+        meant = name.startswith(PREFIX) or (similar and environ[name].strip() not in ("", "0"))
+        if meant and name not in known:
+            near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.0)[0]
             sentences.append(f"{name} is not a variable of this plugin and has no effect; did you mean {near}?")
     return sentences

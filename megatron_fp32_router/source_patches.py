@@ -1,7 +1,7 @@
 """Applying patches/ to a Megatron tree that cannot be patched while it runs: `megatron-fp32-router patch`.
 
 What a tree is, is decided by the content of the files that the patches touch, not by its version or its history:
-`LINE.files` beside its `LINE.series` has their sha256, as released and as patched. Everything happens on copies; the
+`LINE.files` beside `LINE.series` has their sha256, as released and as patched. Everything happens on copies; the
 files of the tree are replaced at the end, one rename each, and put back if one of those fails.
 """
 
@@ -14,16 +14,21 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_fp32_router.errors import Fp32RouterError
 from megatron_fp32_router.upstream import read_version
 
-#: Inside the package where it is installed, beside it in a checkout.
-HOMES: tuple[Path, ...] = (Path(__file__).parent / "patches", Path(__file__).parents[1] / "patches")
+if TYPE_CHECKING:
+    from importlib.abc import Traversable  # importlib.resources.abc from Python 3.11 on
+
+_PACKAGE: Any = files("megatron_fp32_router")  # a Path, or a zipfile.Path; both have a parent
+
+#: Inside the package where it is installed, beside it in a checkout. Either may lie in a zip.
+HOMES: tuple[Traversable, ...] = (_PACKAGE / "patches", _PACKAGE.parent / "patches")
 
 State = Literal["released", "patched", "half patched"]
 
@@ -54,24 +59,16 @@ class Line:
     """The patches for one line of releases.
 
     Attributes:
-        series: the file that lists the patches, for example core_v0.19.series.
-        patches: in the order in which they go in. Lines whose code is alike share them.
+        name: for example core_v0.19.
+        home: the folder with the patches of all lines.
+        patches: their names there, in the order in which they go in. Lines whose code is alike share them.
         files: what they change.
     """
 
-    series: Path
-    patches: tuple[Path, ...]
+    name: str
+    home: Traversable
+    patches: tuple[str, ...]
     files: tuple[TouchedFile, ...]
-
-    @property
-    def name(self) -> str:
-        """For example core_v0.19."""
-        return self.series.name.removesuffix(".series")
-
-    @property
-    def table(self) -> Path:
-        """The file that `files` is read from."""
-        return self.series.with_name(f"{self.name}.files")
 
 
 def lines() -> list[Line]:
@@ -83,28 +80,24 @@ def lines() -> list[Line]:
     home = next((home for home in HOMES if home.is_dir()), None)
     if home is None:
         raise UnknownTreeError(f"this installation lacks the source patches (looked in {', '.join(map(str, HOMES))})")
-    return sorted(map(_line, home.glob("*.series")), key=lambda line: int(line.name.rpartition(".")[2]))
+    names = [file.name.removesuffix(".series") for file in home.iterdir() if file.name.endswith(".series")]
+    return [_line(home, name) for name in sorted(names, key=lambda name: int(name.rpartition(".")[2]))]
 
 
-def _line(series: Path) -> Line:
-    patches = tuple(series.parent / name for name in series.read_text(encoding="utf-8").split())
-    table = Line(series, patches, ()).table
-    files: dict[str, dict[str, str]] = {}
+def _line(home: Traversable, name: str) -> Line:
+    patches = (home / f"{name}.series").read_text(encoding="utf-8").split()
+    changed: dict[str, dict[str, str]] = {}
+    table = home / f"{name}.files"
     for row in table.read_text(encoding="utf-8").splitlines() if table.is_file() else []:
         if row and not row.startswith("#"):
             released, patched, path, *_ = row.split()
-            files.setdefault(path, {})[released] = patched
-    return Line(series, patches, tuple(TouchedFile(path, shas) for path, shas in sorted(files.items())))
+            changed.setdefault(path, {})[released] = patched
+    return Line(name, home, tuple(patches), tuple(TouchedFile(path, shas) for path, shas in sorted(changed.items())))
 
 
-def name_of(patch: Path) -> str:
-    """What a series calls it: `router-choose-in-fp32/core_v0.19.patch`."""
-    return f"{patch.parent.name}/{patch.name}"
-
-
-def title(patch: Path) -> str:
+def title(line: Line, patch: str) -> str:
     """The first line of a patch's DEP-3 description."""
-    first = patch.read_text(encoding="utf-8").partition("\n")[0]
+    first = (line.home / patch).read_text(encoding="utf-8").partition("\n")[0]
     return first.removeprefix("Description: ")
 
 
@@ -153,7 +146,7 @@ def state(root: Path, line: Line) -> State:
         raise DirtyTreeError(
             f"{root} is neither {line.name} as released nor as patched: {', '.join(strange)} "
             f"{'differs' if len(strange) == 1 else 'differ'}. Undo the changes there (git stash), or merge the patches "
-            f"by hand, in the order of {line.series}."
+            f"by hand, in the order of {line.home / (line.name + '.series')}."
         )
     if len(found) > 1:
         return "half patched"
@@ -201,12 +194,12 @@ def _patched(contents: dict[str, bytes], line: Line, reverse: bool) -> dict[str,
         for path, content in contents.items():
             (work / path).parent.mkdir(parents=True, exist_ok=True)
             (work / path).write_bytes(content)
-        run_patches(work, reversed(line.patches) if reverse else line.patches, list(contents), reverse=reverse)
+        run_patches(work, line, list(contents), reverse=reverse)
         return {path: (work / path).read_bytes() for path in contents}
 
 
-def run_patches(folder: Path, patches: Iterable[Path], only: list[str], *, reverse: bool = False) -> None:
-    """Apply `patches` in this order to the files `only` in `folder`, which must belong to no repository.
+def run_patches(folder: Path, line: Line, only: list[str], *, reverse: bool = False) -> None:
+    """Apply the patches of `line`, or take them back, in the files `only` in `folder`, which belongs to no repository.
 
     Raises:
         UnknownTreeError: git is missing, or a patch does not apply; its own message is included.
@@ -219,14 +212,15 @@ def run_patches(folder: Path, patches: Iterable[Path], only: list[str], *, rever
         "GIT_CONFIG_NOSYSTEM": "1",
     }
     include = [f"--include={path}" for path in only]
-    for patch in patches:
-        command = ["git", "apply", *(["--reverse"] if reverse else []), *include, str(patch.resolve())]
+    for patch in reversed(line.patches) if reverse else line.patches:
+        command = ["git", "apply", *(["--reverse"] if reverse else []), *include, "-"]
+        content = (line.home / patch).read_bytes()
         try:
-            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+            done = subprocess.run(command, cwd=folder, env=environment, input=content, capture_output=True, check=False)
         except FileNotFoundError as error:
             raise UnknownTreeError("git was not found; it is what applies the patches. Install it first.") from error
         if done.returncode:
-            raise UnknownTreeError(f"{name_of(patch)} does not apply: {done.stderr.strip()}")
+            raise UnknownTreeError(f"{patch} does not apply: {done.stderr.decode(errors='replace').strip()}")
 
 
 def _install(root: Path, after: dict[str, bytes]) -> None:
@@ -295,6 +289,6 @@ def main(root: Path, *, check: bool, reverse: bool) -> int:
         print(f"{root}: {line.name}, {now} already; nothing to do")
         return 0
     for patch in line.patches:
-        print(f"{'took back' if reverse else 'applied'} {name_of(patch)}: {title(patch)}")
+        print(f"{'took back' if reverse else 'applied'} {patch}: {title(line, patch)}")
     print(f"{root}: {line.name}, {wanted}; changed {', '.join(changed)}")
     return 0

@@ -176,6 +176,7 @@ def gate(harmless: Path, accepted: Path) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MEGATRON_FP32_ROUTER")}
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM, str(accepted)],
+        cwd=harmless.parent,
         env={**kept, "PYTHONPATH": os.pathsep.join([str(harmless), str(ROOT)])},
         capture_output=True,
         text=True,
@@ -194,10 +195,35 @@ def test_a_drifted_target_stops_the_program_at_the_import_and_says_where_and_how
         "megatron.core.transformer.moe.router.Router.gating has changed",
         f"{harmless / ROUTER}:{number}",
         "the patch 'gating' was written for it",
-        f"check --megatron {harmless} --accept",
         "MEGATRON_FP32_ROUTER_ON_MISMATCH=warn",
     ):
         assert part in message
+    assert "None" not in message
+
+
+def test_who_does_word_for_word_what_the_error_says_can_train(
+    gate: subprocess.CompletedProcess[str], harmless: Path, tmp_path: Path
+) -> None:
+    message = json.loads(gate.stdout.splitlines()[0])
+    command = message.partition("run `")[2].partition("`")[0]
+    assert command.startswith(f"{sys.executable} -m megatron_fp32_router check ")
+    name, _, file = message.partition("Then train with ")[2].partition(". Or ")[0].partition("=")
+    assert not Path(file).exists()
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MEGATRON_FP32_ROUTER")}
+    kept["PYTHONPATH"] = os.pathsep.join([str(harmless), str(ROOT)])
+    # From another folder than the one where the training stopped.
+    subprocess.run(command, shell=True, cwd=tmp_path, env=kept, check=True, capture_output=True)
+    program = "import megatron_fp32_router, megatron.core.transformer.moe.router; print('imported')"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        cwd=tmp_path,
+        env={**kept, name: file},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "imported\n", done.stderr
+    Path(file).unlink()
 
 
 def test_under_warn_what_is_unprotected_is_named_once_and_nothing_is_half_protected(

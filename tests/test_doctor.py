@@ -108,6 +108,16 @@ def test_a_misspelt_variable_is_a_problem_and_the_right_name_is_given(
     assert "did you mean MEGATRON_FP32_ROUTER_PROTECT?" in said(report, "problem", "variable")[0]
 
 
+@pytest.mark.parametrize("name", ["MEGATRON_FP32ROUTER", "MEGATRON_FP32_ROUTERS", "MEGATRON_ROUTER_FP32"])
+def test_a_near_miss_of_the_switch_is_a_problem(name: str, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "1")
+    code, report = doctor(capsys, "--megatron", ensure_release("0.19.2"))
+    assert code == 1
+    assert said(report, "problem", "variable") == [
+        f"{name} is not a variable of this plugin and has no effect; did you mean MEGATRON_FP32_ROUTER?"
+    ]
+
+
 def test_a_bad_value_is_one_line_and_exit_code_2_where_even_the_package_cannot_start() -> None:
     done = subprocess.run(
         [sys.executable, "-c", "import _megatron_fp32_router_startup as s, sys; sys.exit(s.command())", "doctor"],

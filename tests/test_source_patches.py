@@ -239,7 +239,7 @@ def test_a_broken_hunk_is_noticed_and_nothing_is_changed(
     what: str, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     home = tmp_path / "patches"
-    shutil.copytree(line_of(RELEASES[-1]).series.parent, home)
+    shutil.copytree(ROOT / "patches", home)
     file = home / "moe-count-tokens-in-integers/core_v0.18.patch"
     old, new = {
         "context": ("\n         ", "\n         x"),
@@ -267,7 +267,7 @@ def test_a_broken_hunk_is_noticed_and_nothing_is_changed(
 )
 def test_verify_fails_when_one_hunk_is_broken(old: str, new: str, recorded: bool, said: str, tmp_path: Path) -> None:
     home = tmp_path / "patches"
-    shutil.copytree(LINES["core_v0.19"].series.parent, home)
+    shutil.copytree(ROOT / "patches", home)
     file = home / "router-stay-fp32-through-casts/core_v0.15.patch"
     assert old in file.read_text()
     file.write_text(file.read_text().replace(old, new, 1))
@@ -286,7 +286,7 @@ def test_verify_fails_when_one_hunk_is_broken(old: str, new: str, recorded: bool
 
 def test_verify_names_a_patch_that_no_series_lists(tmp_path: Path) -> None:
     home = tmp_path / "patches"
-    shutil.copytree(LINES["core_v0.19"].series.parent, home)
+    shutil.copytree(ROOT / "patches", home)
     for series in home.glob("*.series"):
         series.write_text(series.read_text().replace("moe-padding-mask-per-token/core_v0.16.patch\n", ""))
     command = [sys.executable, ROOT / "scripts" / "patches", "verify", "0.11", "--home", home]

@@ -262,3 +262,95 @@ def test_the_gate_starts_the_search_afresh_for_finders_that_arming_adds(
     monkeypatch.setattr(sys, "meta_path", [gate, *sys.meta_path])
     gate.find_spec("megatron")
     assert Added.asked == ["megatron"]
+
+
+NEAR_MISSES = {
+    "MEGATRON_FP32ROUTER": "1",
+    "MEGATRON_FP32_ROUTERS": "1",
+    "MEGATRON_FP32_ROUTE": "true",
+    "MEGATRON_ROUTER_FP32": "1",
+    "MEGATRON_CORE_FP32_ROUTER": "1",
+    "megatron_fp32_router": "1",
+}
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_a_near_miss_of_the_variable_is_said_once_when_megatron_is_imported(
+    name: str, environment: Environment, megatron: Path
+) -> None:
+    program = "import megatron; import megatron.core; import importlib; importlib.reload(megatron.core)"
+    done = environment.run(program + LOADED, megatron, **{name: NEAR_MISSES[name]})
+    assert done.stdout == "['_megatron_fp32_router_startup', 'megatron']\n"
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"megatron_fp32_router: {name}={NEAR_MISSES[name]} turns nothing on")
+    assert "Routers train unprotected" in line
+    assert "Set MEGATRON_FP32_ROUTER=1" in line
+
+
+@pytest.mark.parametrize(
+    ("program", "variables"),
+    [
+        ("print('no Megatron')", {}),
+        ("import megatron_fp32_router; print('asked for otherwise'); import megatron", {}),
+        ("import megatron; print('rank 1')", {"RANK": "1"}),
+        ("import megatron; print('off')", {"MEGATRON_FP32_ROUTER": "0"}),
+        ("import megatron; print('on')", {"MEGATRON_FP32_ROUTER": "1"}),
+        ("import megatron; print('not switched on')", {"MEGATRON_ROUTER_FP32": "0"}),
+        ("import os; del os.environ['MEGATRON_ROUTER_FP32']; import megatron; print('taken back')", {}),
+    ],
+)
+def test_a_near_miss_is_not_said(
+    program: str, variables: dict[str, str], environment: Environment, megatron: Path
+) -> None:
+    done = environment.run(program, megatron, **{"MEGATRON_ROUTER_FP32": "1"} | variables)
+    assert done.stdout.count("\n") == 1, done.stderr
+    # The plugin itself, where it is on, says that the name is none of its own.
+    assert "turns nothing on" not in done.stderr
+
+
+def test_a_near_miss_is_said_where_megatron_was_imported_even_earlier(
+    megatron: Path, tmp_path: Path, wheel: Path
+) -> None:
+    made = Environment.make(tmp_path / "env")
+    made.install(wheel)
+    (made.site / "a_first.pth").write_text("import megatron\n")
+    done = made.run("print('runs')", megatron, MEGATRON_FP32ROUTER="1")
+    assert (done.stdout, done.stderr.count("turns nothing on")) == ("runs\n", 1)
+
+
+def test_children_and_workers_do_not_repeat_a_near_miss(
+    environment: Environment, megatron: Path, tmp_path: Path
+) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("""
+import multiprocessing
+import megatron
+
+def child():
+    import megatron.core
+
+if __name__ == "__main__":
+    for method in ("fork", "spawn", "forkserver"):
+        process = multiprocessing.get_context(method).Process(target=child)
+        process.start()
+        process.join()
+        print(process.exitcode)
+""")
+    run = f"import runpy, sys; sys.argv = [{str(program)!r}]; runpy.run_path({str(program)!r}, run_name='__main__')"
+    done = environment.run(run, megatron, MEGATRON_FP32ROUTER="1")
+    assert done.stdout.split() == ["0"] * 3, done.stderr
+    assert done.stderr.count("turns nothing on") == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"MEGATRON_FP32_ROUTER_MONITOR": "10"}, {"OTHER_FP32": "1"}, {"MEGATRON_ROUTE": "1"}, {"FP32_ROUTER_BIAS": "1"}],
+)
+def test_other_names_are_no_near_miss(environment: Environment, megatron: Path, variables: dict[str, str]) -> None:
+    done = environment.run("import megatron; print('through')", megatron, **variables)
+    assert (done.stdout, done.stderr) == ("through\n", "")
+
+
+def test_options_without_the_switch_load_nothing(environment: Environment) -> None:
+    done = environment.run(LOADED, MEGATRON_FP32_ROUTER_MONITOR="10", MEGATRON_FP32_ROUTER_LOG="debug")
+    assert (done.stdout, done.stderr) == ("[]\n", "")

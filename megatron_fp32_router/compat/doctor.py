@@ -121,6 +121,8 @@ def _look_at_interpreter(found: Diagnosis) -> None:
     text = f"{python['version']} ({python['executable']}){flags}"
     found.add("ok" if supported else "problem", "python", text)
     found.add("ok", "plugin", f"{__version__}, {environment.installation()} ({Path(__file__).parents[1]})")
+    for version, folder in environment.other_copies():
+        found.add("note", "plugin", f"another copy on the path, {version}, which does not run: {folder}")
 
 
 def _look_at_activation(found: Diagnosis) -> None:

@@ -6,12 +6,15 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import site
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Final
+from urllib.parse import unquote, urlsplit
 
 from packaging.specifiers import SpecifierSet
 
@@ -20,6 +23,9 @@ from megatron_fp32_router.errors import SettingsError
 from megatron_fp32_router.settings import PREFIX, VARIABLES
 
 DISTRIBUTION: Final = "megatron-fp32-router"
+
+#: The package, in a folder or in a zip.
+HOME: Final = Path(__file__).resolve().parents[1]
 
 #: What pyproject.toml asks for.
 WRAPT: Final = SpecifierSet(">=2.4,<3")
@@ -79,13 +85,32 @@ def interpreter() -> dict[str, str]:
 
 
 def installation() -> str:
-    """How the plugin got here: `installed`, `in place (editable)`, or `not installed` for a folder on the path."""
-    try:
-        found = importlib.metadata.distribution(DISTRIBUTION)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed: found on the path only"
-    described = json.loads(found.read_text("direct_url.json") or "{}")
-    return "in place (editable)" if described.get("dir_info", {}).get("editable") else "installed"
+    """How this copy got here: `installed`, `in place (editable)`, or `not installed` for one on the path."""
+    for found in importlib.metadata.distributions(name=DISTRIBUTION):
+        described = json.loads(found.read_text("direct_url.json") or "{}")
+        editable = described.get("dir_info", {}).get("editable")
+        root = unquote(urlsplit(described["url"]).path) if editable else str(found.locate_file(""))
+        if Path(root).resolve() == HOME.parent:
+            return "in place (editable)" if editable else "installed"
+    return "not installed: found on the path only"
+
+
+def other_copies() -> list[tuple[str, str]]:
+    """(version, folder) of every copy of the package on the path but this one, in folders and in zips."""
+    found: dict[Path, tuple[str, str]] = {}
+    for entry in sys.path:
+        spec = PathFinder.find_spec(HOME.name, [entry])
+        if spec is None or spec.origin is None:
+            continue
+        folder = Path(spec.origin).parent
+        try:
+            content = spec.loader.get_data(str(folder / "version.py")).decode()  # type: ignore[union-attr]
+        except OSError:
+            content = ""
+        version = re.search(r'__version__.*"(.+)"', content)
+        found.setdefault(folder.resolve(), (version[1] if version else "of unknown version", str(folder)))
+    found.pop(HOME, None)
+    return list(found.values())
 
 
 def site_folders() -> list[Path]:

@@ -11,12 +11,13 @@ import functools
 import json
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
+from importlib.resources import files
 from typing import Final
 
 from packaging.version import Version
 
-FILE: Final = Path(__file__).with_name("fingerprints.json")
+#: Not by way of a path: the package may lie in a zip.
+FILE: Final = files(__package__) / "fingerprints.json"
 
 
 @dataclass(frozen=True)

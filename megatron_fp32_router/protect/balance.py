@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from megatron_fp32_router.errors import UnprotectedRouterError
 from megatron_fp32_router.protect.agreement import agree
+from megatron_fp32_router.protect.below import refuse, refuse_handed
 from megatron_fp32_router.protect.casts import COUNTER, below_fp32
 from megatron_fp32_router.protect.walk import modules_of
-from megatron_fp32_router.registry import mismatch, replaces, somebody_elses
+from megatron_fp32_router.registry import replaces, somebody_elses
 
 
 def direction(counts_LE: torch.Tensor) -> torch.Tensor:
@@ -51,16 +51,6 @@ def _group(given: Any) -> Any:
     return parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
 
 
-def _check(name: str, tensor: torch.Tensor) -> None:
-    if below_fp32(tensor.dtype):
-        mismatch(
-            UnprotectedRouterError,
-            f"{name} is {tensor.dtype} at the balance update, which cannot be exact: the model was built or cast "
-            "before megatron_fp32_router was active. Import the plugin before the model is built, or call "
-            "megatron_fp32_router.protect_model(model) before DDP and the optimizer.",
-        )
-
-
 def exact_rule(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """get_updated_expert_bias: for whoever calls it, third parties' own update functions included.
 
@@ -74,8 +64,10 @@ def exact_rule(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
         expert_bias_update_rate: float,
         tp_dp_cp_group: Any = None,
     ) -> torch.Tensor:
-        _check("tokens_per_expert", tokens_per_expert)
-        _check("expert_bias", expert_bias)
+        if below_fp32(tokens_per_expert.dtype):
+            refuse_handed("tokens_per_expert", tokens_per_expert.dtype, COUNTER)
+        if below_fp32(expert_bias.dtype):
+            refuse_handed("expert_bias", expert_bias.dtype, "expert_bias")
         with torch.no_grad():
             counts = tokens_per_expert.to(torch.int64)
             torch.distributed.all_reduce(counts, group=_group(tp_dp_cp_group))
@@ -151,8 +143,9 @@ def exact_update(original: Callable[..., None]) -> Callable[..., None]:
             if rules.respects_frozen and _held(module, "frozen_expert_bias"):
                 continue
             bias, counter = _held(module, "expert_bias"), _held(module, COUNTER)
-            _check("expert_bias", bias)
-            _check(COUNTER, counter)
+            for name, tensor in (("expert_bias", bias), (COUNTER, counter)):
+                if below_fp32(tensor.dtype):
+                    refuse(module, name, "at the balance update")
             batches.setdefault((bias.shape[-1], bias.dtype, counter.dtype, bias.device), []).append(module)
         rate, theirs = config.moe_router_bias_update_rate, names.get("get_updated_expert_bias")
         with torch.no_grad():

@@ -16,6 +16,7 @@ import torch
 
 from megatron_fp32_router.errors import ModelInUseError, UnprotectedRouterError
 from megatron_fp32_router.protect import split
+from megatron_fp32_router.protect.below import place, remember
 from megatron_fp32_router.protect.casts import below_fp32, mark_parameters, protects_parameters, widen_counter
 from megatron_fp32_router.protect.gating import compute_dtype
 from megatron_fp32_router.protect.linear import in_words
@@ -87,7 +88,7 @@ def survey(module: torch.nn.Module) -> Survey:
         for name, tensor, is_parameter in _tensors(router):
             dtypes[name, tensor.dtype] += 1
             if below_fp32(tensor.dtype) and (protects_parameters() or not is_parameter):
-                below.append(f"{router_name}.{name} ({tensor.dtype})")
+                below.append(f"{router_name}.{name} ({tensor.dtype}; {place(router)})")
     return Survey(len(routers), dict(dtypes), tuple(below), foreign)
 
 
@@ -143,6 +144,8 @@ def _say_whose_functions_run(routers: Iterable[Any]) -> None:
 def _report(module: torch.nn.Module, config: Any) -> None:
     """Say what is there; raise or warn when it is not what was promised."""
     found = survey(module)
+    for name, router in _routers(module)[0]:
+        remember(name, router)
     stage = getattr(config, "virtual_pipeline_model_parallel_size", None) and getattr(module, "vp_stage", None)
     chunk = f" (model chunk {stage})" if stage is not None else ""
     release = of_module(sys.modules["megatron.core"])
@@ -157,9 +160,9 @@ def _report(module: torch.nn.Module, config: Any) -> None:
         mismatch(
             UnprotectedRouterError,
             f"{len(found.below)} router tensors are below fp32 after wrapping{chunk}: {listed}. The model was built "
-            "before the plugin was active, Megatron's router module was reloaded, or another patch casts them. "
-            "Import megatron_fp32_router before the model is built, or call "
-            "megatron_fp32_router.protect_model(model) before wrapping it; "
+            "before the plugin was active, load_state_dict(assign=True) has put a state's tensors there, Megatron's "
+            "router module was reloaded, or another patch casts them. Import megatron_fp32_router before the model is "
+            "built and load without assign, or call megatron_fp32_router.protect_model(model) before wrapping it; "
             f"{PREFIX}_ON_MISMATCH=warn trains on as it is.",
         )
     elif found.routers:

@@ -7,23 +7,14 @@ from typing import Any
 
 import torch
 
-from megatron_fp32_router.errors import UnprotectedRouterError
+from megatron_fp32_router.protect.below import refuse
 from megatron_fp32_router.protect.casts import COUNTER, below_fp32, protects_parameters
 from megatron_fp32_router.protect.linear import RouterLinear
-from megatron_fp32_router.registry import mismatch, replaces
+from megatron_fp32_router.registry import replaces
 
 #: Called with a router and its scores (those of the chosen experts), in the dtype upstream computed them in. Empty
 #: unless the monitor listens to this very step.
 score_watchers: list[Callable[[Any, torch.Tensor], None]] = []
-
-
-def _built_too_early(tensor: str, dtype: torch.dtype) -> str:
-    return (
-        f"router tensor {tensor!r} is {dtype}: this model was built or cast before megatron_fp32_router was active, "
-        "or something has cast it since. Import the plugin before the model is built, or call "
-        "megatron_fp32_router.protect_model(model) before DDP and the optimizer; "
-        "MEGATRON_FP32_ROUTER_ON_MISMATCH=warn trains on as it is."
-    )
 
 
 def compute_dtype(config: Any, weight: torch.Tensor) -> torch.dtype:
@@ -47,7 +38,7 @@ def compute_in_fp32(original: Callable[..., torch.Tensor]) -> Callable[..., torc
             return original(self, input)
         weight, bias = self.weight, getattr(self, "bias", None)
         if protects_parameters() and below_fp32(weight.dtype):
-            mismatch(UnprotectedRouterError, _built_too_early("weight", weight.dtype))
+            refuse(self, "weight", "at the forward")
         # As upstream does: a router initialised on the CPU follows its input to the GPU.
         if weight.device != input.device:
             weight.data = weight.data.to(input.device)
@@ -72,7 +63,7 @@ def hand_on_upstream_dtype(original: Callable[..., Any]) -> Callable[..., Any]:
         for name in ("expert_bias", COUNTER):
             buffer = getattr(self, name, None)
             if buffer is not None and below_fp32(buffer.dtype):
-                mismatch(UnprotectedRouterError, _built_too_early(name, buffer.dtype))
+                refuse(self, name, "at the forward")
         probs, *rest = original(self, input, *args, **kwargs)
         for watcher in score_watchers:
             watcher(self, probs)
