@@ -55,7 +55,6 @@ def test_json_holds_every_tensor_and_every_answer(capsys: pytest.CaptureFixture[
     assert {finding["check"]: finding["verdict"] for finding in bias["findings"]} == {
         "dtype": "problem",
         "updates": "problem",
-        "room": "note",
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_fp32_router.audit import Checkpoint, RouterTensor, audit, bits, lattice
@@ -57,6 +57,8 @@ def normal(*shape: int, seed: int = 0) -> Any:
     drift=st.sampled_from([0.0, 0.4, -0.9]),
     seed=st.integers(0, 999),
 )
+# One crosses 2^-5, where it is rounded, and comes back.
+@example(steps=43, rate=1e-3, start=0.0, drift=0.0, seed=315)
 def test_biases_of_an_exact_run_are_whole_steps_apart(
     steps: int, rate: float, start: float, drift: float, seed: int
 ) -> None:

@@ -66,25 +66,19 @@ def _updates(tensor: RouterTensor, known: Sequence[float]) -> list[Finding]:
         return found("unknown", text)
     if tensor.dtype != "float32":
         # Its lattice is its dtype's own grid.
-        step = np.abs(
-            (values.astype(np.float32) + np.float32(rates[0])).astype(values.dtype).astype(float) - values.astype(float)
-        )
+        step = np.abs(lattice.moved(values, rates[0]).astype(float) - values.astype(float))
         data["realised"] = [float(step.min()), float(step.max())]
         text = (
             f"an update of {rate} moves these biases by {step.min():.3g} to {step.max():.3g} in {tensor.dtype}{assumed}"
         )
         return found("problem" if step.max() > 1.01 * rates[0] or step.min() < 0.99 * rates[0] else "good", text)
-    grid = bits.fitting(values, "bfloat16")
-    if (
-        grid.all_fit
-        and grid.distinct >= bits.ENOUGH
-        and not bits.fitting(np.array(rates[:1], np.float32), "bfloat16").all_fit
-    ):
+    grid = bits.fitting(values, "bfloat16", known)
+    if grid.all_fit and grid.improbable:
         stuck = lattice.swallowed(bits.rounded(values, bits.CASTS["bfloat16"][0]), rates[0])
         data.update(cannot_go_up=int(stuck[0].sum()), cannot_go_down=int(stuck[1].sum()))
         text = (
-            f"every bias lies on bfloat16's grid, not on the steps of {rate}; held in bfloat16, "
-            f"{int(stuck.any(axis=0).sum())} of {values.size} cannot take another step{assumed}"
+            f"every bias lies on bfloat16's grid, which whole steps in fp32 would have left ({grid.chance}); held in "
+            f"bfloat16, {int(stuck.any(axis=0).sum())} of {values.size} cannot take another step of {rate}{assumed}"
         )
         return found("problem", text)
     fit = fitted(values, known)
@@ -147,6 +141,9 @@ def _frozen(
         f"{held} of {values.size} biases hold exactly {float(common):g}, while the others are up to {spread} steps of "
         f"{fit.rate:g} apart (chance: {chance:.1g}): no update reached these, or they were swallowed there"
     )
+    if common and common in (values.min(), values.max()):
+        # Experts that nobody chose have made every step the same way, and so meet at the end. At 0 they started.
+        return "unknown", f"cannot tell: {text}, or they went the same way in every step"
     return ("problem", text) if known else ("unknown", f"cannot tell: {text}")
 
 
@@ -176,7 +173,11 @@ def judge(fit: lattice.Fit, experts: int, known: Sequence[float], data: dict[str
     expected = " or ".join(f"{rate:g}" for rate in known)
     other = bool(known) and fit.rate not in known
     changed = any(round(m := rate / fit.rate) >= 1 and abs(m - round(m)) < 1e-6 for rate in known)
-    if fit.exact and fit.distinct >= ENOUGH:
+    if fit.distinct < ENOUGH:
+        return "unknown", f"cannot tell: {fit.distinct} different values are too few"
+    if fit.share == 1.0 and fit.chance > 1e-3:
+        return "unknown", f"cannot tell: these values may be near whole steps of {fit.rate:g} by chance ({sure})"
+    if fit.exact:
         if fit.rounding == "float32" and other:
             text = f"whole steps of {fit.rate:g} apart, not of {expected}, which was to be expected ({sure})"
             if changed:
@@ -190,16 +191,17 @@ def judge(fit: lattice.Fit, experts: int, known: Sequence[float], data: dict[str
             f"{fit.rounding} when the updates were made, so counts were rounded and signs may be wrong ({sure})"
         )
         return "problem", text
-    if fit.distinct < ENOUGH:
-        return "unknown", f"cannot tell: {fit.distinct} different values are too few"
     if fit.share == 1.0 and len(known) > 1:
         return (
             "good",
             f"whole steps of {fit.rate:g} apart to {fit.worst:.1g} of a step, as a change of rate leaves them",
         )
-    if fit.share == 1.0 and (changed or not known):
-        text = f"near whole steps of {fit.rate:g}, but off by up to {fit.worst:.3g} of a step: updates of several sizes"
-        return "unknown", text
+    if fit.share == 1.0:
+        text = (
+            f"near whole steps of {fit.rate:g}{f', not of {expected},' if other else ','} but off by up to "
+            f"{fit.worst:.3g} of a step: updates of several sizes, or biases that were far larger once"
+        )
+        return "unknown" if changed or not known else "problem", text
     apart = f"{experts - on} of {experts} biases are not whole steps of {fit.rate:g} apart"
     if known:
         return "problem", f"{apart}: updates were rounded or swallowed on the way, or another rule or rate moved them"
@@ -214,6 +216,9 @@ def _room(tensor: RouterTensor) -> list[Finding]:
     after = {dtype: bits.distinct(values.astype(np.float32), dtype) for dtype in bits.CASTS}
     now, spread = bits.distinct(values), float(wide.max() - wide.min())
     spacing = float(np.spacing(np.float32(min(np.abs(wide).max(), 1e38))))
+    lost = [f"{count} after a cast to {dtype}" for dtype, count in after.items() if count < now]
+    if not lost:
+        return []
     data = {
         "distinct": now,
         "distinct_after": after,
@@ -221,8 +226,5 @@ def _room(tensor: RouterTensor) -> list[Finding]:
         "spread": spread,
         "fp32_spacing": spacing,
     }
-    text = (
-        f"mean {wide.mean():.4g}, spread {spread:.3g}; {now} different values, {after['bfloat16']} after a cast to "
-        f"bfloat16, {after['float16']} to float16"
-    )
+    text = f"mean {wide.mean():.4g}, spread {spread:.3g}; {now} different values, {', '.join(lost)}"
     return [Finding(tensor.name, "room", "note", text, data)]

@@ -1,20 +1,32 @@
-"""Whether fp32 values have been through bf16 or fp16: by their bits, with how likely chance is."""
+"""Whether fp32 values have been through bf16 or fp16: by their bits, with how likely that is without a cast.
+
+Values that were never rounded can fit a narrow dtype too: 10 additions of bf16(1e-3) are 10 * 131 * 2^-17, which has
+the 11 bits of fp16. So what counts is the grid on which honest values lie, whole multiples of 2^g apart. Between its
+points and those of a dtype whose spacing around a value is 2^s, one in 2^(s - g) coincides, whatever the start, and
+never fewer than one in 2^16 (2^13) of all fp32 numbers. The chance of a tensor is the product over its different
+magnitudes, for the coarsest grid that its history allows: `_grain`.
+"""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import ml_dtypes
 import numpy as np
 
+from megatron_fp32_router.audit import lattice
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
-#: Different magnitudes that must fit before chance, and round numbers that people choose, are ruled out:
-#: 2^-64 for bf16.
+#: Different magnitudes that must fit before round numbers that people choose are ruled out.
 ENOUGH: Final = 4
+
+#: log2 of the chance from where on a cast is the explanation: one in a million.
+IMPROBABLE: Final = -20
 
 #: The cast, and how many low mantissa bits of an fp32 value it clears (fp16: for values of its own range).
 CASTS: Final[dict[str, tuple[Any, int]]] = {"bfloat16": (ml_dtypes.bfloat16, 16), "float16": (np.float16, 13)}
@@ -31,19 +43,21 @@ class Fitting:
     #: Different magnitudes among the nonzero values, and those of them that fit.
     distinct: int
     distinct_fitting: int
+    #: log2 of the probability (a bound) that as many fit without a cast, however they came about.
+    log2_chance: float
 
     @property
     def all_fit(self) -> bool:
         return self.nonzero > 0 and self.fitting == self.nonzero
 
     @property
-    def log2_chance(self) -> float:
-        """log2 of the probability that this many random fp32 values fit by chance (a bound for partial fits)."""
-        n, k, bits = self.distinct, self.distinct_fitting, CASTS[self.dtype][1]
-        if k == 0:
-            return 0.0
-        ways = (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)) / math.log(2)
-        return min(0.0, ways - bits * k)
+    def improbable(self) -> bool:
+        """Whether only a cast explains that as many fit."""
+        return self.distinct_fitting >= ENOUGH and self.log2_chance <= IMPROBABLE
+
+    @property
+    def chance(self) -> str:
+        return f"chance: 2^{round(self.log2_chance)}"
 
 
 def rounded(values: NDArray[Any], dtype: Any) -> NDArray[Any]:
@@ -53,13 +67,57 @@ def rounded(values: NDArray[Any], dtype: Any) -> NDArray[Any]:
         return cast
 
 
-def fitting(values: NDArray[Any], dtype: str) -> Fitting:
-    """Count the values of an fp32 or fp64 tensor that `dtype` ("bfloat16" or "float16") holds exactly."""
-    flat = np.abs(values.reshape(-1).astype(np.float64))
+def fitting(values: NDArray[Any], dtype: str, rates: Sequence[float] = ()) -> Fitting:
+    """Count the values of an fp32 or fp64 tensor that `dtype` ("bfloat16" or "float16") holds exactly.
+
+    Args:
+        rates: of an expert_bias, if they are known: what additions led to the values.
+    """
+    flat = values.reshape(-1).astype(np.float64)
     flat = flat[flat != 0]
-    magnitudes, inverse = np.unique(flat, return_inverse=True)
+    magnitudes, inverse = np.unique(np.abs(flat), return_inverse=True)
     fits = rounded(magnitudes, CASTS[dtype][0]).astype(np.float64) == magnitudes
-    return Fitting(dtype, flat.size, int(fits[inverse].sum()), magnitudes.size, int(fits.sum()))
+    of_all = fits[inverse]
+    chance = _log2_chance(magnitudes, fits, dtype, _grain(flat[of_all], rates))
+    return Fitting(dtype, flat.size, int(of_all.sum()), magnitudes.size, int(fits.sum()), chance)
+
+
+def _grain(values: NDArray[np.float64], rates: Sequence[float]) -> float:
+    """log2 of the coarsest grid on which values that were never cast can lie.
+
+    Their own last bit; and, if rates are known, that of a step as the counter's dtype rounded it or as it is rounded
+    at this size, doubled: all biases have made the same number of steps.
+    """
+    own = float(_last_bit(values).min(initial=np.inf))
+    if not rates:
+        return own
+    narrow = rounded(values, np.float32)
+    steps = [np.float32(lattice.rounded(rate, rounding)) for rate in rates for rounding in lattice.ROUNDINGS]
+    with np.errstate(all="ignore"):
+        moves = np.concatenate([narrow + step - narrow for step in steps])
+    return min(own, float(_last_bit(moves[np.isfinite(moves)]).max(initial=-np.inf)) + 1)
+
+
+def _last_bit(values: NDArray[Any]) -> NDArray[np.float64]:
+    """The exponent of the lowest bit that is set, of each value that is not zero."""
+    fraction, exponent = np.frexp(values[values != 0].astype(np.float64))
+    whole = np.ldexp(fraction, 53).astype(np.int64)
+    last: NDArray[np.float64] = np.log2((whole & -whole).astype(np.float64)) + exponent - 53
+    return last
+
+
+def _log2_chance(magnitudes: NDArray[np.float64], fits: NDArray[np.bool_], dtype: str, grain: float) -> float:
+    """log2 of the chance that as many magnitudes of a grid fit."""
+    cleared = CASTS[dtype][1]
+    spacing = np.frexp(magnitudes)[1] - (24 - cleared)
+    bits = np.clip(spacing - grain, 0, cleared)
+    count, expected = int(fits.sum()), float(np.exp2(-bits).sum())
+    if count == fits.size:
+        return -float(bits.sum())
+    if count <= expected:
+        return 0.0
+    # Chernoff's bound for a part that fits.
+    return float(count * np.log2(expected / count) + (count - expected) * np.log2(np.e))
 
 
 def distinct(values: NDArray[Any], dtype: str | None = None) -> int:

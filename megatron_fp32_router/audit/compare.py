@@ -65,9 +65,9 @@ def _moved(one: RouterTensor, other: RouterTensor, between: int | None, known: S
     def found(verdict: Verdict, text: str) -> Finding:
         return Finding(one.name, "against", verdict, text, data)
 
-    if between == 0 and moved == 0 and one.dtype == other.dtype:
-        return found("note", f"the same {a.size:,} values, of the same iteration")
-    if one.dtype != other.dtype:
+    if moved == 0 and not between:
+        return found("note", f"the same {a.size:,} values" + (", of the same iteration" if between == 0 else ""))
+    if moved and one.dtype != other.dtype:
         low, high = sorted((one, other), key=lambda t: t.dtype in ("float32", "float64"))
         assert low.values is not None
         assert high.values is not None
@@ -110,6 +110,8 @@ def _moved(one: RouterTensor, other: RouterTensor, between: int | None, known: S
     count = np.abs(lattice.steps(one.values, fit.step) - lattice.steps(other.values, fit.step))
     data["net_steps"] = float(np.nan_to_num(count).max(initial=0.0))
     text = f"{moved} of {a.size} biases moved{over}, by up to {round(data['net_steps'])} steps; {text}"
-    if fit.exact and between is not None and round(data["net_steps"]) > between:
+    # Only of the largest rate is it known that no single step was larger.
+    certain = fit.exact and bool(known) and fit.rate == max(known)
+    if certain and between is not None and round(data["net_steps"]) > between:
         return found("problem", f"{text}; but that is more steps than iterations")
     return found(verdict, text)

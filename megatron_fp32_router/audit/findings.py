@@ -117,8 +117,9 @@ def _laundered(tensor: RouterTensor, rates: Sequence[float], same: bool) -> Find
     """Is it fp32 in name only: has every value been through bf16 or fp16?"""
     values = tensor.values
     assert values is not None
-    counts = [bits.fitting(values, dtype) for dtype in bits.CASTS]
-    data: dict[str, Any] = {"counts": [{**asdict(c), "log2_chance": c.log2_chance} for c in counts]}
+    # A rate says how a bias came about, nothing else.
+    counts = [bits.fitting(values, dtype, rates if tensor.kind == "expert_bias" else ()) for dtype in bits.CASTS]
+    data: dict[str, Any] = {"counts": [asdict(count) for count in counts]}
 
     def found(verdict: Verdict, text: str) -> Finding:
         return Finding(tensor.name, "laundered", verdict, text, data)
@@ -127,31 +128,25 @@ def _laundered(tensor: RouterTensor, rates: Sequence[float], same: bool) -> Find
         return found("unknown", "cannot tell: every value is zero, which every dtype holds")
     count = next((c for c in counts if c.all_fit), None)
     if count is None:
-        partly = next((c for c in counts if c.distinct_fitting >= bits.ENOUGH and c.log2_chance < -30), None)
+        partly = next((c for c in counts if c.improbable), None)
         if partly is not None:
-            share = f"{partly.fitting:,} of {partly.nonzero:,} values fit {partly.dtype}"
-            text = f"not laundered as a whole, but {share}: these went through the cast and have not moved since"
-            return found("note", text)
+            share = f"{partly.fitting:,} of {partly.nonzero:,} values fit {partly.dtype} ({partly.chance})"
+            return found("note", f"not laundered as a whole, but {share}: most of these are as a cast left them")
         return found(
             "good", f"{counts[0].nonzero - counts[0].fitting:,} of {counts[0].nonzero:,} values need more than bfloat16"
         )
-    chance = f"chance: 2^{count.log2_chance:.0f}"
     if count.distinct < bits.ENOUGH:
-        text = f"cannot tell: all values fit {count.dtype}, but only {count.distinct} differ in size ({chance})"
-        return found("unknown", text)
+        return found("unknown", f"cannot tell: all values fit {count.dtype}, but only {count.distinct} differ in size")
     if same:
         return found(
             "unknown", f"cannot tell: all values fit {count.dtype}, but they are the same in the other checkpoint"
         )
-    if tensor.kind == "expert_bias" and any(
-        bits.fitting(np.array([r]), count.dtype).all_fit for r in map(np.float32, rates)
-    ):
-        return found(
-            "unknown", f"cannot tell: all values fit {count.dtype}, and so does the rate they are multiples of"
-        )
+    if not count.improbable:
+        text = f"cannot tell: all values fit {count.dtype}, as few steps of one size also do ({count.chance})"
+        return found("unknown", text)
     text = (
-        f"{tensor.dtype} in name only: all {count.nonzero:,} nonzero values fit {count.dtype} ({chance}), "
-        "so they went through that cast"
+        f"{tensor.dtype} in name only: all {count.nonzero:,} nonzero values fit {count.dtype} ({count.chance}), "
+        "so they were rounded to it, or to something coarser"
     )
     return found("problem", text)
 
@@ -172,12 +167,11 @@ def _main_copy(tensor: RouterTensor) -> Finding:
 
     hidden = bits.rounded(main, values.dtype)
     far = f"{apart:,} of {gap.size:,} values differ, by up to {largest:.3g}"
-    cast = next(
-        (c for c in (bits.fitting(main, d) for d in bits.CASTS) if c.all_fit and c.distinct >= bits.ENOUGH), None
-    )
+    cast = next((c for c in (bits.fitting(main, d) for d in bits.CASTS) if c.all_fit and c.improbable), None)
     data["main_laundered"] = None if cast is None else cast.dtype
     if cast is not None and main.dtype == np.float32:
-        return found("problem", f"the main copy itself fits {cast.dtype}: it was made from a rounded weight; {far}")
+        text = f"the main copy itself fits {cast.dtype} ({cast.chance}): it was made from a rounded weight; {far}"
+        return found("problem", text)
     if not apart:
         return found("good", "the main copy and the model's weight are the same, bit for bit")
     if tensor.dtype in LOW and np.array_equal(hidden, values):
@@ -188,4 +182,5 @@ def _main_copy(tensor: RouterTensor) -> Finding:
                 f"the model's {tensor.dtype} weight is the main copy rounded to {dtype}: {far}; the copy is the truth"
             )
             return found("problem", text)
-    return found("problem", f"neither comes from the other by rounding, so one is stale: {far}")
+    text = f"neither is the other rounded to the nearest, so one is stale, or was rounded in another way: {far}"
+    return found("problem", text)

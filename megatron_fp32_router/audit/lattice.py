@@ -4,8 +4,8 @@ Megatron adds `sign(error) * rate` to every bias once per step. In fp32, within 
 moves the bias by exactly q(e): the rate rounded to that binade's spacing. So the number of steps between two values of
 one chain is an integer when each binade is measured in its own q, whatever order the steps came in; crossing into a
 larger binade rounds once, by less than half its spacing, and the way back undoes nothing. `steps` computes that
-number, and rounding needs no further allowance than `allowance`: 200,000 steps of 1e-3 end at 200.45 instead of 200,
-and are 200,000 steps here.
+number, and unless values were far larger once, rounding needs no further allowance than `allowance`: 200,000 steps of
+1e-3 end at 200.45 instead of 200, and are 200,000 steps here.
 
 A bias that went through bf16 or fp16, or was moved by something else, has steps between integers. A counter in bf16
 leaves a trace of its own: `sign(bf16) * rate` is the rate *rounded to bf16*, 0.0009994507 instead of 0.001
@@ -37,8 +37,9 @@ ROUNDINGS: Final[dict[str, Any]] = {"float32": np.float32, "bfloat16": ml_dtypes
 
 
 def rounded(rate: float, dtype: str) -> float:
-    """The rate as a tensor of that dtype holds it, then in fp32."""
-    return float(np.float32(ROUNDINGS[dtype](rate)))
+    """The rate as a tensor of that dtype holds it, then in fp32; 0 or infinity if it cannot."""
+    with np.errstate(over="ignore"):
+        return float(np.float32(ROUNDINGS[dtype](rate)))
 
 
 def steps(bias: NDArray[Any], rate: float) -> NDArray[np.float64]:
@@ -73,8 +74,9 @@ def allowance(bias: NDArray[Any], rate: float) -> float:
     """How far, in steps, honest rounding may put a value of the chain from an integer."""
     # A value beyond fp32's range is 0.5 steps off the chain in any case.
     largest = float(np.abs(bias.astype(np.float64)).max(initial=0.0))
-    # One rounding for each binade crossed, half a spacing each: together below one spacing of the largest.
-    return 2 * float(np.spacing(np.float32(min(largest, 1e38)))) / rate + 1e-6
+    # One rounding for each binade crossed, half a spacing each: together below one spacing of the largest; which may
+    # have been in the next binade and come back. Twice, since the common start is another value's.
+    return 4 * float(np.spacing(np.float32(min(largest, 1e38)))) / rate + 1e-6
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,8 @@ def best(bias: NDArray[Any], rates: Sequence[float], since: NDArray[Any] | None 
     `rates` come in order of belief, and each unrounded before rounded: where few steps fit several, nothing speaks
     for a defect.
     """
-    fits = [fit(bias, rate, rounding, since) for rate in rates for rounding in ROUNDINGS]
+    held = [(rate, rounding) for rate in rates for rounding in ROUNDINGS if 0 < rounded(rate, rounding) < math.inf]
+    fits = [fit(bias, rate, rounding, since) for rate, rounding in held]
     chosen = next((f for f in fits if f.exact), None)
     if chosen is None:
         return max(fits, key=lambda f: (f.share, -f.worst))
@@ -161,11 +164,17 @@ def best(bias: NDArray[Any], rates: Sequence[float], since: NDArray[Any] | None 
     return replace(chosen, alike=alike)
 
 
-def swallowed(bias: NDArray[Any], rate: float) -> NDArray[np.bool_]:
-    """Which biases, held in the dtype of `bias`, cannot take a step of `rate`: (up, down), [2, experts].
+def moved(bias: NDArray[Any], rate: float) -> NDArray[Any]:
+    """Where one step of `rate` takes biases that are held in the dtype of `bias`: (up, down), [2, experts].
 
     As torch adds a low-precision tensor and a scaled sign: in fp32, then rounded.
     """
     wide = bias.astype(np.float32)
     step = np.float32(rate if bias.dtype == np.float32 else bias.dtype.type(rate))
-    return np.stack([(wide + step).astype(bias.dtype) == bias, (wide - step).astype(bias.dtype) == bias])
+    return np.stack([(wide + step).astype(bias.dtype), (wide - step).astype(bias.dtype)])
+
+
+def swallowed(bias: NDArray[Any], rate: float) -> NDArray[np.bool_]:
+    """Which biases, held in the dtype of `bias`, cannot take a step of `rate`: (up, down), [2, experts]."""
+    stays: NDArray[np.bool_] = moved(bias, rate) == bias
+    return stays

@@ -108,7 +108,7 @@ def _why_not(values: Any, main: Any) -> str | None:
         return "no main copy of it in this checkpoint: buffers have none, and model-only checkpoints keep none"
     if main.dtype != np.float32:
         return f"its main copy is {main.dtype}"
-    if any(c.all_fit and c.distinct >= bits.ENOUGH for c in (bits.fitting(main, dtype) for dtype in bits.CASTS)):
+    if any(c.all_fit and c.improbable for c in (bits.fitting(main, dtype) for dtype in bits.CASTS)):
         return "its main copy was made from rounded values"
     casts = [values.dtype, *(cast for cast, _ in bits.CASTS.values())]
     exact = values.astype(np.float64)

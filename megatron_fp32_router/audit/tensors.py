@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,7 +124,7 @@ def read_arguments(checkpoint: Checkpoint, root: dict[Any, Any]) -> None:
     iteration, rate = root.get("iteration"), argument(root, "moe_router_bias_update_rate")
     if type(iteration) is int and 0 <= iteration < 1 << 62 and checkpoint.iteration is None:
         checkpoint.iteration = iteration
-    if isinstance(rate, float) and math.isfinite(rate) and rate > 0 and checkpoint.rate is None:
+    if isinstance(rate, float) and 0 < rate < 1e38 and checkpoint.rate is None:
         checkpoint.rate = rate
 
 

@@ -168,6 +168,32 @@ def is_found_damaged(form: str, folder: Path, release: Version) -> None:
         assert "0.0009994507, which is 0.001 rounded to bfloat16: the token counter was bfloat16" in texts
 
 
+@pytest.mark.parametrize("plugin", ["off", "on"])
+def test_few_steps_at_any_rate_are_not_called_a_cast_that_never_was(plugin: str, tmp_path: Path) -> None:
+    """From 0.12 on the bias is fp32 with the plugin off as well, and its steps are the rate rounded to bf16."""
+    recipe = lab.Recipe(layers=1, experts=16, topk=4, micro_batches=1, seq_length=32)
+    with _plugin(plugin, "all"), _training(recipe) as (room, batches):
+        router = next(module for name, module in _model(room).named_modules() if name.endswith(".router"))
+        for rate in (1e-3, 5e-4, 1e-2, 2e-3, 1e-4, 2.0**-10, 2.0**-7):
+            router.config.moe_router_bias_update_rate = rate
+            router.expert_bias.zero_()
+            for iteration in range(1, 8):
+                room.step(batches)
+                if iteration not in (3, 5, 7):
+                    continue
+                folder = _save_legacy(room, tmp_path / f"{rate}/{iteration}", iteration)
+                for known in ([rate], []):
+                    is_not_called_a_cast(audit(open_checkpoint(folder), rates=known))
+            assert 0 < router.expert_bias.abs().max() <= 7.1 * rate
+
+
+def is_not_called_a_cast(found: Any) -> None:
+    """No claim that a tensor which the audit could tell of went through a cast."""
+    assert told(found, "expert_bias", "updates")
+    assert told(found, "expert_bias", "laundered") <= {"good", "unknown"}
+    assert not [finding.text for finding in found.findings if "grid, which" in finding.text]
+
+
 def test_with_the_plugin_on_a_checkpoint_is_found_clean_in_every_format(written: Any) -> None:
     forms = [form for form in written if form.startswith(("on/", "all/"))]
     assert len(forms) >= 6
