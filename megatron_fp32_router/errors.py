@@ -31,10 +31,6 @@ class RanksDisagreeError(Fp32RouterError):
     """Some rank of this job runs without the plugin, or with another version, setting or Megatron."""
 
 
-class MonitorError(Fp32RouterError):
-    """The monitor itself failed; training can go on without it."""
-
-
 class DisplacedPatchError(Fp32RouterError):
     """disable() was called while somebody else's patch sits on top of ours, so ours cannot be lifted out."""
 

@@ -1,12 +1,9 @@
-"""The monitor's arithmetic against NumPy, its file and its writers; no Megatron needed."""
+"""The monitor's arithmetic against NumPy; no Megatron needed."""
 
 from __future__ import annotations
 
-import json
 import math
-import sys
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,11 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_fp32_router.errors import MonitorError, SettingsError
-from megatron_fp32_router.monitor import bias, collect, sinks, stability, watch
+from megatron_fp32_router.errors import SettingsError
+from megatron_fp32_router.monitor import bias, stability
 from megatron_fp32_router.monitor.load import load
-from megatron_fp32_router.registry import registry
-from megatron_fp32_router.settings import Settings, from_environment
+from megatron_fp32_router.settings import from_environment
 
 # Load ------------------------------------------------------------------------------------------------------------
 
@@ -182,113 +178,3 @@ def test_the_interval_is_off_or_a_number_of_steps(value: str, expected: int) -> 
 def test_any_other_interval_is_refused_with_what_is_accepted(value: str) -> None:
     with pytest.raises(SettingsError, match="accepted are 'off' and a whole number of steps, at least 1"):
         from_environment({"MEGATRON_FP32_ROUTER_MONITOR": value})
-
-
-# Sinks -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(registry, "settings", Settings(monitor=1, monitor_dir=str(tmp_path / "made")))
-    return tmp_path / "made"
-
-
-ENTRIES: sinks.Entries = {
-    layer: {"metrics": {"load/max_vio": float(layer), "flips/tf32": 0.5}, "violations": []} for layer in (1, 2, 3, 4)
-}
-
-
-def test_aggregates_are_numpys() -> None:
-    found = sinks.aggregate(ENTRIES)
-    values = np.arange(1, 5)
-    assert found["load/max_vio/max"] == 4
-    assert found["load/max_vio/min"] == 1
-    assert found["load/max_vio/mean"] == values.mean()
-    for percent in (10, 50, 90):
-        assert found[f"load/max_vio/p{percent}"] == pytest.approx(np.percentile(values, percent))
-
-
-def test_a_full_disk_is_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder.touch()  # a file where the folder should be
-    sinks.append(1, ENTRIES)
-    assert "the monitor cannot write" in caplog.text
-
-
-def test_the_writers_of_megatron_training_get_aggregates_and_the_chosen_layers(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scalars: dict[str, tuple[float, int]] = {}
-    logged: list[tuple[dict[str, float], int]] = []
-    module = ModuleType("megatron.training.global_vars")
-    module._GLOBAL_TENSORBOARD_WRITER = SimpleNamespace(  # type: ignore[attr-defined]
-        add_scalar=lambda name, value, step: scalars.update({name: (value, step)})
-    )
-    module._GLOBAL_WANDB_WRITER = SimpleNamespace(log=lambda values, step: logged.append((values, step)))  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    sinks.publish(7, ENTRIES)
-    assert scalars["moe_router/all/load/max_vio/mean"] == (2.5, 7)
-    assert scalars["moe_router/layer_3/load/max_vio"] == (3, 7)
-    assert scalars["moe_router/violations"] == (0, 7)
-    assert "moe_router/layer_3/flips/tf32" not in scalars
-    assert logged == [({name: value for name, (value, _) in scalars.items()}, 7)]
-
-
-# Steps, failures, other stages -----------------------------------------------------------------------------------
-
-
-def _steps(monitor: watch.Monitor, number: int) -> None:
-    for _ in range(number):
-        monitor.at_gradients([torch.nn.Linear(2, 2)], SimpleNamespace())
-
-
-def test_the_step_is_megatron_trainings_own_and_one_that_is_computed_again_is_not_looked_at_twice(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = ModuleType("megatron.training.global_vars")
-    module._GLOBAL_ARGS = SimpleNamespace(curr_iteration=99)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monitor = watch.Monitor()
-    _steps(monitor, 2)
-    module._GLOBAL_ARGS.curr_iteration = 100  # type: ignore[attr-defined]
-    _steps(monitor, 1)
-    lines = (folder / "monitor.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [100, 101]
-
-
-def test_a_failure_of_the_monitor_is_not_taken_for_one_of_the_training(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fail(model: Any) -> Any:
-        raise ValueError("something unforeseen")
-
-    monkeypatch.setattr(watch.look, "layers_of", fail)
-    with pytest.raises(MonitorError, match="ValueError: something unforeseen") as raised:
-        _steps(watch.Monitor(), 1)
-    assert isinstance(raised.value.__cause__, ValueError)
-    monkeypatch.setattr(registry, "settings", Settings(monitor=1, monitor_dir=str(folder), on_mismatch="warn"))
-    _steps(watch.Monitor(), 3)
-    assert caplog.text.count("something unforeseen") == 1
-
-
-def test_a_stage_that_says_nothing_is_named_and_the_others_are_kept(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    store = torch.distributed.HashStore()
-    monkeypatch.setattr(collect, "_store", lambda: store)
-    monkeypatch.setattr(collect, "_PATIENCE", 0.05)
-    exchange = collect.Exchange()
-    exchange.post(1, 0, dict(ENTRIES))
-    assert dict(exchange.collect(1, 2)) == ENTRIES
-    assert "heard nothing from pipeline stage 1" in caplog.text
-    exchange.post(2, 0, dict(ENTRIES))
-    assert not store.check(["megatron_fp32_router/monitor/1/0"])  # nothing piles up there
-
-
-def test_rank_0_hears_each_complaint_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = torch.distributed.HashStore()
-    monkeypatch.setattr(collect, "_store", lambda: store)
-    exchange = collect.Exchange()
-    assert list(exchange.complaints()) == []
-    exchange.complain(3, "weight is bfloat16")
-    assert list(exchange.complaints()) == [(3, "weight is bfloat16 (rank 0)")]
-    assert list(exchange.complaints()) == []

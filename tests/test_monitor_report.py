@@ -72,6 +72,19 @@ def test_violations_come_first_and_once(tmp_path: Path) -> None:
     ]
 
 
+def test_what_is_not_finite_is_dated_and_layers_that_show_it_together_share_a_sentence(tmp_path: Path) -> None:
+    records = []
+    for step in (10, 20, 30):
+        for layer in (1, 2, 3):
+            bad = float(step >= 20 and layer < 3) * layer
+            records.append(look(step, layer, not_finite__weight=bad, not_finite__bias=float(step == 30 and layer == 3)))
+    run = report.read(write(tmp_path / "run.jsonl", records))
+    assert [finding.text for finding in report.findings(run) if finding.problem] == [
+        "layers 1, 2: weight is not finite, at steps 20 to 30",
+        "layer 3: bias is not finite, at step 30",
+    ]
+
+
 def test_steps_that_a_restart_repeated_count_as_they_were_written_last(tmp_path: Path) -> None:
     records = [look(step, 1, load__max_vio=value) for step, value in ((10, 1.0), (20, 2.0), (20, 3.0), (30, 4.0))]
     assert report.read(write(tmp_path / "run.jsonl", records)).series("load/max_vio", 1) == [1, 3, 4]

@@ -1,35 +1,44 @@
-"""How layers of other pipeline stages reach the ranks that write: through the process group's own key-value store.
+"""How what all ranks have seen reaches the ranks that write: through the process group's own key-value store.
 
-No collective: nothing can wait for a rank that does not come. Only one replica of every stage speaks, the one on rank
-0's pipeline; a violation is told by whichever rank sees it. Keys carry the number of the look in this process, which
-is the same on every rank, and not the step, which rank 0 may know better.
+No collective: what no rank takes part in can neither hang one nor be taken for one of the training's. In a look every
+rank leaves a note: counts that nobody has summed yet, and what is wrong with its tensors. One replica of each pipeline
+stage, the one on rank 0's pipeline, reads the notes of its stage and leaves the layers of the stage; the ranks that
+write read those. Whoever reads waits for a bounded time, and only where every rank comes by without its help. A rank
+that fails, or has waited in vain, writes down why; whoever reads sees that at once, and from the next look on nobody
+looks any more. So nothing is waited for twice.
+
+Keys carry the number of the look in this process, which is the same on every rank, and not the step, which rank 0 may
+know better.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import sys
-from collections.abc import Iterator
-from datetime import timedelta
-from typing import Any, Final
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, TypedDict
 
+import torch
 import torch.distributed as dist
 
-from megatron_fp32_router.monitor.sinks import Entry
-from megatron_fp32_router.registry import registry
-from megatron_fp32_router.say import rank, say
+from megatron_fp32_router.monitor.look import Seen, counted
+from megatron_fp32_router.monitor.sinks import NOT_FINITE, Entry, Layer
+from megatron_fp32_router.protect import agreement
+from megatron_fp32_router.protect.balance import group_of
+from megatron_fp32_router.protect.verdict import ranks_text
+from megatron_fp32_router.say import rank
 
-_KEY: Final = "megatron_fp32_router/monitor"
-#: Seconds that a writing rank waits for a stage. A stage that is late once is not waited for as long again.
-_PATIENCE: Final = 60.0
-_IMPATIENCE: Final = 1.0
+_ROOM: Final = "megatron_fp32_router/monitor"
+_ENDED: Final = "ended"
+#: Seconds that a stage waits for its ranks. Whoever waits for the stage must not be the first to lose patience.
+PATIENCE: Final = 60.0
 
 
 def place() -> tuple[int, int, bool]:
     """(pipeline stage, number of stages, whether this rank speaks for its stage)."""
-    state = sys.modules.get("megatron.core.parallel_state")
-    if state is None or not dist.is_initialized() or not state.model_parallel_is_initialized():
+    state = _layout()
+    if state is None:
         return 0, 1, rank() == 0
     speaks = (
         state.get_tensor_model_parallel_rank() == 0 and state.get_data_parallel_rank(with_context_parallel=True) == 0
@@ -37,64 +46,138 @@ def place() -> tuple[int, int, bool]:
     return state.get_pipeline_model_parallel_rank(), state.get_pipeline_model_parallel_world_size(), speaks
 
 
+def _layout() -> Any:
+    state = sys.modules.get("megatron.core.parallel_state")
+    there = state is not None and dist.is_initialized() and state.model_parallel_is_initialized()
+    return state if there else None
+
+
+def peers() -> list[int]:
+    """The ranks of this pipeline stage: those whose tokens count in one balance update."""
+    if not dist.is_initialized():
+        return [rank()]
+    return dist.get_process_group_ranks(dist.group.WORLD if _layout() is None else group_of(None))
+
+
+def store() -> Any:
+    """Our room in the store; None where no other rank could be met there."""
+    return agreement.store(_ROOM)
+
+
+# What is told ----------------------------------------------------------------------------------------------------
+
+
+class Note(TypedDict):
+    """What a rank tells its stage of one router."""
+
+    #: Tokens of this rank per expert, where nobody has summed them: no expert biases, or a router in eval mode.
+    counts: list[int] | None
+    #: What is not finite, and broken promises: replicas are alike, unless something is wrong.
+    not_finite: dict[str, float]
+    violations: list[str]
+
+
+def note(entries: Mapping[Layer, Entry], seen: Mapping[Layer, Seen]) -> dict[Layer, Note]:
+    """What this rank has to tell of its own look."""
+    return {
+        layer: {
+            "counts": None if each.reduced_E is not None or each.local_E is None else each.local_E.tolist(),
+            "not_finite": {
+                name: value
+                for name, value in entries[layer]["metrics"].items()
+                if value and name.startswith(NOT_FINITE)
+            },
+            "violations": entries[layer]["violations"],
+        }
+        for layer, each in seen.items()
+    }
+
+
+def complete(
+    entries: Mapping[Layer, Entry], seen: Mapping[Layer, Seen], notes: Mapping[int, Mapping[Layer, Note]], ranks: int
+) -> None:
+    """Add to `entries` what the notes say, and the numbers that need the counts of all ranks.
+
+    Args:
+        entries: of this rank.
+        seen: what they were made of.
+        notes: rank -> its note, of this stage; this rank's own among them.
+        ranks: how many ranks count. Where some have not told their counts, no sum is made up.
+    """
+    for layer, each in seen.items():
+        told = {number: found[layer] for number, found in notes.items() if layer in found}
+        counts = [one["counts"] for one in told.values() if one["counts"] is not None]
+        if each.reduced_E is None and len(counts) == ranks:
+            each.reduced_E = torch.tensor([sum(column) for column in zip(*counts, strict=True)])
+        metrics, violations = entries[layer]["metrics"], entries[layer]["violations"]
+        metrics |= counted(each)
+        elsewhere: dict[str, list[int]] = {}
+        for number, one in told.items():
+            for name, value in one["not_finite"].items():
+                metrics[name] = max(value, metrics.get(name, 0))
+            for text in one["violations"]:
+                if text not in violations:
+                    elsewhere.setdefault(text, []).append(number)
+        violations += [f"{text} ({ranks_text(numbers)})" for text, numbers in elsewhere.items()]
+
+
+# The exchange ----------------------------------------------------------------------------------------------------
+
+
 class Exchange:
     """One process's end of the exchange."""
 
     def __init__(self) -> None:
-        self._patience = _PATIENCE
-        self._read = 0
-        self._mine: str | None = None
+        self._posted: list[str] = []
+        #: Why no rank looks any more, as far as this one has heard.
+        self.ended: str | None = None
 
-    def post(self, look: int, stage: int, entries: dict[int | str, Entry]) -> None:
-        """Lay this stage's layers out for the ranks that write, and take the last look's away.
+    def has_ended(self) -> bool:
+        """Ask whether some rank has ended the monitor."""
+        room = store()
+        if self.ended is None and room is not None and room.check([_ENDED]):
+            self.ended = room.get(_ENDED).decode()
+        return self.ended is not None
 
-        Every reader has read those: no stage gets from one look to the next without all others.
+    def end(self, why: str) -> bool:
+        """End the monitor on all ranks. Whether the others can know."""
+        self.ended = why
+        room = store()
+        if room is not None:
+            room.set(_ENDED, why)
+        return room is not None
+
+    def begin(self) -> None:
+        """Take away what this rank left in the look before.
+
+        It has been read: no rank gets from one look to the next without those it meets there.
         """
-        store = _store()
-        if self._mine is not None:
-            store.delete_key(self._mine)
-        self._mine = f"{_KEY}/{look}/{stage}"
-        # JSON would turn layer numbers into strings as keys of an object.
-        store.set(self._mine, json.dumps(list(entries.items())))
+        for key in self._posted:
+            store().delete_key(key)
+        self._posted = []
 
-    def collect(self, look: int, stages: int) -> Iterator[tuple[int | str, Entry]]:
-        """The layers of all stages, in order."""
-        store = _store()
-        for stage in range(stages):
-            key = f"{_KEY}/{look}/{stage}"
-            try:
-                store.wait([key], timedelta(seconds=self._patience))
-            except (RuntimeError, dist.DistStoreError) as error:
-                say(
-                    logging.WARNING,
-                    f"the monitor heard nothing from pipeline stage {stage} for {self._patience:g} s "
-                    f"({type(error).__name__}); its layers are missing from the report",
-                    threshold=registry.settings.log,
-                    once=True,
-                )
-                self._patience = _IMPATIENCE
-                continue
-            yield from json.loads(store.get(key))
+    def post(self, look: int, name: str, value: Any) -> None:
+        """Leave `value`, plain lists and numbers, for whoever gathers `name` in this look."""
+        key = f"{look}/{name}"
+        store().set(key, json.dumps(value))
+        self._posted.append(key)
 
-    def complain(self, layer: int | str, text: str) -> None:
-        """Tell rank 0 of a violation that it might not see: on a rank that does not speak for its stage."""
-        store = _store()
-        number = store.add(f"{_KEY}/violations", 1)
-        store.set(f"{_KEY}/violation/{number}", json.dumps([layer, f"{text} (rank {rank()})"]))
-
-    def complaints(self) -> Iterator[tuple[int | str, str]]:
-        """What other ranks have complained about since the last call; the slowest may be a look late."""
-        store = _store()
-        total = store.add(f"{_KEY}/violations", 0)
-        while self._read < total:
-            key = f"{_KEY}/violation/{self._read + 1}"
-            if not store.check([key]):
-                return  # counted, and not yet written: next time
-            self._read += 1
-            layer, text = json.loads(store.get(key))
-            yield layer, text
-
-
-def _store() -> Any:
-    # The one that init_process_group made: TCPStore under torchrun, whatever a test was given otherwise.
-    return dist.distributed_c10d._get_default_store()
+    def gather(self, look: int, names: Sequence[str], patience: float) -> dict[str, Any]:
+        """Name -> what was left under it: all of them, or those that are there when waiting has no more sense."""
+        room, keys = store(), [f"{look}/{name}" for name in names]
+        found, until, pause = names, time.monotonic() + patience, 0.001
+        # Polling, because a wait inside the store would lock out torch's own threads that use the same connection.
+        while not room.check(keys):
+            late = time.monotonic() > until
+            if late or self.has_ended():
+                found = [name for name, key in zip(names, keys, strict=True) if room.check([key])]
+                missing = [name for name in names if name not in found]
+                if late and missing:
+                    listed = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+                    self.end(f"nothing was heard from {listed} for {patience:g} s")
+                break
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
+        keys = [f"{look}/{name}" for name in found]
+        values = room.multi_get(keys) if room.has_extended_api() else [room.get(key) for key in keys]
+        return {name: json.loads(value) for name, value in zip(found, values, strict=True)}

@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 
 from megatron_fp32_router.protect.casts import below_fp32
-from megatron_fp32_router.protect.effect import _tensors as tensors_of
+from megatron_fp32_router.protect.effect import tensors_of
 from megatron_fp32_router.registry import registry, replaces
 
 #: Rows of the arithmetic probe. As many as a small micro-batch has: a library may compute a few rows in another way.
@@ -69,6 +69,19 @@ def facts(router: Any) -> dict[str, torch.dtype]:
     return found
 
 
+def not_finite(router: Any) -> dict[str, torch.Tensor]:
+    """Name -> how many values of a router tensor are NaN or infinite, a 0-dimensional tensor on the device.
+
+    A shard is left out: asking it would be a collective, or there is nothing to ask.
+    """
+    return {name: count_not_finite(tensor) for name, tensor, _ in tensors_of(router) if not sharded(tensor)}
+
+
+def count_not_finite(tensor: torch.Tensor) -> torch.Tensor:
+    """How many of its values are NaN or infinite: 0-dimensional, fp64."""
+    return (~tensor.detach().isfinite()).sum(dtype=torch.float64)
+
+
 def _optimizer_state(parameter: torch.Tensor) -> Iterator[tuple[str, torch.dtype]]:
     for optimizer in list(_optimizers):
         main = _main_copy(optimizer, parameter)
@@ -113,8 +126,8 @@ def probe(router: Any, dtype: torch.dtype) -> tuple[torch.dtype, torch.Tensor] |
         dtype: of the router's input in this run.
 
     Returns:
-        dtype of the logits, and the largest relative error, a 0-dimensional fp64 tensor; None for a weight that is
-        sharded over ranks, or broken already.
+        dtype of the logits, and the largest relative error, a 0-dimensional fp64 tensor, NaN where a weight is not
+        finite; None for a weight that is sharded over ranks, or broken already.
     """
     weight_EH = router.weight.detach()
     if below_fp32(weight_EH.dtype) and promised("weight", True):
@@ -147,8 +160,6 @@ def bits_of(error: float, dtype: torch.dtype) -> float:
     24 for fp32, 11 for TF32, 8 for bf16.
     """
     most = 1 - math.log2(torch.finfo(dtype).eps)
-    if math.isnan(error):
-        return 0.0
     # Rounding to nearest with p significant bits errs by at most 2^-p.
     return most if error == 0 else max(0.0, min(most, -math.log2(error)))
 

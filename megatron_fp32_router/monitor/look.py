@@ -15,10 +15,9 @@ import torch
 
 from megatron_fp32_router.monitor import bias, contract, stability
 from megatron_fp32_router.monitor.load import load
-from megatron_fp32_router.monitor.sinks import Entry, Layer
-from megatron_fp32_router.protect.balance import _group as balance_group
+from megatron_fp32_router.monitor.sinks import NOT_FINITE, Entry, Layer
 from megatron_fp32_router.protect.casts import COUNTER
-from megatron_fp32_router.protect.effect import _routers as routers_of
+from megatron_fp32_router.protect.effect import routers_of
 from megatron_fp32_router.protect.gating import score_watchers
 from megatron_fp32_router.say import say
 
@@ -58,6 +57,8 @@ class Listener:
         self.counts_E: torch.Tensor | None = None
         self.input_dtype: torch.dtype | None = None
         self.scores_dtype: torch.dtype | None = None
+        #: What went wrong in the hook. It must not be the training's business.
+        self.error: Exception | None = None
         self._samples, self._counts = samples, counts
         # Not the router itself: whoever keeps a listener by its router would keep both for ever.
         self._id = id(router)
@@ -75,6 +76,12 @@ class Listener:
             self.scores_dtype = scores.dtype
 
     def _hook(self, router: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        try:
+            self._note(router, args, kwargs, output)
+        except Exception as error:  # raised again in see(), where it harms nobody
+            self.error = error
+
+    def _note(self, router: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         # Recomputation's first pass and evaluation have no gradients, and Megatron does not count them. A traced or
         # captured program would keep for ever what the hook leaves in it.
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or capturing():
@@ -122,7 +129,7 @@ class Seen:
     #: expert_bias before and after this step's update.
     before_E: torch.Tensor | None
     after_E: torch.Tensor | None = None
-    #: int64: this rank's tokens, and those of all ranks that share a balance update.
+    #: int64: this rank's tokens, and, where that is known, those of all ranks that share a balance update.
     local_E: torch.Tensor | None = None
     reduced_E: torch.Tensor | None = None
     #: Whether an update of the bias was due in this step, for a router that is neither frozen nor in eval mode.
@@ -145,6 +152,8 @@ class Memory:
 
 def see(name: str, router: Any, listener: Listener | None, samples: bool, memory: Memory) -> Seen:
     """Everything about `router` that is there before its bias moves; nothing waits for the device."""
+    if listener is not None and listener.error is not None:
+        raise listener.error
     counter, expert_bias = getattr(router, COUNTER, None), getattr(router, "expert_bias", None)
     seen = Seen(name, router, contract.facts(router), None if expert_bias is None else expert_bias.detach().clone())
     if counter is not None:
@@ -152,6 +161,7 @@ def see(name: str, router: Any, listener: Listener | None, samples: bool, memory
     elif listener is not None:
         seen.local_E = listener.counts_E
     dtype = listener.input_dtype if listener is not None else None
+    seen.pending = {f"{NOT_FINITE}{name}": count for name, count in contract.not_finite(router).items()}
     measured = contract.probe(router, dtype or _input_dtype(router.config))
     if measured is not None:
         seen.dtypes["logits"], seen.pending["arithmetic"] = measured
@@ -180,6 +190,7 @@ def _see_stability(seen: Seen, listener: Listener | None, memory: Memory) -> Non
             once=True,
         )
         return
+    seen.pending[f"{NOT_FINITE}input"] = contract.count_not_finite(listener.sample.hidden_TH)
     seen.pending |= stability.stability(rule, listener.sample)
     if memory.probe is None:
         memory.probe = stability.new_probe(rule, listener.sample)
@@ -200,26 +211,6 @@ def is_mixed(config: Any) -> bool:
     return bool(config.bf16 or config.fp16)
 
 
-def reduce_the_rest(seen: Iterable[Seen]) -> None:
-    """Sum the counts that the balance update has not: models without expert biases, routers in eval mode.
-
-    One collective for each number of experts. Which layers these are is the same on every rank of the group, whether
-    or not this rank counted anything.
-    """
-    groups: dict[tuple[int, torch.device], list[Seen]] = {}
-    for each in seen:
-        if each.reduced_E is None:
-            weight = each.router.weight
-            groups.setdefault((int(weight.shape[0]), weight.device), []).append(each)
-    for (experts, device), members in groups.items():
-        nothing = torch.zeros(experts, dtype=torch.int64, device=device)
-        counts_LE = torch.stack([nothing if each.local_E is None else each.local_E for each in members])
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(counts_LE, group=balance_group(None))
-        for each, row_E in zip(members, counts_LE.unbind(), strict=True):
-            each.reduced_E = row_E
-
-
 def read(seen: Iterable[Seen]) -> None:
     """Bring everything to the host: a few waits for the device, however many layers there are."""
     seen = list(seen)
@@ -231,6 +222,9 @@ def read(seen: Iterable[Seen]) -> None:
     counted = [each for each in seen if each.reduced_E is not None]
     for each, row_E in zip(counted, _to_host(each.reduced_E for each in counted), strict=True):
         each.reduced_E = row_E
+    others = [each for each in seen if each.reduced_E is None and each.local_E is not None]
+    for each, row_E in zip(others, _to_host(each.local_E for each in others), strict=True):
+        each.local_E = row_E
     biased = [each for each in seen if each.before_E is not None]
     befores = _to_host(each.before_E for each in biased)
     afters = _to_host(each.router.expert_bias.detach() for each in biased)
@@ -246,24 +240,45 @@ def _to_host(tensors: Iterable[torch.Tensor | None]) -> list[torch.Tensor]:
 
 
 def entry(seen: Seen, memory: Memory, step: int | None) -> Entry:
-    """The numbers and broken promises of one router, read() done.
+    """The numbers and broken promises of one router, read() done; without those that need the counts of all ranks.
 
     `step`: the training step, or how many this process has made. None: not known, and nothing is said per step.
     """
     config, numbers = seen.router.config, dict(seen.numbers)
     metrics = {f"precision/{name.replace('.', '_')}_bits": dtype.itemsize * 8.0 for name, dtype in seen.dtypes.items()}
-    bits = None
-    if "arithmetic" in numbers:
-        bits = contract.bits_of(numbers.pop("arithmetic"), seen.dtypes["logits"])
+    bits, error = None, numbers.pop("arithmetic", math.nan)
+    if not math.isnan(error):
+        bits = contract.bits_of(error, seen.dtypes["logits"])
         metrics["precision/arithmetic_bits"] = bits
     violations = memory.watch.violations(seen.name, seen.dtypes, bits, is_mixed(config), step or 0)
-    if seen.reduced_E is not None:
-        metrics |= load(seen.reduced_E.tolist())
-    if seen.before_E is not None and seen.after_E is not None:
-        if seen.reduced_E is not None and seen.updated:
-            metrics |= bias.update(seen.before_E, seen.after_E, seen.reduced_E, config.moe_router_bias_update_rate)
+    if any(value for name, value in numbers.items() if name.startswith(NOT_FINITE)):
+        # Whom such numbers choose says nothing about precision, now or at the next look.
+        numbers = {name: value for name, value in numbers.items() if name.startswith(NOT_FINITE)}
+        memory.probe = None
+    if (biases := _finite_biases(seen)) is not None:
         known = step is not None and memory.mean_step is not None
-        metrics |= bias.drift(seen.after_E, memory.mean, step - memory.mean_step if known else 0)  # type: ignore[operator]
-        memory.mean, memory.mean_step = float(seen.after_E.double().mean()), step
-    finite = {name: value for name, value in (metrics | numbers).items() if math.isfinite(value)}
-    return {"metrics": finite, "violations": violations}
+        metrics |= bias.drift(biases[1], memory.mean, step - memory.mean_step if known else 0)  # type: ignore[operator]
+        memory.mean, memory.mean_step = float(biases[1].double().mean()), step
+    return {"metrics": _finite(metrics | numbers), "violations": violations}
+
+
+def counted(seen: Seen) -> dict[str, float]:
+    """The numbers that need the counts of all ranks."""
+    if seen.reduced_E is None:
+        return {}
+    metrics = load(seen.reduced_E.tolist())
+    if seen.updated and (biases := _finite_biases(seen)) is not None:
+        metrics |= bias.update(*biases, seen.reduced_E, seen.router.config.moe_router_bias_update_rate)
+    return _finite(metrics)
+
+
+def _finite_biases(seen: Seen) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """expert_bias before and after the update, if there is one and all of it is finite."""
+    if seen.before_E is None or seen.after_E is None:
+        return None
+    finite = bool(seen.before_E.isfinite().all() and seen.after_E.isfinite().all())
+    return (seen.before_E, seen.after_E) if finite else None
+
+
+def _finite(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}

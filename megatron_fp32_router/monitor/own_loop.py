@@ -10,7 +10,6 @@ from weakref import WeakKeyDictionary
 import torch
 
 from megatron_fp32_router.monitor import look, sinks, watch
-from megatron_fp32_router.monitor.load import load
 from megatron_fp32_router.monitor.sinks import Layer
 from megatron_fp32_router.registry import registry
 
@@ -58,8 +57,8 @@ def metrics(model: Any, step: int | None = None) -> dict[str, float]:
     look.read(seen.values())
     entries = {layer: look.entry(each, _memory[each.router], step) for layer, each in seen.items()}
     for layer, each in seen.items():
-        if each.local_E is not None:
-            entries[layer]["metrics"] |= load(each.local_E.tolist())
+        each.reduced_E = each.local_E
+        entries[layer]["metrics"] |= look.counted(each)
     return sinks.flat(entries)
 
 

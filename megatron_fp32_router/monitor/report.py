@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from megatron_fp32_router.audit.report import printable
 from megatron_fp32_router.errors import Fp32RouterError
-from megatron_fp32_router.monitor.sinks import Layer, order
+from megatron_fp32_router.monitor.sinks import NOT_FINITE, Layer, order
 
 #: A file larger than this takes more than a moment to read, so it is announced.
 _LARGE: Final = 30_000_000
@@ -139,7 +139,7 @@ class Finding:
 def findings(run: Run) -> list[Finding]:
     """What stands out, the worst first."""
     found = [Finding(True, _violation(layer, text, steps)) for (layer, text), steps in run.violations.items()]
-    found += [Finding(True, text) for text in _dead(run)]
+    found += [Finding(True, text) for text in [*_not_finite(run), *_dead(run)]]
     found += [Finding(True, text) for text in _updates(run)]
     found += _choices(run)
     found += [Finding(False, text) for text in [*_loads(run), *_biases(run), *_probe(run), *run.notes]]
@@ -147,8 +147,23 @@ def findings(run: Run) -> list[Finding]:
 
 
 def _violation(layer: Layer, text: str, steps: list[int]) -> str:
-    first, last = steps[0], steps[-1]
-    return f"layer {layer}: {text}, {f'at step {first}' if first == last else f'at steps {first} to {last}'}"
+    return f"layer {layer}: {text}, {_at(steps[0], steps[-1])}"
+
+
+def _at(first: int, last: int) -> str:
+    return f"at step {first}" if first == last else f"at steps {first} to {last}"
+
+
+def _not_finite(run: Run) -> list[str]:
+    """Tensors with NaN or infinite values. Layers that show it at the same looks share a sentence."""
+    found: dict[tuple[str, int, int], list[Layer]] = {}
+    for metric in run.values:
+        for layer in run.layers if metric.startswith(NOT_FINITE) else ():
+            steps = [step for step in run.steps if run.values[metric].get(layer, {}).get(step, 0) > 0]
+            if steps:
+                found.setdefault((metric.removeprefix(NOT_FINITE), steps[0], steps[-1]), []).append(layer)
+    ordered = sorted(found.items(), key=lambda item: item[0][1])
+    return [f"{_names(layers)}: {name} is not finite, {_at(first, last)}" for (name, first, last), layers in ordered]
 
 
 def _dead(run: Run) -> list[str]:

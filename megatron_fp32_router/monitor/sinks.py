@@ -6,9 +6,8 @@ import importlib.util
 import json
 import logging
 import math
-import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypedDict
 
@@ -17,6 +16,9 @@ from megatron_fp32_router.say import rank, say
 
 #: In front of every name in TensorBoard and W&B.
 PREFIX: Final = "moe_router"
+
+#: In front of the name of a tensor, of how many values in it are NaN or infinite.
+NOT_FINITE: Final = "not_finite/"
 
 #: What is worth a curve for every single layer in TensorBoard and W&B; monitor.jsonl has everything.
 PER_LAYER: Final = ("load/max_vio", "load/dead_experts", "bias/spread", "update/swallowed", "flips/bf16_weight")
@@ -49,7 +51,8 @@ def aggregate(entries: Entries) -> dict[str, float]:
     found = {}
     for name, values in columns.items():
         found[f"{name}/max"], found[f"{name}/min"] = max(values), min(values)
-        found[f"{name}/mean"] = statistics.fmean(values)
+        # Of numbers near the end of fp64's range the sum would be past it.
+        found[f"{name}/mean"] = math.fsum(value / len(values) for value in values)
         for percent in (10, 50, 90):
             found[f"{name}/p{percent}"] = _percentile(values, percent)
     return found
@@ -61,7 +64,7 @@ def _percentile(values: list[float], percent: int) -> float:
     place = (len(ordered) - 1) * percent / 100
     low = math.floor(place)
     high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+    return ordered[low] * (1 - (place - low)) + ordered[high] * (place - low)
 
 
 def flat(entries: Entries) -> dict[str, float]:
@@ -85,24 +88,27 @@ def path() -> Path:
 
 
 def last_step(file: Path) -> int:
-    """The step of the last whole line of `file`; 0 when there is none."""
+    """The step of the last whole line of `file`; 0 when there is none.
+
+    Or when it cannot be read: append() meets the same trouble, and says so.
+    """
     try:
         with file.open("rb") as stream:
             stream.seek(0, 2)
             stream.seek(max(0, stream.tell() - 2**20))
-            lines = stream.read().splitlines()
-    except FileNotFoundError:
+            lines = stream.read(2**20).splitlines()
+    except OSError:
         return 0
     for line in reversed(lines):
         try:
             return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue  # the job was killed while it wrote this line
     return 0
 
 
-def append(step: int, entries: Entries) -> None:
-    """Add a look to monitor.jsonl; a disk that is full must not end a training, so that is a warning."""
+def append(step: int, entries: Entries) -> bool:
+    """Add a look to monitor.jsonl, and say whether it is there: a full disk is a warning, and no end of a training."""
     records: list[dict[str, Any]] = [
         {"step": step, "layer": layer, "metrics": entry["metrics"], "violations": entry["violations"]}
         for layer, entry in entries.items()
@@ -118,7 +124,10 @@ def append(step: int, entries: Entries) -> None:
                 text = "\n" + text
             stream.write(text.encode())
     except OSError as error:
-        say(logging.WARNING, f"the monitor cannot write {file}: {error}", once=True)
+        what = f"the monitor cannot write {file}, so looks are missing there: {error}"
+        say(logging.WARNING, what, threshold=registry.settings.log, once=True)
+        return False
+    return True
 
 
 def _ends_inside_a_line(stream: Any) -> bool:
@@ -147,29 +156,40 @@ def megatron_writers() -> tuple[Any, Any]:
 def publish(step: int, entries: Entries) -> None:
     """Hand the aggregates, and PER_LAYER of every layer, to the writers that this rank has."""
     tensorboard, wandb = megatron_writers()
-    if tensorboard is None and "megatron.training.global_vars" not in sys.modules and rank() == 0:
-        tensorboard = _writer_of_our_own()
-    if tensorboard is None and wandb is None:
+    ours = tensorboard is None and "megatron.training.global_vars" not in sys.modules and rank() == 0
+    if tensorboard is None and wandb is None and not ours:
         return
     wanted = {
         f"{PREFIX}/{name}": value
         for name, value in flat(entries).items()
         if not name.startswith("layer_") or name.partition("/")[2] in PER_LAYER
     }
-    if tensorboard is not None:
-        for name, value in wanted.items():
-            tensorboard.add_scalar(name, value, step)
+
+    def to_tensorboard() -> None:
+        writer = _writer_of_our_own() if ours else tensorboard
+        for name, value in wanted.items() if writer is not None else ():
+            writer.add_scalar(name, value, step)
+
+    _attempt("TensorBoard", to_tensorboard)
     if wandb is not None:
-        wandb.log(wanted, step)
+        _attempt("W&B", lambda: wandb.log(wanted, step))
+
+
+def _attempt(name: str, write: Callable[[], None]) -> None:
+    """Somebody else's writer may fail in any way, which must end neither the training nor the monitor."""
+    try:
+        write()
+    except Exception as error:
+        what = f"the monitor cannot write to {name}: {type(error).__name__}: {' '.join(str(error).split())}"
+        say(logging.WARNING, what, threshold=registry.settings.log, once=True, speaker=rank())
 
 
 def _writer_of_our_own() -> Any:
     """TensorBoard beside monitor.jsonl, for programs without megatron.training, where it is installed."""
     global _own_writer
-    if _own_writer is None:
-        if importlib.util.find_spec("tensorboard") is None:
-            _own_writer = False
-        else:
+    if _own_writer is None and path().exists():  # else append() has said why not
+        _own_writer = False  # tried once, whatever comes of it
+        if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
             _own_writer = SummaryWriter(log_dir=registry.settings.monitor_dir)

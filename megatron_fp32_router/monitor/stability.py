@@ -159,7 +159,10 @@ def stability(rule: Rule, sample: Sample) -> dict[str, torch.Tensor]:
         error_T = (other_TE.double() - selection_TE.double()).abs().amax(dim=-1)
         found[f"at_risk/{name}"] = (margin_T < 2 * error_T).double().mean()
     if sample.chosen_TE is not None:
-        found["flips/actual"] = _flips(sample.chosen_TE, reference_TE)
+        # Scores that are equal, or as good as equal in fp32, say nothing about the arithmetic: a layer that has
+        # diverged saturates its scores. error_T is fp32's own here.
+        differs_T = (sample.chosen_TE != reference_TE).any(dim=-1)
+        found["flips/actual"] = (differs_T & (margin_T > 2 * error_T)).double().mean()
     points = torch.quantile(margin_T, torch.tensor([0.01, 0.1, 0.5], dtype=torch.float64, device=margin_T.device))
     found |= {f"margin/{name}": point for name, point in zip(("p01", "p10", "p50"), points.unbind(), strict=True)}
     found["sample/tokens"] = torch.tensor(float(hidden_TH.shape[0]), dtype=torch.float64, device=hidden_TH.device)

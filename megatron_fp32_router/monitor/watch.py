@@ -7,17 +7,17 @@ step before it; the numbers stay on the device until the balance update is done 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import sys
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_fp32_router.errors import Fp32RouterError, MonitorError, UnprotectedRouterError
-from megatron_fp32_router.monitor import look, sinks
-from megatron_fp32_router.monitor.collect import Exchange, place
+from megatron_fp32_router.errors import UnprotectedRouterError
+from megatron_fp32_router.monitor import collect, look, sinks
 from megatron_fp32_router.monitor.sinks import Entry, Layer
 from megatron_fp32_router.protect import balance
 from megatron_fp32_router.registry import mismatch, registry, replaces
@@ -31,14 +31,18 @@ class Monitor:
     def __init__(self) -> None:
         self.step = 0
         self.entries: dict[Layer, Entry] = {}
-        self._failed = False
+        self._ended = False
         self._calls = 0
         self._offset: int | None = None
         self._listeners: dict[Layer, look.Listener] = {}
         self._memory: dict[Layer, look.Memory] = {}
         #: A look that waits for the balance update.
         self._open: dict[Layer, look.Seen] | None = None
-        self._exchange = Exchange()
+        #: Whether what `entries` say has still to be judged.
+        self._unjudged = False
+        #: (layer, name) of what was not finite at the last look.
+        self._not_finite: set[tuple[Layer, str]] = set()
+        self._exchange = collect.Exchange()
 
     # The clock ---------------------------------------------------------------------------------------------------
 
@@ -62,31 +66,62 @@ class Monitor:
 
     def at_gradients(self, model: Any, config: Any) -> None:
         """Called once in every finalize_model_grads, when gradients are reduced and no bias has moved yet."""
-        with self._own_failures():
-            self._at_gradients(model, config)
+        if not self._ended:
+            self._try(self._at_gradients, model, config)
 
-    @contextlib.contextmanager
-    def _own_failures(self) -> Iterator[None]:
-        """A defect of the monitor is not to be taken for one of the training."""
+    def _after_update(self, updated: list[tuple[list[Any], torch.Tensor]]) -> None:
+        self._try(self._close_with, updated)
+
+    def _try(self, part: Callable[..., None], *arguments: Any) -> None:
+        """Do a part of the work. What fails in it ends the monitor and not the training; what was found counts."""
         try:
-            yield
-        except Fp32RouterError:
-            raise
-        except Exception as error:
-            self._failed = True
-            try:
-                mismatch(
-                    MonitorError,
-                    f"the monitor itself failed ({type(error).__name__}: {error}); the training is not to blame. "
-                    f"Unset {PREFIX}_MONITOR to train without it, or set {PREFIX}_ON_MISMATCH=warn to go on without "
-                    "it from here.",
-                )
-            except MonitorError as ours:
-                raise ours from error
+            part(*arguments)
+        except Exception as error:  # whatever it is: the training is not to blame
+            self._fail(error)
+        if self._unjudged:
+            self._unjudged = False
+            self._judge()
+
+    def _fail(self, error: Exception) -> None:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        what = (
+            f"{type(error).__name__}: {' '.join(str(error).split())} ({Path(place.filename).name}, line {place.lineno})"
+        )
+        why = f"on rank {rank()} it failed with {what}"
+        try:
+            told = self._exchange.end(why)
+        except Exception as another:  # the store itself: nobody else can say it
+            told, why = False, f"{why}, and could not tell the other ranks ({type(another).__name__}: {another})"
+        self._end(why, speaker=0 if told else rank())
+
+    def _end(self, why: str, speaker: int = 0) -> None:
+        """Look no more, and leave no trace in the training."""
+        self._ended = True
+        self._take_listeners()
+        self._take_open()
+        self._memory.clear()
+        say(
+            logging.WARNING,
+            f"the monitor has ended, and the training goes on without it: {why}",
+            threshold=registry.settings.log,
+            speaker=speaker,
+        )
+
+    def _take_listeners(self) -> dict[Layer, look.Listener]:
+        """Take the hooks off the routers; who has listened."""
+        listeners, self._listeners = self._listeners, {}
+        for listener in listeners.values():
+            listener.remove()
+        return listeners
+
+    def _take_open(self) -> dict[Layer, look.Seen]:
+        """Wait for no balance update any more; what the open look has seen."""
+        seen, self._open = self._open or {}, None
+        if self._after_update in balance.watchers:
+            balance.watchers.remove(self._after_update)
+        return seen
 
     def _at_gradients(self, model: Any, config: Any) -> None:
-        if self._failed:
-            return
         if look.capturing():
             say(logging.WARNING, f"{PREFIX}_MONITOR: steps inside a CUDA graph are not looked at", once=True)
             return
@@ -98,8 +133,8 @@ class Monitor:
                 seen.updated = seen.router.training and not frozen
             self._close()
         step = self._now()
-        if step == self.step:
-            return  # the same step computed again
+        if step == self.step or self._ended:
+            return  # the same step computed again, or the look that was closed was the last
         self.step = step
         looks = step % interval == 0
         if not looks and (step + 1) % interval:
@@ -107,31 +142,28 @@ class Monitor:
         layers = look.layers_of(model)
         if looks:
             self._look(layers, config)
-        if (step + 1) % interval == 0:
-            self._listeners = look.listen(layers, samples=place()[2])
+        if (step + 1) % interval == 0 and not self._ended:
+            self._listeners = look.listen(layers, samples=collect.place()[2])
 
     def _look(self, layers: dict[Layer, tuple[str, Any]], config: Any) -> None:
-        listeners, self._listeners = self._listeners, {}
-        for listener in listeners.values():
-            listener.remove()
-        samples = place()[2]
+        listeners = self._take_listeners()
+        if self._exchange.has_ended():
+            self._end(str(self._exchange.ended))
+            return
+        samples = collect.place()[2]
         self._open = {}
         with torch.no_grad():
             for layer, (name, router) in layers.items():
                 memory = self._memory.setdefault(layer, look.Memory())
                 self._open[layer] = look.see(name, router, listeners.get(layer), samples, memory)
-        updates = getattr(config, "moe_router_enable_expert_bias", False)
-        if not updates or all(seen.before_E is None for seen in self._open.values()):
-            self._close()
-        elif any(look.broken(seen) for seen in self._open.values()):
-            # At once, without the numbers of the update: it may refuse to work on what it finds.
-            self._close(reduce=False)
+        if registry.settings.on_mismatch == "raise" and any(look.broken(seen) for seen in self._open.values()):
+            # At once: the balance update refuses to work on what was found. Others may be there already, and would
+            # wait for this rank as long as it waited for them.
+            self._close(meet=False)
+        elif getattr(config, "moe_router_enable_expert_bias", False):
+            balance.watchers.append(self._after_update)  # also where this rank has no router: all meet there
         else:
-            balance.watchers.append(self._after_update)
-
-    def _after_update(self, updated: list[tuple[list[Any], torch.Tensor]]) -> None:
-        with self._own_failures():
-            self._close_with(updated)
+            self._close()
 
     def _close_with(self, updated: list[tuple[list[Any], torch.Tensor]]) -> None:
         rows = {
@@ -144,58 +176,90 @@ class Monitor:
             seen.updated = id(seen.router) in rows
         self._close()
 
-    def _close(self, reduce: bool = True) -> None:
-        """The end of a look: read the numbers, hand them on, judge.
+    def _close(self, meet: bool = True) -> None:
+        """The end of a look: read the numbers and hand them on.
 
-        `reduce`: sum up counts that nobody else has; only where every rank does so.
+        `meet`: wait for other ranks; only where they all come by without this one.
         """
-        seen, self._open = self._open or {}, None
-        if self._after_update in balance.watchers:
-            balance.watchers.remove(self._after_update)
+        seen = self._take_open()
         with torch.no_grad():
-            if reduce:
-                look.reduce_the_rest(seen.values())
             look.read(seen.values())
-        self._hand_on({layer: look.entry(each, self._memory[layer], self.step) for layer, each in seen.items()})
+        self.entries = {layer: look.entry(each, self._memory[layer], self.step) for layer, each in seen.items()}
+        self._unjudged = True
+        together = self._bring_together(seen, meet)
+        self.entries = {layer: together[layer] for layer in sorted(together, key=sinks.order)}
+        self._hand_on()
+        if self._exchange.ended is not None:
+            self._end(self._exchange.ended)
 
-    def _hand_on(self, own: dict[Layer, Entry]) -> None:
-        """Bring the layers together, write them, and say what is wrong with them."""
-        first = rank() == 0
-        together = dict(own)
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            stage, stages, speaks = place()
-            if speaks:
-                self._exchange.post(self.step, stage, own)
-            else:
-                for layer, entry in own.items():
-                    for text in entry["violations"]:
-                        self._exchange.complain(layer, text)
-            if first or any(writer is not None for writer in sinks.megatron_writers()):
-                together = dict(self._exchange.collect(self.step, stages))
-            if first:
-                for layer, text in self._exchange.complaints():
-                    together.setdefault(layer, {"metrics": {}, "violations": []})["violations"].append(text)
-        self.entries = together = {layer: together[layer] for layer in sorted(together, key=sinks.order)}
-        if first and not together:
-            say(logging.WARNING, f"{PREFIX}_MONITOR is on, and there is no router to look at", once=True)
+    def _bring_together(self, seen: dict[Layer, look.Seen], meet: bool) -> dict[Layer, Entry]:
+        """The layers of all stages on the ranks that write, those of this stage elsewhere."""
+        exchange, own, (stage, stages, speaks) = self._exchange, self.entries, collect.place()
+        notes, ranks, alone = {rank(): collect.note(own, seen)}, collect.peers(), collect.store() is None
+        if not alone:
+            exchange.begin()
+            # JSON would turn layer numbers into strings as keys of an object.
+            exchange.post(self.step, f"rank {rank()}", list(notes[rank()].items()))
+            if speaks and meet:
+                told = exchange.gather(self.step, [f"rank {peer}" for peer in ranks], collect.PATIENCE)
+                notes = {int(name.split()[1]): dict(value) for name, value in told.items()}
+        collect.complete(own, seen, notes, len(ranks))
+        if alone:
+            return own
+        if speaks:
+            exchange.post(self.step, f"pipeline stage {stage}", list(own.items()))
+        writes = rank() == 0 or any(writer is not None for writer in sinks.megatron_writers())
+        if not (writes and meet):
+            return own
+        told = exchange.gather(self.step, [f"pipeline stage {each}" for each in range(stages)], 2 * collect.PATIENCE)
+        return {layer: entry for entries in told.values() for layer, entry in entries}
+
+    def _hand_on(self) -> None:
+        """Write the look, and warn of what is not finite."""
         step = self._label(self.step)
-        if first:
+        if rank() == 0:
+            if not self.entries:
+                say(logging.WARNING, f"{PREFIX}_MONITOR is on, and there is no router to look at", once=True)
             before = f", which goes on after step {self._offset}" if self._offset else ""
             where = f"the monitor looks every {registry.settings.monitor} steps and writes {sinks.path()}{before}"
-            say(logging.INFO, where, threshold=registry.settings.log, once=True)
-            sinks.append(step, together)
-        sinks.publish(step, together)
-        self._judge(together)
+            if sinks.append(step, self.entries):
+                say(logging.INFO, where, threshold=registry.settings.log, once=True)
+            self._warn_of_what_is_not_finite(step)
+        sinks.publish(step, self.entries)
 
-    def _judge(self, entries: dict[Layer, Entry]) -> None:
-        found = [f"layer {layer}, {text}" for layer, entry in entries.items() for text in entry["violations"]]
+    def _warn_of_what_is_not_finite(self, step: int) -> None:
+        """In one line, when it is seen first. Whether a training may go on with it is upstream's to say."""
+        found = {
+            (layer, name.removeprefix(sinks.NOT_FINITE)): value
+            for layer, entry in self.entries.items()
+            for name, value in entry["metrics"].items()
+            if name.startswith(sinks.NOT_FINITE) and value
+        }
+        new = [
+            f"layer {layer}, {name}: {found[layer, name]:.0f}"
+            for layer, name in found
+            if (layer, name) not in self._not_finite
+        ]
+        self._not_finite = set(found)
+        if new:
+            say(
+                logging.WARNING,
+                f"the monitor found values that are not finite, since step {step}: {_listed(new)}; nothing is stopped",
+                threshold=registry.settings.log,
+            )
+
+    def _judge(self) -> None:
+        found = [f"layer {layer}, {text}" for layer, entry in self.entries.items() for text in entry["violations"]]
         if found:
-            listed = "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
             mismatch(
                 UnprotectedRouterError,
-                f"the monitor found routers that are no longer in fp32: {listed}. Something has changed them since "
-                f"the model was wrapped. {PREFIX}_ON_MISMATCH=warn trains on as it is.",
+                f"the monitor found routers that are no longer in fp32: {_listed(found)}. Something has changed them "
+                f"since the model was wrapped. {PREFIX}_ON_MISMATCH=warn trains on as it is.",
             )
+
+
+def _listed(found: list[str]) -> str:
+    return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
 
 
 #: The monitor that runs now; a new one each time the plugin is turned on.

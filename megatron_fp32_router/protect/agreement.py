@@ -78,7 +78,7 @@ def what_must_agree() -> dict[str, str]:
         "the plugin's version": __version__,
         f"{PREFIX}_PROTECT": settings.protect,
         f"{PREFIX}_ON_MISMATCH": settings.on_mismatch,
-        # Every look may be a collective.
+        # Ranks meet in a look.
         f"{PREFIX}_MONITOR": str(settings.monitor or "off"),
         f"{PREFIX}_UNTESTED": settings.untested,
         "Megatron": str(megatron),
@@ -105,8 +105,8 @@ def _statement(at_optimizer: bool) -> dict[str, Any]:
 # The store -------------------------------------------------------------------------------------------------------
 
 
-def _store() -> Any:
-    """A room of our own in the default process group's store; None where there is nothing to agree about."""
+def store(room: str | None = None) -> Any:
+    """A room of our own in the default process group's store; None where there is nobody to meet in it."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return None
@@ -125,7 +125,7 @@ def _store() -> Any:
             once=True,
         )
         return None
-    return distributed_c10d.PrefixStore(_ROOM, get())
+    return distributed_c10d.PrefixStore(room or _ROOM, get())
 
 
 def _read(store: Any, keys: list[str]) -> list[dict[str, Any]]:
@@ -215,8 +215,8 @@ def _leave(store: Any, rank: int, world: int, found: dict[str, Any]) -> None:
 
 def publish() -> None:
     """Write what this rank has to say so far. Waits for nobody."""
-    if registry.settings.agree_timeout and not _is_agreed() and (store := _store()) is not None:
-        _attempt(lambda: store.set(str(torch.distributed.get_rank()), json.dumps(_statement(at_optimizer=False))))
+    if registry.settings.agree_timeout and not _is_agreed() and (room := store()) is not None:
+        _attempt(lambda: room.set(str(torch.distributed.get_rank()), json.dumps(_statement(at_optimizer=False))))
 
 
 def agree() -> None:
@@ -228,8 +228,8 @@ def agree() -> None:
     if _is_agreed():
         _judged()
         return
-    store = _store()
-    if store is None:
+    room = store()
+    if room is None:
         return
     _Agreed.group = weakref.ref(torch.distributed.group.WORLD)
     _Agreed.failure = None
@@ -240,7 +240,7 @@ def agree() -> None:
             threshold=registry.settings.log,
         )
         return
-    _attempt(lambda: _agree(store))
+    _attempt(lambda: _agree(room))
     _judged()
 
 

@@ -42,7 +42,7 @@ def direction(counts_LE: torch.Tensor) -> torch.Tensor:
 watchers: list[Callable[[list[tuple[list[Any], torch.Tensor]]], None]] = []
 
 
-def _group(given: Any) -> Any:
+def group_of(given: Any) -> Any:
     """The group that shares a balance update: tensor x data x context parallel, as upstream takes it."""
     if given is not None:
         return given
@@ -70,7 +70,7 @@ def exact_rule(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
             refuse_handed("expert_bias", expert_bias.dtype, "expert_bias")
         with torch.no_grad():
             counts = tokens_per_expert.to(torch.int64)
-            torch.distributed.all_reduce(counts, group=_group(tp_dp_cp_group))
+            torch.distributed.all_reduce(counts, group=group_of(tp_dp_cp_group))
             if counts is not tokens_per_expert:
                 tokens_per_expert.copy_(counts)
             step = direction(counts).to(expert_bias.dtype)
@@ -155,7 +155,7 @@ def exact_update(original: Callable[..., None]) -> Callable[..., None]:
                     group = {"tp_dp_cp_group": tp_dp_cp_group} if rules.takes_group else {}
                     _update_by(theirs, modules, rate, group, rules.zeroes)
                 else:
-                    updated.append((modules, _update(modules, rate, _group(tp_dp_cp_group), rules.zeroes)))
+                    updated.append((modules, _update(modules, rate, group_of(tp_dp_cp_group), rules.zeroes)))
         for watcher in list(watchers):
             watcher(updated)
 

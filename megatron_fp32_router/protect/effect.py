@@ -55,7 +55,7 @@ class Survey:
         return f"{self.routers} router{'s' if self.routers != 1 else ''}: {tensors}"
 
 
-def _tensors(router: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
+def tensors_of(router: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
     """(name, tensor, whether it is a parameter) of every floating-point tensor of `router`."""
     for name, parameter in router.named_parameters():
         if parameter.is_floating_point():
@@ -65,7 +65,7 @@ def _tensors(router: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]
             yield name, buffer, False
 
 
-def _routers(module: torch.nn.Module) -> tuple[list[tuple[str, Any]], tuple[str, ...]]:
+def routers_of(module: torch.nn.Module) -> tuple[list[tuple[str, Any]], tuple[str, ...]]:
     """The TopKRouters in `module`, and the names of routers of other kinds."""
     upstream = sys.modules.get(_ROUTER_MODULE)
     if upstream is None:
@@ -81,11 +81,11 @@ def _routers(module: torch.nn.Module) -> tuple[list[tuple[str, Any]], tuple[str,
 
 def survey(module: torch.nn.Module) -> Survey:
     """Look at every router tensor of `module` as it is now."""
-    routers, foreign = _routers(module)
+    routers, foreign = routers_of(module)
     dtypes: Counter[tuple[str, torch.dtype]] = Counter()
     below = []
     for router_name, router in routers:
-        for name, tensor, is_parameter in _tensors(router):
+        for name, tensor, is_parameter in tensors_of(router):
             dtypes[name, tensor.dtype] += 1
             if below_fp32(tensor.dtype) and (protects_parameters() or not is_parameter):
                 below.append(f"{router_name}.{name} ({tensor.dtype}; {place(router)})")
@@ -166,7 +166,7 @@ def _report(module: torch.nn.Module, config: Any) -> None:
             f"{PREFIX}_ON_MISMATCH=warn trains on as it is.",
         )
     elif found.routers:
-        routers = [router for _, router in _routers(module)[0]]
+        routers = [router for _, router in routers_of(module)[0]]
         protected = "all" if protects_parameters() else "buffers"
         say(
             logging.INFO,
@@ -206,8 +206,8 @@ def look_after_wrapping(original: Callable[..., None]) -> Callable[..., None]:
 
 def totals() -> tuple[int, int]:
     """Over all models seen: how many TopKRouters there are, and how many of their tensors are fp32 or better."""
-    routers = {id(router): router for module in seen for _, router in _routers(module)[0]}
-    tensors = [tensor for router in routers.values() for _, tensor, _ in _tensors(router)]
+    routers = {id(router): router for module in seen for _, router in routers_of(module)[0]}
+    tensors = [tensor for router in routers.values() for _, tensor, _ in tensors_of(router)]
     return len(routers), sum(not below_fp32(tensor.dtype) for tensor in tensors)
 
 
@@ -220,13 +220,13 @@ def protect_model(model: Any) -> Survey:
     """See megatron_fp32_router.protect_model."""
     total = Survey(0, {}, (), ())
     for chunk in _chunks(model):
-        for _, router in _routers(chunk)[0]:
+        for _, router in routers_of(chunk)[0]:
             if any(hasattr(parameter, "main_grad") for parameter in router.parameters()):
                 raise ModelInUseError(
                     "protect_model() came after DDP: the parameters are views of its buffers now. "
                     "Call it on the bare or Float16Module-wrapped model, before DDP and the optimizer."
                 )
-        for _, router in _routers(chunk)[0]:
+        for _, router in routers_of(chunk)[0]:
             _widen(router)
         found = survey(chunk)
         dtypes = Counter(total.dtypes)

@@ -251,6 +251,35 @@ def test_a_third_partys_balance_update_is_judged_one_step_later(
     assert balance.watchers == []
 
 
+def test_where_every_step_is_a_look_every_look_has_tokens(build: Any, watched: Any) -> None:
+    file = watched(1)
+    room = build(**TINY)
+    batches = lab.text_batches(room.recipe, seed=1)
+    for _ in range(3):
+        room.step(batches)
+    # Hooks go on one step ahead: the very first look has none.
+    with_tokens = [(record["step"], "flips/actual" in record["metrics"]) for record in looks(file)[::3]]
+    assert with_tokens == [(1, False), (2, True), (3, True)]
+
+
+def test_a_monitor_that_has_failed_leaves_no_hook_behind(
+    build: Any, watched: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = watched(1)
+    score_watchers.clear()  # of tests that ended one step ahead of a look
+    room = build(**TINY)
+    batches = lab.text_batches(room.recipe, seed=1)
+    room.step(batches)
+    # After the balance update, when the hooks of the next look are on.
+    monkeypatch.setattr(look, "read", lambda seen: 1 / 0)
+    for _ in range(2):
+        room.step(batches)
+    assert caplog.text.count("the monitor has ended, and the training goes on without it: on rank 0 it failed") == 1
+    assert [len(router._forward_hooks) for _, router in room.routers()] == [0, 0]
+    assert balance.watchers == score_watchers == []
+    assert {record["step"] for record in looks(file)} == {1}
+
+
 def test_a_bias_that_is_frozen_has_swallowed_nothing(build: Any, watched: Any) -> None:
     file = watched(1)
     room = build(**TINY)

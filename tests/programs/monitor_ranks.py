@@ -37,12 +37,12 @@ def train(recipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
             room.step(batches)
             step += 1
             if step == arguments.get("cast_after"):
-                room.on_counts.append(_cast_the_last_router)
+                room.on_counts.append(lambda room: _cast_the_last_router(room, arguments["cast_on"]))
     return {"dumped": dumped, "latest": monitor.latest()}
 
 
-def _cast_the_last_router(room: Any) -> None:
+def _cast_the_last_router(room: Any, rank: int) -> None:
     """What a third party's code may do behind everybody's back; after the forward, whose gating would notice."""
-    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+    if torch.distributed.get_rank() == rank:
         _, router = room.routers()[-1]
         router.weight.data = router.weight.data.bfloat16()
