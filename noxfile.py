@@ -15,7 +15,7 @@ import nox
 ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
-from bootstrap import LAST_OF_LINE, RELEASES, ensure_release  # noqa: E402 - neither folder is a package
+from bootstrap import LAST_OF_LINE, RELEASES, TREES, TREES_BY_HAND, ensure_release, ensure_tree  # noqa: E402 - neither folder is a package
 from installing import VERSIONS, pythons  # noqa: E402
 
 nox.options.default_venv_backend = "none"
@@ -28,6 +28,12 @@ SCRIPTS = [
 
 #: Releases whose optimizer code differs from that of the last of their line (scripts/docs_resume.py finds them).
 OTHER_OPTIMIZERS = ("0.17.0",)
+
+#: What `scripts/test --quick` runs.
+QUICK = [
+    f"tests/megatron/test_{name}.py"
+    for name in ("defects", "casts", "gating", "balance", "patches", "ranks", "optimizer_checkpoints", "refusals")
+]
 
 #: Files that are measured in seconds do not wait for each other: whoever is free takes the next test. scripts/test
 #: says how many processes there are to be.
@@ -65,6 +71,8 @@ def independent(session: nox.Session) -> None:
         "--ignore",
         "tests/megatron",
         "--ignore",
+        "tests/trees",
+        "--ignore",
         "tests/test_matrix.py",
         "--ignore",
         "tests/gpu",
@@ -85,6 +93,25 @@ def release(session: nox.Session, megatron: str) -> None:
         tests += ["tests/megatron/test_optimizer_checkpoints.py", "tests/megatron/test_resume.py"]
     where = [*tests, "--megatron", str(tree), "--ledger", str(ledger)]
     session.run(sys.executable, *PYTEST, *where, *session.posargs, success_codes=_good_codes(session))
+
+
+@nox.session
+@nox.parametrize("megatron", [nox.param(version, id=version) for version in (RELEASES[0], RELEASES[-1])])
+def quick(session: nox.Session, megatron: str) -> None:
+    """What the plugin promises at its core, on one release: the defects, seen and gone, and what repairs them."""
+    ledger = ROOT / "results" / f"{megatron}.json"
+    where = [*QUICK, "--megatron", str(ensure_release(megatron)), "--ledger", str(ledger)]
+    session.run(sys.executable, *PYTEST, *where)
+
+
+@nox.session
+@nox.parametrize("name", [nox.param(name, id=name) for name in TREES])
+def tree(session: nox.Session, name: str) -> None:
+    """Tests on one checkout of the repository; on those whose core is no release's, that core's tests too."""
+    ledger = ROOT / "results" / f"{name}.json"
+    where = ["--megatron", str(ensure_tree(name)), "--ledger", str(ledger), *session.posargs]
+    folders = ["tests/trees", "tests/megatron"] if name in TREES_BY_HAND else ["tests/trees"]
+    session.run(sys.executable, *PYTEST, *folders, *where, success_codes=_good_codes(session))
 
 
 @nox.session

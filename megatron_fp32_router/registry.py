@@ -170,6 +170,11 @@ def _not_in_this_release(patch: Patch, megatron: Megatron) -> str | None:
     return None
 
 
+def _class_is_gone(patch: Patch, module: ModuleType) -> bool:
+    """Whether `module` is there without the class that an optional patch is for."""
+    return patch.optional and not hasattr(module, patch.path.partition(".")[0])
+
+
 def _not_asked_for(patch: Patch) -> bool:
     return patch.monitor and not registry.settings.monitor and patch.id not in registry.replacements
 
@@ -199,7 +204,7 @@ def _problem(patch: Patch, module: ModuleType, megatron: Megatron) -> str | None
 
 def _apply(patch: Patch, module: ModuleType, megatron: Megatron, changed: str | None) -> None:
     registry.problems.pop(patch.id, None)
-    if _not_in_this_release(patch, megatron) or _not_asked_for(patch):
+    if _not_in_this_release(patch, megatron) or _not_asked_for(patch) or _class_is_gone(patch, module):
         return
     if _left_to_somebody_else(patch, module):
         return  # status() says so, and a line in the log when a model is wrapped
@@ -370,6 +375,8 @@ def _status(patch: Patch) -> tuple[State, str]:
         if _left_to_somebody_else(patch, module):
             name = _name(wrapt.resolve_path(module, patch.path)[2])
             return "displaced", f"replaced by {name} before the plugin was active"
+        if _class_is_gone(patch, module):
+            return "native", f"{of_module(module)} has no such class"
         return "drifted", "was not applied"
     position, above = _position(patch, module)
     if position == "outermost" and _home(registry.replacements[patch.id]) != _HOME:

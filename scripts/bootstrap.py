@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import venv
@@ -30,6 +31,15 @@ RELEASES = tuple((ROOT / "scripts" / "releases.txt").read_text(encoding="utf-8")
 
 #: The last patch release of every line: 0.12.3 of 0.12.
 LAST_OF_LINE = tuple({version.rpartition(".")[0]: version for version in RELEASES}.values())
+
+#: Checkouts of the repository that tests train on -> commit. Those that the plugin does not fit yet are run by hand.
+_TREES = [line.split() for line in (ROOT / "scripts" / "trees.txt").read_text(encoding="utf-8").splitlines()]
+TREES = {name: commit for name, commit, _ in _TREES}
+TREES_BY_HAND = tuple(name for name, _, when in _TREES if when == "by-hand")
+
+#: A folder of archives of them, NAME.tar.xz; where there is none, `git` fetches the commits.
+TREES_FOLDER = Path(os.environ.get("MEGATRON_TREES") or ROOT.parent / "shared" / "trees")
+UPSTREAM = "https://github.com/NVIDIA/Megatron-LM"
 
 #: What development and the demo use when no release is named.
 NEWEST = RELEASES[-1]
@@ -91,29 +101,77 @@ def ensure_release(version: str) -> Path:
 
     It is only unpacked, not installed: one environment serves all releases, one folder on the path each.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    tree = cache / "megatron-fp32-router" / "releases" / version
+    tree = _cache("releases") / version
     if (tree / "megatron").is_dir():
         return tree
     if version not in RELEASES:
         raise SetupError(f"Megatron {version!r} is not among the releases: {', '.join(RELEASES)}")
 
     say(f"Fetching megatron-core {version} ...")
-    tree.parent.mkdir(parents=True, exist_ok=True)
-    # Beside its final place, so that the rename below is atomic: several processes may fetch one release.
-    with tempfile.TemporaryDirectory(dir=tree.parent, prefix=f".{version}-") as work:
-        unpacked = Path(work) / "tree"
-        with zipfile.ZipFile(_download(version, Path(work))) as wheel:
-            wheel.extractall(unpacked)
-        if not (unpacked / "megatron").is_dir():
+    with _beside(tree) as work:
+        with zipfile.ZipFile(_download(version, work)) as wheel:
+            wheel.extractall(work / "tree")
+        if not (work / "tree" / "megatron").is_dir():
             raise SetupError(f"the wheel of megatron-core {version} holds no 'megatron' folder")
+    return tree
+
+
+def ensure_tree(name: str, *, fetch: bool = True) -> Path:
+    """Return a folder that holds the checkout *name* of the repository, unpacking or (if *fetch*) fetching it once."""
+    tree = _cache("trees") / name
+    if (tree / "megatron").is_dir():
+        return tree
+    archive = TREES_FOLDER / f"{name}.tar.xz"
+    if not (archive.is_file() or fetch):
+        raise SetupError(f"there is no {archive}, and the network was not to be had a moment ago")
+    with _beside(tree) as work:
+        if archive.is_file():
+            say(f"Unpacking {archive} ...")
+            with tarfile.open(archive) as packed:
+                # The Pythons that do not know of the filter are old and trust every archive.
+                packed.extractall(work, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+            (work / name).rename(work / "tree")
+        else:
+            say(f"Fetching commit {TREES[name]} of {UPSTREAM} for {name} ...")
+            git = ("git", "-C", str(work / "tree"), "-c", "http.lowSpeedLimit=1000", "-c", "http.lowSpeedTime=30")
+            _run("git", "init", "--quiet", str(work / "tree"))
+            _run(*git, "fetch", "--quiet", "--depth", "1", UPSTREAM, TREES[name])
+            _run(*git, "checkout", "--quiet", "FETCH_HEAD")
+    return tree
+
+
+def _cache(kind: str) -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "megatron-fp32-router" / kind
+
+
+@contextlib.contextmanager
+def _beside(tree: Path) -> Iterator[Path]:
+    """A folder in which `tree/` is made, to be renamed *tree*: at once, since several processes may fetch one."""
+    tree.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=tree.parent, prefix=f".{tree.name}-") as work:
+        yield Path(work)
         try:
-            unpacked.rename(tree)
+            (Path(work) / "tree").rename(tree)
         except OSError:
             # Somebody else was first: their copy is as good.
             if not (tree / "megatron").is_dir():
                 raise
-    return tree
+
+
+def _run(*command: str) -> None:
+    """Run *command*, which may ask nobody for a password.
+
+    Raises:
+        SetupError: it failed, or is not there, or takes more than ten minutes.
+    """
+    environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise SetupError(f"{command[0]}: {error}") from None
+    if done.returncode:
+        raise SetupError(f"{' '.join(command)} failed:\n{_tail(done.stderr)}")
 
 
 def _fingerprint(extra: str) -> str:

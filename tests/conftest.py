@@ -28,7 +28,8 @@ megatron_fp32_router.disable()
 def pytest_configure(config: pytest.Config) -> None:
     ledger.pytest_configure(config)
     tree = config.getoption("--megatron")
-    if tree:
+    # tests/trees starts programs of its own, which import their own Megatron.
+    if tree and not all("tests/trees" in argument for argument in config.args):
         from megatron_fp32_router import lab
 
         lab.prepare(tree)

@@ -219,14 +219,15 @@ def _look_at_patches(found: Diagnosis, megatron: Megatron, targets: list[Target]
     for patch in PATCHES:
         if patch.monitor and not monitored:
             continue
-        unfit = [target for target in targets if patch.id in target.patches and not target.fits]
+        own = [target for target in targets if patch.id in target.patches]
+        unfit = [target for target in own if not target.fits]
         native = _native(patch, megatron)
         if off:
             found.patches.append((patch, "off", ""))
         elif native is not None:
             found.patches.append((patch, "native", native))
-        elif patch.module.startswith("megatron.legacy") and not (megatron.path and _has(megatron, patch)):
-            found.patches.append((patch, "armed", "this tree has no such module"))
+        elif patch.optional and all(target.fits and target.digest is None for target in own):
+            found.patches.append((patch, "native", "not part of this tree"))
         elif unfit:
             worst = unfit[0]
             found.patches.append((patch, "drifted", f"{worst.dotted} {_what(worst)}; {worst.file}:{worst.line}"))
@@ -249,11 +250,6 @@ def _native(patch: Patch, megatron: Megatron) -> str | None:
     if patch.until is not None and megatron.at_least(patch.until):
         return patch.why_not_from_until
     return None
-
-
-def _has(megatron: Megatron, patch: Patch) -> bool:
-    assert megatron.path is not None
-    return (megatron.path.parent.parent / (patch.module.replace(".", "/") + ".py")).is_file()
 
 
 def _what(target: Target) -> str:

@@ -169,16 +169,18 @@ class Judge:
         if not self.tree.has(module):
             return Target(name, patches, "match", "not part of this tree", None, file)
         body = self.tree.body(name)
+        patch = next(patch for patch in PATCHES if key(patch.module, patch.path) == name)
         if body.module is None:
+            if patch.optional and self.tree.body(key(module, path.partition(".")[0])).digest is None:
+                return Target(name, patches, "match", "not part of this tree", None, file)
             return Target(name, patches, "missing", self._gone(module, path), None, file, patchable=False)
-        expected = next(patch.parameters for patch in PATCHES if key(patch.module, patch.path) == name)
         function = body.module.body[-1]
         found = [a.arg for a in function.args.args] if isinstance(function, ast.FunctionDef) else []
-        if tuple(found[: len(expected)]) == expected:
+        if tuple(found[: len(patch.parameters)]) == patch.parameters:
             return Target(
                 name, patches, "known", "in no wheel: compared by its parameters", body.digest, file, body.line
             )
-        detail = f"takes ({', '.join(found)}) where ({', '.join(expected)}, …) was expected"
+        detail = f"takes ({', '.join(found)}) where ({', '.join(patch.parameters)}, …) was expected"
         # Its parameters are what the patch needs to be applied at all: nothing that a probe could clear.
         return Target(name, patches, "drifted", detail, body.digest, file, body.line, patchable=False)
 

@@ -29,14 +29,20 @@ def megatron_version() -> str:
     return str(import_module("megatron.core.package_info").__version__)
 
 
-def before_import(tree: Path | None) -> None:
-    """Apply what must be there when Megatron is imported. Imports NumPy and torch, nothing of Megatron."""
+def before_import(tree: Path | None, *, training: bool = False) -> None:
+    """Apply what must be there when Megatron is imported. Imports NumPy and torch, nothing of Megatron.
+
+    Args:
+        tree: the directory that holds `megatron/`; None: wherever it is on sys.path.
+        training: megatron.training will be imported too, which needs triton from 0.16 on.
+    """
     import numpy as np
 
     # 0.11 to 0.15: NumPy 2 took the name away.
     if not hasattr(np, "product"):
         np.product = np.prod  # type: ignore[attr-defined]
-    _triton_stub(tree)
+    if training or _needs_triton(tree):
+        _triton_stub()
 
 
 def after_import() -> None:
@@ -203,10 +209,12 @@ class _TritonStub(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module: types.ModuleType) -> None: ...
 
 
-def _triton_stub(tree: Path | None) -> None:
+def _needs_triton(tree: Path | None) -> bool:
     roots = [tree] if tree is not None else list(map(_as_path, sys.path))
-    if not any((root / "megatron/core/transformer/moe/paged_stash.py").is_file() for root in roots):
-        return
+    return any((root / "megatron/core/transformer/moe/paged_stash.py").is_file() for root in roots)
+
+
+def _triton_stub() -> None:
     if any(isinstance(finder, _TritonStub) for finder in sys.meta_path):
         return
     # torch remembers the answer to this question; ask while it is still the truth.

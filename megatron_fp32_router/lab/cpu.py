@@ -1,4 +1,4 @@
-"""ALL pretending that a CPU is a CUDA device lives in this file, and nowhere else.
+"""ALL pretending that a CPU is a CUDA device lives in this file and in cpu_program.py, and nowhere else.
 
 Megatron asks for CUDA devices, streams, generators and tensor types by name. On a machine without any, the
 laboratory answers those questions from the CPU, so that unmodified Megatron code runs. Doing so in somebody's
@@ -87,8 +87,8 @@ def pretend(compile: bool = False) -> None:
     _random_numbers()
     logging.getLogger(_RNG_LOGGER).addFilter(_expected)
     _tensors()
-    _replace(torch.distributed, "all_to_all_single", _all_to_all_with_lists(torch.distributed.all_to_all_single))
-    _replace(torch, "compile", _compile_without_toolchain(torch.compile, compile))
+    replace(torch.distributed, "all_to_all_single", _all_to_all_with_lists(torch.distributed.all_to_all_single))
+    replace(torch, "compile", _compile_without_toolchain(torch.compile, compile))
 
 
 def undo() -> None:
@@ -106,7 +106,8 @@ def _undo_to(length: int) -> None:
             setattr(owner, name, original)
 
 
-def _replace(owner: Any, name: str, value: Any) -> None:
+def replace(owner: Any, name: str, value: Any) -> None:
+    """Put `value` in the place of an attribute, until `undo()`."""
     # vars() and not getattr(): an inherited method must be uncovered again, not copied down.
     _replaced.append((owner, name, vars(owner).get(name, _MISSING)))
     setattr(owner, name, value)
@@ -126,15 +127,15 @@ def _nothing() -> Callable[..., None]:
 def _devices() -> None:
     cuda = torch.cuda
     # "cpu" and not 0: Megatron uses the answer as a device= argument, and newer code builds a torch.device of it.
-    _replace(cuda, "current_device", lambda: "cpu")
-    _replace(cuda, "device_count", lambda: 1)
+    replace(cuda, "current_device", lambda: "cpu")
+    replace(cuda, "device_count", lambda: 1)
     for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "_lazy_init"):
-        _replace(cuda, name, _nothing())
-    _replace(cuda, "get_device_capability", lambda device=None: (0, 0))
-    _replace(cuda, "is_current_stream_capturing", lambda: False)
+        replace(cuda, name, _nothing())
+    replace(cuda, "get_device_capability", lambda device=None: (0, 0))
+    replace(cuda, "is_current_stream_capturing", lambda: False)
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
-        _replace(cuda, name, lambda device=None: 0)  # a new function in each turn of the loop
-    _replace(cuda, "memory_stats", lambda device=None: {})
+        replace(cuda, name, lambda device=None: 0)  # a new function in each turn of the loop
+    replace(cuda, "memory_stats", lambda device=None: {})
 
 
 # Streams and events: a CPU runs in order, so all of them are no-ops ----------------------------------------------
@@ -191,12 +192,12 @@ def _streams() -> None:
     def stream(stream: Any) -> Iterator[None]:
         yield
 
-    _replace(torch.cuda, "Stream", _Stream)
-    _replace(torch.cuda, "Event", _Event)
-    _replace(torch.cuda, "stream", stream)
-    _replace(torch.cuda, "current_stream", lambda device=None: only)
-    _replace(torch.cuda, "default_stream", lambda device=None: only)
-    _replace(torch.cuda, "set_stream", _nothing())
+    replace(torch.cuda, "Stream", _Stream)
+    replace(torch.cuda, "Event", _Event)
+    replace(torch.cuda, "stream", stream)
+    replace(torch.cuda, "current_stream", lambda device=None: only)
+    replace(torch.cuda, "default_stream", lambda device=None: only)
+    replace(torch.cuda, "set_stream", _nothing())
 
 
 # Random numbers: the CUDA generator is the CPU's ----------------------------------------------------------------
@@ -239,14 +240,14 @@ def _random_numbers() -> None:
         callback()
 
     for owner in (torch.cuda, torch.cuda.random):
-        _replace(owner, "get_rng_state", get_rng_state)
-        _replace(owner, "set_rng_state", set_rng_state)
-        _replace(owner, "manual_seed", manual_seed)
-        _replace(owner, "initial_seed", initial_seed)
+        replace(owner, "get_rng_state", get_rng_state)
+        replace(owner, "set_rng_state", set_rng_state)
+        replace(owner, "manual_seed", manual_seed)
+        replace(owner, "initial_seed", initial_seed)
     # Megatron warns in every fork that the CPU's generator moved along with the GPU's: here it is the same one.
-    _replace(logging.getLogger("megatron.core.tensor_parallel.random"), "warning", _nothing())
-    _replace(torch.cuda, "default_generators", _Generators())
-    _replace(torch.cuda, "_lazy_call", call_now)
+    replace(logging.getLogger("megatron.core.tensor_parallel.random"), "warning", _nothing())
+    replace(torch.cuda, "default_generators", _Generators())
+    replace(torch.cuda, "_lazy_call", call_now)
 
 
 # Tensors ----------------------------------------------------------------------------------------------------------
@@ -274,7 +275,9 @@ def _with_device(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _tensors() -> None:
     for name in _FACTORIES:
-        _replace(torch, name, _with_device(getattr(torch, name)))
+        replace(torch, name, _with_device(getattr(torch, name)))
+    for name in ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"):
+        replace(torch.Tensor, name, _with_device(getattr(torch.Tensor, name)))
     real_to, real_type = torch.Tensor.to, torch.Tensor.type
 
     @functools.wraps(real_to)
@@ -298,11 +301,11 @@ def _tensors() -> None:
     def itself(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self
 
-    _replace(torch.Tensor, "to", to)
-    _replace(torch.Tensor, "type", type_)
-    _replace(torch.Tensor, "cuda", itself)
-    _replace(torch.Tensor, "record_stream", _nothing())
-    _replace(torch.nn.Module, "cuda", itself)
+    replace(torch.Tensor, "to", to)
+    replace(torch.Tensor, "type", type_)
+    replace(torch.Tensor, "cuda", itself)
+    replace(torch.Tensor, "record_stream", _nothing())
+    replace(torch.nn.Module, "cuda", itself)
 
 
 def _all_to_all_with_lists(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -359,9 +362,9 @@ def offloading() -> Iterator[None]:
     @functools.wraps(real)
     def split(self: Any, *args: Any) -> Any:
         start = len(_replaced)
-        _replace(torch.Tensor, "is_cuda", property(lambda tensor: not isinstance(tensor, _Host)))
-        _replace(torch.Tensor, "cpu", lambda tensor: tensor.as_subclass(_Host))
-        _replace(torch.Tensor, "pin_memory", lambda tensor: tensor)
+        replace(torch.Tensor, "is_cuda", property(lambda tensor: not isinstance(tensor, _Host)))
+        replace(torch.Tensor, "cpu", lambda tensor: tensor.as_subclass(_Host))
+        replace(torch.Tensor, "pin_memory", lambda tensor: tensor)
         try:
             groups = real(self, *args)
         finally:
@@ -372,7 +375,7 @@ def offloading() -> Iterator[None]:
         return groups
 
     start = len(_replaced)
-    _replace(hybrid, "_get_sub_optimizer_param_groups", split)
+    replace(hybrid, "_get_sub_optimizer_param_groups", split)
     try:
         yield
     finally:

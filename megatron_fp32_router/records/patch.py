@@ -32,6 +32,7 @@ class Patch:
             is then left there, as it would be if it had come after ours.
         monitor: installed only where MEGATRON_FP32_ROUTER_MONITOR asks for looks.
         essential: whether training without it is wrong. False: it is only slower.
+        optional: whether a Megatron without the target's class is right as it is: nothing there can use it.
     """
 
     id: str
@@ -50,6 +51,7 @@ class Patch:
     supersedes: bool = False
     monitor: bool = False
     essential: bool = True
+    optional: bool = False
 
     @property
     def why_not_from_until(self) -> str:

@@ -172,5 +172,6 @@ ROUTERS: Final = (
         issue=f"{UPSTREAM}/issues/1482",
         remove_when="0.11 is no longer supported",
         parameters=("self", "module"),
+        optional=True,  # its file stays to 0.17, the class does not
     ),
 )

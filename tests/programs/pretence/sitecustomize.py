@@ -1,7 +1,9 @@
-"""Makes a CPU pass for CUDA in every interpreter that has this folder on its path, for train.py's sake.
+"""Makes a CPU pass for CUDA in every rank of a program that has this folder on its path.
 
 The laboratory's code does it, loaded from its files: importing it by name would import the package, and the
-test is about programs that do not. LAB names the folder that holds the code.
+tests are about programs that do not. LAB names the folder that holds the code, PRETENCE the file that answers: `cpu`
+(the default) where a program uses megatron.core, `cpu_program` where it uses megatron.training. OBSERVE, if set, is
+the folder that observer.py writes into.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import importlib.util
 import os
 import sys
 import types
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 
@@ -23,22 +26,40 @@ def load(name: str) -> types.ModuleType:
     return module
 
 
-# Both files take their exception from the package. They are given a stand-in for as long as they are loaded.
-recipe = types.ModuleType("megatron_fp32_router.lab.recipe")
-recipe.LabError = RuntimeError  # type: ignore[attr-defined]
-stand_ins = {
-    "megatron_fp32_router": types.ModuleType("megatron_fp32_router"),
-    "megatron_fp32_router.lab": types.ModuleType("megatron_fp32_router.lab"),
-    "megatron_fp32_router.lab.recipe": recipe,
-}
-sys.modules.update(stand_ins)
-try:
-    cpu, compat = load("cpu"), load("compat")
-finally:
-    for name in stand_ins:
-        del sys.modules[name]
-# It keeps a table of torch's functions, and refuses two names for one, which the pretence makes.
-import torch._dynamo  # noqa: E402, F401
+def pretend() -> None:
+    """Load what is needed of the laboratory, and let it answer."""
+    answering = os.environ.get("PRETENCE", "cpu")
+    # The files take each other, and an exception, from the package. They are given a stand-in while they are loaded.
+    lab = types.ModuleType("megatron_fp32_router.lab")
+    recipe = types.ModuleType("megatron_fp32_router.lab.recipe")
+    recipe.LabError = RuntimeError  # type: ignore[attr-defined]
+    stand_ins = {
+        "megatron_fp32_router": types.ModuleType("megatron_fp32_router"),
+        "megatron_fp32_router.lab": lab,
+        "megatron_fp32_router.lab.recipe": recipe,
+    }
+    sys.modules.update(stand_ins)
+    try:
+        for name in dict.fromkeys(("cpu", "compat", answering)):
+            setattr(lab, name, load(name))
+    finally:
+        for name in stand_ins:
+            del sys.modules[name]
+    # It keeps a table of torch's functions, and refuses two names for one, which the pretence makes.
+    import torch._dynamo  # noqa: F401
 
-compat.before_import(None)
-cpu.pretend()
+    lab.compat.before_import(None)  # type: ignore[attr-defined]
+    getattr(lab, answering).pretend()
+
+
+# torch.distributed.run is no rank, and needs nothing.
+if "RANK" in os.environ:
+    pretend()
+    if "OBSERVE" in os.environ:
+        import observer  # noqa: F401
+
+# What a sitecustomize.py further down the path would have done is still done.
+here = str(Path(__file__).parent)
+following = PathFinder.find_spec("sitecustomize", [entry for entry in sys.path if entry != here])
+if following is not None and following.loader is not None:
+    following.loader.exec_module(importlib.util.module_from_spec(following))

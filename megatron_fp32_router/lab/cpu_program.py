@@ -1,0 +1,67 @@
+"""What a whole training program, a checkout's pretrain_gpt.py, asks of CUDA beside what cpu.py answers.
+
+For processes of their own, which end with it: what Megatron compiles is replaced for good.
+"""
+
+from __future__ import annotations
+
+import builtins
+import sys
+import types
+import typing
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megatron_fp32_router.lab import compat, cpu
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def pretend() -> None:
+    """Answer what `megatron.training` and a training program ask. Call it before Megatron is imported.
+
+    Raises:
+        LabError: there is a CUDA device.
+    """
+    compat.before_import(None, training=True)
+    cpu.pretend()
+    cpu.replace(torch.cuda, "is_available", lambda: True)
+    # A number: Megatron makes a torch.device("cuda", …) of it. A bare number is CUDA's to cpu.py, too.
+    cpu.replace(torch.cuda, "current_device", lambda: 0)
+    cpu.replace(torch.cuda, "get_device_name", lambda device=None: "CPU")  # main
+    if not hasattr(typing, "override"):
+        cpu.replace(typing, "override", lambda function: function)  # 0.19, on a Python before 3.12
+    # 0.13 to 0.16 use the name without defining it where there is no TransformerEngine; globals come before builtins.
+    cpu.replace(builtins, "te_general_gemm", None)
+    _compiled("megatron.core.datasets.helpers_cpp", build_sample_idx_int32=_samples, build_sample_idx_int64=_samples)
+    # To 0.16. It asks nvcc for its version, and compiles nothing more.
+    _compiled("megatron.legacy.fused_kernels", load=lambda args: None)
+
+
+def _compiled(name: str, **members: Any) -> None:
+    """Stand in for a module that Megatron compiles: no machine needs a compiler to train here."""
+    module = types.ModuleType(name)
+    vars(module).update(members)
+    sys.modules[name] = module
+
+
+def _samples(
+    sizes: np.ndarray,
+    documents: np.ndarray,
+    length: int,
+    epochs: int,
+    tokens_per_epoch: int,
+    drop_last: bool = True,
+    extra: int = 1,
+) -> np.ndarray:
+    """Where samples begin: index into `documents` and offset in that document, for each sample and for their end."""
+    import numpy as np
+
+    count = (epochs * tokens_per_epoch - extra) // length
+    ends = np.cumsum(sizes[documents], dtype=np.int64)
+    starts = np.arange(count + 1, dtype=np.int64) * length
+    document = np.searchsorted(ends, starts, side="right")
+    offset = starts - (ends - sizes[documents])[document]
+    return np.stack([document, offset], axis=1).astype(np.int32)
