@@ -22,7 +22,7 @@ from typing import Any, Final, Literal
 import wrapt
 
 from megatron_fp32_router.errors import DisplacedPatchError, Fp32RouterError, TargetChangedError, TargetMissingError
-from megatron_fp32_router.records import PATCHES, Patch
+from megatron_fp32_router.records import PATCHES, Needless, Patch
 from megatron_fp32_router.say import say
 from megatron_fp32_router.settings import PREFIX, Settings
 from megatron_fp32_router.upstream import Megatron, of_module
@@ -42,6 +42,8 @@ _MARK: Final = "__megatron_fp32_router__"
 #: The factory of a replacement: two patches may share a target, and then lie one upon the other.
 _MADE_BY: Final = "__megatron_fp32_router_factory__"
 
+#: Where a replacement sits in its module.
+_PLACE: Final = "__megatron_fp32_router_place__"
 
 #: This copy of the package. There may be two in a process.
 _HOME: Final = Path(__file__).resolve().parent
@@ -76,7 +78,7 @@ class _Registry:
     replacements: dict[str, Any] = field(default_factory=dict)
     #: patch id -> why it does not fit.
     problems: dict[str, str] = field(default_factory=dict)
-    #: patch id -> how a patch that is in place saw that upstream needs it no more.
+    #: patch id -> why this Megatron needs no such patch: seen in its source, or by a patch that is in place.
     needless: dict[str, str] = field(default_factory=dict)
     #: patch id -> what its replacement has to add to status().
     notes: dict[str, set[str]] = field(default_factory=dict)
@@ -118,33 +120,27 @@ def apply_all(module: ModuleType, name: str) -> None:
         TargetChangedError: its source, or that of something its patch relies on, is not what the patch was written
             for (likewise).
     """
-    megatron = of_module(module)
-    changed = _changed(name, megatron)
-    for patch in PATCHES:
-        if patch.module == name:
-            _apply(patch, module, megatron, changed.get(patch.id))
-
-
-def _changed(name: str, megatron: Megatron) -> dict[str, str]:
-    """Patch id -> what about its target's source stands against it, for the patches of one module."""
     # Here, since nothing of it is needed in a process that never imports Megatron.
-    from megatron_fp32_router.compat.gate import objection
+    from megatron_fp32_router.compat.gate import look
 
-    patches = [
-        patch
-        for patch in PATCHES
-        if patch.module == name and not (_not_in_this_release(patch, megatron) or _not_asked_for(patch))
-    ]
-    accepted = registry.settings.accepted
-    changed = {patch.id: found for patch in patches if (found := objection(patch.id, megatron, accepted)) is not None}
+    megatron = of_module(module)
+    patches = [patch for patch in PATCHES if patch.module == name and not _not_asked_for(patch)]
+    found = {patch.id: look(patch, megatron, registry.settings.accepted) for patch in patches}
+    changed = {patch_id: finding.objection for patch_id, finding in found.items() if finding.objection is not None}
     if registry.settings.on_mismatch == "warn":
         # What would do harm without a patch that is left out is left out with it.
         for _ in patches:
             for patch in patches:
-                missing = next((needed for needed in patch.needs if needed in changed), None)
+                missing = next((needed for needed in patch.needs if needed in changed and _is_core(needed)), None)
                 if missing is not None:
                     changed.setdefault(patch.id, f"is left alone, because its patch does harm without {missing!r},")
-    return changed
+    for patch in patches:
+        _apply(patch, module, megatron, changed.get(patch.id), found[patch.id].needless)
+
+
+def _is_core(patch_id: str) -> bool:
+    """Whether that patch has to fit when Megatron is imported; others stop only what uses them."""
+    return any(patch.area == "router" for patch in PATCHES if patch.id == patch_id)
 
 
 def settle() -> None:
@@ -159,20 +155,6 @@ def settle() -> None:
         module = sys.modules.get(name)
         if module is not None and registry.active:
             apply_all(module, name)
-
-
-def _not_in_this_release(patch: Patch, megatron: Megatron) -> str | None:
-    """Why this release needs no such patch, or None when it does."""
-    if not megatron.at_least(patch.since):
-        return f"{megatron} has no such function; it came with {patch.since}"
-    if patch.until is not None and megatron.at_least(patch.until):
-        return f"{megatron} {patch.why_not_from_until}"
-    return None
-
-
-def _class_is_gone(patch: Patch, module: ModuleType) -> bool:
-    """Whether `module` is there without the class that an optional patch is for."""
-    return patch.optional and not hasattr(module, patch.path.partition(".")[0])
 
 
 def _not_asked_for(patch: Patch) -> bool:
@@ -202,14 +184,18 @@ def _problem(patch: Patch, module: ModuleType, megatron: Megatron) -> str | None
     return None
 
 
-def _apply(patch: Patch, module: ModuleType, megatron: Megatron, changed: str | None) -> None:
+def _apply(
+    patch: Patch, module: ModuleType, megatron: Megatron, changed: str | None, needless: Needless | None
+) -> None:
     registry.problems.pop(patch.id, None)
-    if _not_in_this_release(patch, megatron) or _not_asked_for(patch) or _class_is_gone(patch, module):
+    if needless == "native":
+        registry.needless[patch.id] = f"{megatron} {patch.why_needless(needless)}"
         return
     if _left_to_somebody_else(patch, module):
         return  # status() says so, and a line in the log when a model is wrapped
     problem = _problem(patch, module, megatron)
-    if problem == "does not exist" and megatron.is_prerelease_of(patch.since):
+    if problem == "does not exist" and needless == "absent":
+        registry.needless[patch.id] = f"{megatron} {patch.why_needless(needless)}"
         return
     error, accepting = TargetMissingError, ""
     if problem is None and changed is not None:
@@ -233,12 +219,20 @@ def _apply(patch: Patch, module: ModuleType, megatron: Megatron, changed: str | 
                 once=True,
             )
             return
-        mismatch(
-            error,
+        message = (
             f"{patch.target} {problem} in {megatron} ({megatron.path}); the patch {patch.id!r} was written for it. "
             f"Without that patch {patch.why}. {accepting or 'Either '}use a release that the plugin knows, or set "
-            f"{PREFIX}_ON_MISMATCH=warn to train with this unprotected, or {PREFIX}=0 to train without the plugin.",
+            f"{PREFIX}_ON_MISMATCH=warn to train with this unprotected, or {PREFIX}=0 to train without the plugin."
         )
+        place = patch.path if patch.area != "router" else None
+        if place is not None and problem == "does not exist":
+            # The function may have another name now; whoever builds its class meets the error there.
+            owner = getattr(module, patch.path.partition(".")[0], None)
+            place = f"{owner.__name__}.__init__" if isinstance(owner, type) and "__init__" in vars(owner) else None
+        if place is None:
+            mismatch(error, message)
+        elif registry.replacements.get(patch.id) not in wrapt.wrapper_chain(wrapt.resolve_path(module, place)[2]):
+            _install(patch, module, place, "optim.refusals:refuse_where_used", error, message)
         return
     current = wrapt.resolve_path(module, patch.path)[2]
     for entry in wrapt.wrapper_chain(current):
@@ -255,27 +249,33 @@ def _apply(patch: Patch, module: ModuleType, megatron: Megatron, changed: str | 
                     once=True,
                 )
             return
-    file, _, name = patch.factory.partition(":")
+    _install(patch, module, patch.path, patch.factory)
+
+
+def _install(patch: Patch, module: ModuleType, path: str, made_by: str, *further: Any) -> None:
+    """Put what the factory `made_by` makes of the function at `path` in its place."""
+    file, _, name = made_by.partition(":")
     factory = getattr(importlib.import_module(f"megatron_fp32_router.{file}"), name)
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        replacement: Callable[..., Any] = factory(original)
+        replacement: Callable[..., Any] = factory(original, *further)
         setattr(replacement, _MARK, replacement)
-        setattr(replacement, _MADE_BY, patch.factory)
+        setattr(replacement, _MADE_BY, made_by)
+        setattr(replacement, _PLACE, path)
         return replacement
 
     # A plain closure, not a FunctionWrapper: torch.compile silently skips the latter.
     wrap: Any = wrapt.wrap_object  # typed for wrapt's own proxies only
-    registry.replacements[patch.id] = wrap(module, patch.path, make)
+    registry.replacements[patch.id] = wrap(module, path, make)
 
 
 def _position(patch: Patch, module: ModuleType) -> tuple[Literal["outermost", "below", "gone"], str]:
     """Where our replacement sits now, and who sits in its place. Another one of this copy on it does not count."""
+    replacement = registry.replacements[patch.id]
     try:
-        current = wrapt.resolve_path(module, patch.path)[2]
+        current = wrapt.resolve_path(module, getattr(replacement, _PLACE, patch.path))[2]
     except wrapt.PathResolutionError:
         return "gone", "nothing"
-    replacement = registry.replacements[patch.id]
     above = _name(current)
     for entry in wrapt.wrapper_chain(current):
         if entry is replacement:
@@ -350,7 +350,8 @@ def undo_all() -> None:
                 placed.append((patch, module))
     # Backwards: of two that share a target, the later one lies on the other.
     for patch, module in reversed(placed):
-        wrapt.unwrap_object(module, patch.path, registry.replacements[patch.id])
+        replacement = registry.replacements[patch.id]
+        wrapt.unwrap_object(module, getattr(replacement, _PLACE, patch.path), replacement)
     registry.replacements.clear()
     registry.problems.clear()
     registry.needless.clear()
@@ -365,18 +366,16 @@ def _status(patch: Patch) -> tuple[State, str]:
     if module is None:
         return "armed", "waits for the import"
     if patch.id in registry.problems:
-        return "drifted", f"the target {registry.problems[patch.id]}"
+        at_use = "; refused where it is used" if patch.id in registry.replacements else ""
+        return "drifted", f"the target {registry.problems[patch.id]}{at_use}"
     if patch.module in registry.pending:
         return "armed", "the module is half imported"
-    reason = _not_in_this_release(patch, of_module(module))
-    if reason is not None:
-        return "native", reason
     if patch.id not in registry.replacements:
+        if patch.id in registry.needless:
+            return "native", registry.needless[patch.id]
         if _left_to_somebody_else(patch, module):
             name = _name(wrapt.resolve_path(module, patch.path)[2])
             return "displaced", f"replaced by {name} before the plugin was active"
-        if _class_is_gone(patch, module):
-            return "native", f"{of_module(module)} has no such class"
         return "drifted", "was not applied"
     position, above = _position(patch, module)
     if position == "outermost" and _home(registry.replacements[patch.id]) != _HOME:

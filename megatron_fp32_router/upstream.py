@@ -30,21 +30,6 @@ class Megatron:
     def __str__(self) -> str:
         return f"Megatron-Core {self.version or 'of unknown version'}"
 
-    def at_least(self, release: str) -> bool:
-        """Whether this tree has what `release` introduced. An unknown version counts as the newest.
-
-        A pre-release counts as the release it leads to: 0.16.0rc0 has most of what 0.16.0 has.
-        """
-        return self.version is None or Version(self.version.base_version) >= Version(release)
-
-    def is_prerelease_of(self, release: str) -> bool:
-        """Whether this is a pre-release of exactly `release`, where a new function may not be there yet."""
-        return (
-            self.version is not None
-            and self.version.is_prerelease
-            and Version(self.version.base_version) == Version(release)
-        )
-
 
 def _constant(tree: ast.Module, name: str) -> object:
     for node in tree.body:

@@ -12,12 +12,13 @@ import pytest
 from bootstrap import ensure_release
 
 from megatron_fp32_router.cli import main
-from megatron_fp32_router.compat.fingerprints import known
+from megatron_fp32_router.compat.contracts import relied_on
 from megatron_fp32_router.compat.source import file_of
 
 ROUTER = "megatron/core/transformer/moe/router.py"
 MOE_UTILS = "megatron/core/transformer/moe/moe_utils.py"
 FINALIZE = "megatron/core/distributed/finalize_model_grads.py"
+OFFLOAD = "megatron/core/optimizer/cpu_offloading/hybrid_optimizer.py"
 INFO = "megatron/core/package_info.py"
 
 Copy = Callable[..., Path]
@@ -44,7 +45,8 @@ def copier(folder: Path) -> Copy:
 
 def files(release: str) -> list[str]:
     """The files that `check` reads."""
-    return [file_of(ensure_release(release), module) for module in known().files]
+    modules = dict.fromkeys(name.partition(":")[0] for name in relied_on())
+    return [file_of(ensure_release(release), module) for module in modules]
 
 
 def check(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, dict[str, Any]]:

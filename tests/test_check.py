@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 import textwrap
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from bootstrap import RELEASES, ensure_release
-from checking import FINALIZE, INFO, MOE_UTILS, ROUTER, Copy, check, copier, states
+from checking import FINALIZE, INFO, MOE_UTILS, OFFLOAD, ROUTER, Copy, check, copier, states
 
 from megatron_fp32_router.cli import main
 from megatron_fp32_router.compat import probe
-from megatron_fp32_router.records import PATCHES
+from megatron_fp32_router.records import AREAS, PATCHES
 from megatron_fp32_router.version import __version__
 
 
@@ -112,7 +112,7 @@ def test_comments_docstrings_annotations_and_layout_do_not_count(copy: Copy, cap
     ],
 )
 def test_whatever_changes_behaviour_counts(old: str, new: str, expected: str, copy: Copy, capsys: Any) -> None:
-    code, report = check(capsys, "--megatron", copy("0.19.2", ROUTER, old, new))
+    code, report = check(capsys, "--for", "all", "--megatron", copy("0.19.2", ROUTER, old, new))
     assert (code, states(report)) == (1, {expected: "drifted"})
 
 
@@ -182,14 +182,25 @@ def test_the_body_of_another_release_is_known(copy: Copy, capsys: Any) -> None:
     assert "as in 0.18.0 to 0.18.2" in details
 
 
-def test_the_body_of_a_release_that_is_patched_otherwise_is_a_drift(copy: Copy, capsys: Any) -> None:
-    # 0.12's constructor casts, and is patched there; in a tree that calls itself 0.13 no patch would be applied to it.
+def test_a_number_that_the_code_contradicts_is_said_and_decides_nothing(copy: Copy, capsys: Any) -> None:
+    # 0.12's constructor casts, and 0.13's does not: what is patched is asked of the code.
     tree = copy("0.12.3", INFO, "MINOR = 12", "MINOR = 13")
     code, report = check(capsys, "--megatron", tree)
-    assert code == 1
-    (target,) = [t for t in report["targets"] if t["target"].endswith(".Router.__init__")]
-    assert target["state"] == "drifted"
-    assert "where other patches replace it" in target["detail"]
+    assert code == 0
+    assert "it calls itself 0.13.3, and more of its functions are those of 0.12" in report["notes"]
+    main(["doctor", "--json", "--megatron", str(tree)])
+    states_of = {patch["id"]: patch["state"] for patch in json.loads(capsys.readouterr().out)["patches"]}
+    assert (states_of["router-init"], states_of["router-reset"]) == ("applied", "native")
+    _, report = check(capsys, "--megatron", ensure_release("0.13.1"))
+    assert not any("calls itself" in note for note in report["notes"])
+
+
+def test_a_megatron_older_than_all_is_told_apart_from_a_truncated_one(copy: Copy, capsys: Any) -> None:
+    tree = copy("0.11.0", INFO, "MINOR = 11", "MINOR = 10")
+    (tree / ROUTER).unlink()
+    code, report = check(capsys, "--megatron", tree)
+    assert (code, report["verdict"]) == (1, "does not fit")
+    assert report["reason"] == "0.10.0 is older than 0.11.0, the first that the plugin is for"
 
 
 def test_a_later_patch_release_with_the_same_functions_fits_and_is_said_to_be_unknown(copy: Copy, capsys: Any) -> None:
@@ -222,24 +233,58 @@ def test_a_commit_that_no_fingerprint_knows_is_never_called_fit(copy: Copy, caps
         there = {t["state"] for t in report["targets"] if t["line"]}
         assert there == {"known", "drifted"}
         (target,) = [t for t in report["targets"] if t["state"] == "drifted"]
-        assert target["detail"].startswith("as in no known release; nearest is that of 0.19.")
+        assert target["detail"].startswith("as in no known Megatron; nearest is that of 0.19.")
     # Without a version there is nothing to compare with: it could not tell.
     (tree / INFO).write_text("VERSION = 'main'\n", encoding="utf-8")
     code, report = check(capsys, "--megatron", tree)
     assert (code, report["verdict"], report["targets"]) == (2, "unknown", [])
 
 
-def test_what_only_a_retired_patch_needs_may_go(copy: Copy, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    tree = copy("0.19.2", ROUTER, "    def gating(self, input", "    def gating_logits(self, input")
-    retired = [replace(patch, until="0.19") if patch.id == "gating" else patch for patch in PATCHES]
-    monkeypatch.setattr("megatron_fp32_router.compat.judge.PATCHES", tuple(retired))
+def test_what_upstream_does_by_itself_is_native_whatever_the_number(copy: Copy, capsys: Any) -> None:
+    # As on main since 2026-08-20.
+    old, new = "routing_map & (~padding_mask)", "routing_map & (~padding_mask).unsqueeze(-1)"
+    tree = copy("0.19.2", ROUTER, old, new)
     code, report = check(capsys, "--megatron", tree)
-    assert (code, states(report)) == (0, {"gating": "known"})
+    assert (code, states(report)) == (0, {"_apply_expert_bias": "known"})
+    assert "as in main of 2026-08-20 (723db5a727)" in {t["detail"] for t in report["targets"]}
+    main(["doctor", "--json", "--megatron", str(tree)])
+    (found,) = [p for p in json.loads(capsys.readouterr().out)["patches"] if p["id"] == "padding-mask"]
+    assert (found["state"], found["detail"][:28]) == ("native", "needs no such patch: _apply_")
+
+
+def test_what_a_job_does_not_use_does_not_stop_it(copy: Copy, capsys: Any) -> None:
+    tree = copy("0.19.2", OFFLOAD, "fp32_param.data.copy_(v[", "fp32_param.data.mul_(1).copy_(v[")
+    code, report = check(capsys, "--megatron", tree)
+    assert (code, states(report)) == (0, {"_update_fp32_params_by_new_state": "drifted"})
+    assert {name for name, word in report["areas"].items() if word != "fits"} == {"offload"}
+    assert check(capsys, "--megatron", tree, "--for", "router,offload")[0] == 1
+    assert check(capsys, "--megatron", tree, "--for", "router")[0] == 0
+    main(["check", "--megatron", str(tree)])
+    said = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "torch_dist: fits; offload: drifted, refused when used. Not asked for: offload, layer_wise" in said
+    assert main(["check", "--megatron", str(tree), "--for", "router,chekpoints"]) == 2
+    assert "--for chekpoints: no such area; there are router, schedules" in capsys.readouterr().err
+
+
+def test_every_area_has_patches_and_what_handles_optimizers_is_not_needed_by_all() -> None:
+    assert {patch.area for patch in PATCHES} == set(AREAS)
+    assert not [patch.id for patch in PATCHES if patch.factory.startswith("optim.") and patch.area == "router"]
 
 
 def test_another_version_than_the_pinned_one_does_not_fit(capsys: Any) -> None:
     code, report = check(capsys, "--megatron", ensure_release("0.16.1"), "--pin", "0.16.0")
     assert (code, report["reason"]) == (1, "--pin asks for 0.16.0; found 0.16.1")
+
+
+def test_a_commit_may_be_pinned(copy: Copy, capsys: Any) -> None:
+    tree = copy("0.19.2")
+    git = ["git", "-C", str(tree), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *arguments], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    assert check(capsys, "--megatron", tree, "--pin", commit[:9])[0] == 0
+    code, report = check(capsys, "--megatron", tree, "--pin", "0123456789")
+    assert (code, report["reason"]) == (1, f"--pin asks for commit 0123456789; found {commit}")
 
 
 def test_what_was_accepted_before_and_did_not_run_in_the_next_probe_stays_accepted(

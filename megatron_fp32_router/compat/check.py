@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from megatron_fp32_router.compat.judge import Judge, Target
 from megatron_fp32_router.compat.show import table
 from megatron_fp32_router.compat.source import Tree, UnreadableSourceError
 from megatron_fp32_router.errors import Fp32RouterError
+from megatron_fp32_router.records import AREAS, USUAL
 from megatron_fp32_router.settings import PREFIX
 from megatron_fp32_router.upstream import Megatron
 from megatron_fp32_router.version import __version__
@@ -47,7 +49,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="the folder that holds megatron/: a checkout, a fork, an unpacked wheel (default: the installed one)",
     )
-    parser.add_argument("--pin", metavar="VERSION", help="fail when another version than this is found")
+    parser.add_argument(
+        "--for",
+        dest="areas",
+        metavar="AREA,…",
+        default=",".join(USUAL),
+        help=f"what the job uses, or 'all': {', '.join(AREAS)} (default: {', '.join(USUAL)})",
+    )
+    parser.add_argument(
+        "--pin", metavar="VERSION", help="fail when another version, or another commit of a clone, than this is found"
+    )
     parser.add_argument("--probe", action="store_true", help="also train the tiny laboratory model on it and compare")
     parser.add_argument(
         "--accept",
@@ -75,6 +86,8 @@ class Report:
     version: str | None = None
     known_release: bool = False
     targets: list[Target] = field(default_factory=list)
+    #: What the job uses, of records.patch.AREAS.
+    areas: tuple[str, ...] = USUAL
     #: Sentences that stand against it, beside the targets that do not fit.
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -85,8 +98,14 @@ class Report:
 
     @property
     def unfit(self) -> list[Target]:
-        """The targets that do not fit, except those that a passing probe has cleared."""
-        return [t for t in self.targets if not t.fits and t not in self.proven]
+        """The targets that the job uses and that do not fit, except those that a passing probe has cleared."""
+        return [t for t in self.targets if not t.fits and t not in self.proven and t.areas & set(self.areas)]
+
+    def area(self, name: str) -> str:
+        """One word about an area: whether it fits, or that a job that uses it is stopped when it does."""
+        if any(not t.fits and t not in self.proven and name in t.areas for t in self.targets):
+            return "does not fit" if name == "router" else "drifted, refused when used"
+        return "fits"
 
     @property
     def proven(self) -> list[Target]:
@@ -112,6 +131,8 @@ class Report:
             "verdict": self.verdict,
             "reason": self.unknown or "; ".join(self.problems),
             "notes": self.notes,
+            "areas": {name: self.area(name) for name in AREAS} if self.targets else {},
+            "for": list(self.areas),
             "targets": [
                 {
                     "target": t.dotted,
@@ -137,6 +158,7 @@ def main(arguments: argparse.Namespace) -> int:
         arguments.usage_error("--unproven needs --probe or --accept: it is about what a probe did not run")
     report = Report(arguments.megatron)
     try:
+        report.areas = _areas(arguments.areas)
         if arguments.accept is not None:
             _require_writable(_accepted_path(arguments))
         _static(report, arguments)
@@ -160,27 +182,55 @@ def _static(report: Report, arguments: argparse.Namespace) -> None:
     others = find.installed()[1:] if arguments.megatron is None else []
     if others:
         report.notes.append(f"an import takes this Megatron, and not the one in {', '.join(map(str, others))}")
+    oldest, newest = known().releases[0], known().releases[-1]
+    if megatron.version is not None and megatron.version.release < Version(oldest).release[:2]:
+        report.problems.append(f"{megatron.version} is older than {oldest}, the first that the plugin is for")
+        return
     accepted = _accepted_file(arguments)
     if accepted.why_not:
         report.notes.append(accepted.why_not)
-    judge = Judge(Tree(root, known()), megatron, accepted.targets)
+    judge = Judge(Tree(root), megatron, accepted.targets)
     report.targets = judge.all()
     report.known_release = judge.index is not None
     if not report.known_release:
-        oldest, newest = known().releases[0], known().releases[-1]
         report.notes.append(
             f"{megatron.version} is no release that this version of the plugin knows (it knows {oldest} to {newest}); "
-            "its functions are compared with those of all known releases"
+            "its functions are compared with those of all known releases, and of commits between them"
         )
+    lie = judge.another_release()
+    if lie is not None:
+        report.notes.append(f"it calls itself {megatron.version}, and more of its functions are those of {lie}")
     if any(target.accepted for target in report.targets):
         report.notes.append(f"accepted drifts are taken from {accepted.path}")
 
 
+def _areas(given: str) -> tuple[str, ...]:
+    """What --for says.
+
+    Raises:
+        Fp32RouterError: an unknown area.
+    """
+    if given == "all":
+        return tuple(AREAS)
+    areas = tuple(name.strip() for name in given.split(","))
+    unknown = [name for name in areas if name not in AREAS]
+    if unknown:
+        raise Fp32RouterError(f"--for {', '.join(unknown)}: no such area; there are {', '.join(AREAS)}, and all")
+    return areas
+
+
 def _compare_pin(report: Report, pin: str, megatron: Megatron) -> None:
+    if re.fullmatch(r"[0-9a-f]{7,40}", pin):
+        found = find.commit(Path(str(report.root)))
+        if not found.startswith(pin):
+            report.problems.append(f"--pin asks for commit {pin}; found {found}")
+        return
     try:
         wanted = Version(pin)
     except InvalidVersion:
-        raise Fp32RouterError(f"--pin {pin}: not a version; expected for example 0.16.1 or 0.17.0rc0") from None
+        raise Fp32RouterError(
+            f"--pin {pin}: not a version, and no commit; expected for example 0.16.1, 0.17.0rc0 or 55ac7082"
+        ) from None
     if megatron.version != wanted:
         report.problems.append(f"--pin asks for {wanted}; found {megatron.version}")
 
@@ -210,7 +260,7 @@ def _probe(report: Report, arguments: argparse.Namespace) -> None:
 
     assert report.root is not None
     report.vouched = arguments.unproven
-    hopeless = [t.dotted for t in report.targets if not t.patchable]
+    hopeless = [t.dotted for t in report.unfit if not t.patchable]
     if hopeless:
         report.notes.append(f"not probed: {', '.join(hopeless)} cannot be patched")
         return
@@ -261,7 +311,13 @@ def _summary(report: Report) -> str:
         if (number := sum(target.state == state for target in report.targets))
     )
     what = f"Megatron-Core {report.version}: " if report.version else ""
-    return f"{what}{report.verdict}. {len(report.targets)} targets: {counts}."
+    if not report.targets:
+        return f"{what}{report.verdict}."
+    left_out = [name for name in AREAS if name not in report.areas]
+    asked = [*report.areas, *(name for name in left_out if report.area(name) != "fits")]
+    areas = "; ".join(f"{name}: {report.area(name)}" for name in asked)
+    areas += f". Not asked for: {', '.join(left_out)}" if left_out else ""
+    return f"{what}{report.verdict}. {areas}. {len(report.targets)} targets: {counts}."
 
 
 def _print_table(report: Report) -> None:

@@ -7,6 +7,7 @@ the patch. The fingerprints of all of them, for every known release, are generat
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Final
 
@@ -85,7 +86,7 @@ CONTRACTS: Final = (
         ("router-output",),
         _ROUTER,
         "TopKRouter.routing TopKRouter.apply_input_jitter TopKRouter.apply_z_loss "
-        "TopKRouter.sinkhorn_load_balancing TopKRouter.quantile_balancing "
+        "TopKRouter.sinkhorn_load_balancing TopKRouter.quantile_balancing TopKRouter._hash_routing "
         "TopKRouter.apply_load_balancing_loss TopKRouter.aux_loss_load_balancing "
         "TopKRouter.seq_aux_loss_load_balancing TopKRouter.compute_routing_scores_for_aux_loss "
         "TopKRouter._apply_aux_loss TopKRouter._apply_seq_aux_loss TopKRouter._apply_global_aux_loss "
@@ -164,13 +165,24 @@ CONTRACTS: Final = (
 )
 
 
+def has_body(name: str) -> bool:
+    """Whether the whole body of that target counts, so that it has fingerprints; otherwise facts about it do."""
+    return name in _contracted() or any(patch.whole for patch in PATCHES if key(patch.module, patch.path) == name)
+
+
+@functools.cache
+def _contracted() -> frozenset[str]:
+    return frozenset(key(contract.module, path) for contract in CONTRACTS for path in contract.paths.split())
+
+
 def key(module: str, path: str) -> str:
     """The name of a target in the generated file and in an accepted file: `module:path`."""
     return f"{module}:{path}"
 
 
+@functools.cache
 def relied_on() -> dict[str, tuple[str, ...]]:
-    """Every target that has a fingerprint -> ids of the patches that stand or fall with it, in order of records."""
+    """Every target that counts -> ids of the patches that stand or fall with it, in order of records."""
     found: dict[str, tuple[str, ...]] = {}
     for patch in PATCHES:
         name = key(patch.module, patch.path)

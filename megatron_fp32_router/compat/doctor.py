@@ -16,14 +16,12 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from megatron_fp32_router.compat import accepted as accepting
 from megatron_fp32_router.compat import environment, find
-from megatron_fp32_router.compat.fingerprints import known
 from megatron_fp32_router.compat.judge import Judge, Target
 from megatron_fp32_router.compat.show import table
 from megatron_fp32_router.compat.source import Tree, UnreadableSourceError
 from megatron_fp32_router.errors import Fp32RouterError, SettingsError
-from megatron_fp32_router.records import PATCHES, Patch
+from megatron_fp32_router.records import PATCHES, USUAL, Patch
 from megatron_fp32_router.settings import PREFIX, Settings, from_environment
-from megatron_fp32_router.upstream import Megatron
 from megatron_fp32_router.version import __version__
 
 if TYPE_CHECKING:
@@ -173,12 +171,12 @@ def _look_at_megatron(found: Diagnosis, given: str | None) -> None:
         found.add("note", "Megatron", f"another one on the path, which an import does not take: {other}")
     accepted = _accepted(found)
     try:
-        judge = Judge(Tree(root, known()), megatron, accepted.targets)
+        judge = Judge(Tree(root), megatron, accepted.targets)
         targets = judge.all()
     except (Fp32RouterError, UnreadableSourceError) as error:
         found.add("unknown", "Megatron", str(error))
         return
-    _look_at_patches(found, megatron, targets)
+    _look_at_patches(found, judge, targets)
     if judge.tree.has("megatron.core.transformer.module") and _marks(judge):
         found.add("note", "upstream", "this Megatron has mark_keep_in_fp32, which its router does not use yet (#5929)")
 
@@ -209,10 +207,10 @@ def _settings() -> Settings:
 
 
 def _marks(judge: Judge) -> bool:
-    return judge.tree.body("megatron.core.transformer.module:mark_keep_in_fp32", parsed=True).digest is not None
+    return judge.tree.body("megatron.core.transformer.module:mark_keep_in_fp32").digest is not None
 
 
-def _look_at_patches(found: Diagnosis, megatron: Megatron, targets: list[Target]) -> None:
+def _look_at_patches(found: Diagnosis, judge: Judge, targets: list[Target]) -> None:
     """The state that each patch would have in a program that runs with this Megatron."""
     off = environment.switched() is False
     monitored = bool(_settings().monitor)
@@ -221,35 +219,27 @@ def _look_at_patches(found: Diagnosis, megatron: Megatron, targets: list[Target]
             continue
         own = [target for target in targets if patch.id in target.patches]
         unfit = [target for target in own if not target.fits]
-        native = _native(patch, megatron)
+        needless = judge.needless(patch)
         if off:
             found.patches.append((patch, "off", ""))
-        elif native is not None:
-            found.patches.append((patch, "native", native))
-        elif patch.optional and all(target.fits and target.digest is None for target in own):
-            found.patches.append((patch, "native", "not part of this tree"))
+        elif needless is not None and not unfit:
+            found.patches.append((patch, "native", patch.why_needless(needless)))
         elif unfit:
             worst = unfit[0]
             found.patches.append((patch, "drifted", f"{worst.dotted} {_what(worst)}; {worst.file}:{worst.line}"))
         else:
             found.patches.append((patch, "applied", ""))
-    drifted = [patch.id for patch, state, _ in found.patches if state == "drifted"]
+    drifted = [patch for patch, state, _ in found.patches if state == "drifted"]
     counts = Counter(state for _, state, _ in found.patches)
     told = ", ".join(f"{number} {state}" for state, number in sorted(counts.items()))
-    if drifted:
+    if any(patch.area in USUAL for patch in drifted):
         tried = ", `check --accept` tries it" if all(t.patchable for t in targets if not t.fits) else ""
         found.add("problem", "patches", f"{told}: `check` shows what has changed{tried}")
     else:
         found.add("ok", "patches", f"would be: {told}")
-
-
-def _native(patch: Patch, megatron: Megatron) -> str | None:
-    """Why this version needs no such patch, or None."""
-    if not megatron.at_least(patch.since):
-        return f"the function came with {patch.since}"
-    if patch.until is not None and megatron.at_least(patch.until):
-        return patch.why_not_from_until
-    return None
+        if drifted:
+            areas = ", ".join(sorted({patch.area for patch in drifted}))
+            found.add("note", "patches", f"changed, so refused when used: {areas}; `check --for all` shows how")
 
 
 def _what(target: Target) -> str:

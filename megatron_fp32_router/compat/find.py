@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 from pathlib import Path
 
 from megatron_fp32_router.errors import Fp32RouterError
@@ -85,3 +86,19 @@ def megatron(root: Path) -> Megatron:
             "megatron-core, or a truncated checkout"
         )
     return Megatron(core, version)
+
+
+def commit(root: Path) -> str:
+    """The commit of the clone or submodule that the tree is.
+
+    Raises:
+        NoMegatronError: it is none, or git is not there to be asked.
+    """
+    try:
+        asked = ["git", "-C", str(root), "rev-parse", "HEAD"]
+        done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise NoMegatronError(f"--pin: git cannot be asked for the commit: {error.strerror or error}") from error
+    if done.returncode:
+        raise NoMegatronError(f"--pin: {root} is no clone whose commit git could tell: {done.stderr.strip()}")
+    return done.stdout.strip()

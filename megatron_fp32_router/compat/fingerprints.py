@@ -1,7 +1,9 @@
-"""The generated table: for every known release and every target, which body it has there.
+"""What is known: for every release and every target, which body it has there; and bodies between releases, reviewed.
 
-fingerprints.json is written by scripts/fingerprints and holds digests for deciding, whole files' hashes for deciding
-fast, and the normalised source of every distinct body, compressed, for showing what changed.
+fingerprints.json is written by scripts/fingerprints and holds digests for deciding, and the normalised source of every
+distinct body, compressed, for showing what changed. history.json says which bodies of commits between releases the
+patches are right for, and why: groups of {digest: first commit that had it} under one sentence. A group without a
+sentence has not been reviewed, and is not known.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from packaging.version import Version
 
 #: Not by way of a path: the package may lie in a zip.
 FILE: Final = files(__package__) / "fingerprints.json"
+HISTORY: Final = files(__package__) / "history.json"
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,13 @@ class Fingerprints:
         releases: the known releases, oldest first.
         targets: `module:path` -> for each release a number into `digests`, or None where it has no such definition.
         digests: the distinct bodies.
-        files: module -> for each release the sha256 of its file's bytes (the first 32 digits), or None.
+        history: `module:path` -> digest -> the first commit that had that body; reviewed ones only.
     """
 
     releases: tuple[str, ...]
     targets: dict[str, tuple[int | None, ...]]
     digests: tuple[str, ...]
-    files: dict[str, tuple[str | None, ...]]
+    history: dict[str, dict[str, str]]
     compressed: str
 
     def digest(self, target: str, index: int) -> str | None:
@@ -47,11 +50,19 @@ class Fingerprints:
         spelt = str(version)
         return self.releases.index(spelt) if spelt in self.releases else None
 
+    def digests_of(self, target: str) -> set[str | None]:
+        """Every known fingerprint of `target`; None is one where a known release has no such definition."""
+        row = {None if number is None else self.digests[number] for number in self.targets.get(target, ())}
+        return row | self.history.get(target, {}).keys()
+
+    def first_seen(self, target: str, digest: str | None) -> str:
+        """The first commit that had that reviewed body."""
+        return "no release" if digest is None else self.history[target][digest]
+
     def bodies(self, target: str) -> dict[str, str]:
-        """digest -> normalised source, of every distinct body that `target` has in some release."""
-        texts = json.loads(zlib.decompress(base64.b85decode(self.compressed)))
-        numbers = dict.fromkeys(number for number in self.targets[target] if number is not None)
-        return {self.digests[number]: texts[number] for number in numbers}
+        """digest -> normalised source, of every distinct body that is known of `target`."""
+        texts = dict(zip(self.digests, json.loads(zlib.decompress(base64.b85decode(self.compressed))), strict=True))
+        return {digest: texts[digest] for digest in sorted(d for d in self.digests_of(target) if d in texts)}
 
     def releases_with(self, target: str, digest: str | None) -> list[str]:
         """The known releases in which `target` has that body."""
@@ -66,7 +77,10 @@ def known() -> Fingerprints:
         tuple(content["releases"]),
         {name: tuple(numbers) for name, numbers in content["targets"].items()},
         tuple(content["digests"]),
-        {name: tuple(hashes) for name, hashes in content["files"].items()},
+        {
+            target: {digest: seen for why, bodies in groups if why for digest, seen in bodies.items()}
+            for target, groups in json.loads(HISTORY.read_text(encoding="utf-8")).items()
+        },
         content["bodies"],
     )
 

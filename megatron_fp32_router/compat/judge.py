@@ -12,10 +12,10 @@ from typing import Final, Literal, TypeAlias
 from packaging.version import Version
 
 from megatron_fp32_router.compat import canonical
-from megatron_fp32_router.compat.contracts import key, relied_on
-from megatron_fp32_router.compat.fingerprints import Fingerprints
+from megatron_fp32_router.compat.contracts import has_body, key, relied_on
+from megatron_fp32_router.compat.fingerprints import Fingerprints, known
 from megatron_fp32_router.compat.source import Body, Tree
-from megatron_fp32_router.records import PATCHES, Patch
+from megatron_fp32_router.records import PATCHES, Needless, Patch
 from megatron_fp32_router.upstream import Megatron
 
 State: TypeAlias = Literal["match", "known", "drifted", "missing"]
@@ -30,8 +30,8 @@ class Target:
     Attributes:
         name: `module:path`.
         patches: ids of the patches that stand or fall with it.
-        state: "match" (as in this release), "known" (as in another known release for which the same patches are
-            right), "drifted" (as in no such release), "missing".
+        state: "match" (as in this release), "known" (as in another Megatron for which the patches have been reviewed),
+            "drifted" (as in none), "missing".
         detail: one sentence more.
         digest: the fingerprint that was found; None when there is no such definition.
         file: the path below the tree, and the line in it where the difference begins (0: no line).
@@ -59,18 +59,22 @@ class Target:
         return self.name.replace(":", ".")
 
     @property
+    def areas(self) -> frozenset[str]:
+        """What a job has to use for this to matter, of records.patch.AREAS."""
+        return frozenset(patch.area for patch in PATCHES if patch.id in self.patches)
+
+    @property
     def fits(self) -> bool:
         """Whether the plugin is right for it."""
         return self.state in ("match", "known") or self.accepted
 
 
 class Judge:
-    """Compares a tree with the known releases.
+    """Compares a tree with what is known.
 
     Args:
         tree: the source files.
-        megatron: what `package_info.py` says of it. A version that is no known release is allowed; without one the
-            tree counts as newer than all.
+        megatron: what `package_info.py` says of it. It decides nothing but the words: numbers of commits lie.
         accepted: target -> the fingerprint that the project has accepted there.
     """
 
@@ -78,10 +82,8 @@ class Judge:
         self.tree = tree
         self.megatron = megatron
         self.accepted = accepted or {}
-        self.fingerprints: Fingerprints = tree.fingerprints
-        version = megatron.version
-        self.index = None if version is None else self.fingerprints.index(version)
-        self._nearest = self._nearest_releases(version)
+        self.fingerprints: Fingerprints = known()
+        self.index = None if megatron.version is None else self.fingerprints.index(megatron.version)
 
     def all(self) -> list[Target]:
         """Every target, in the order of the records."""
@@ -99,113 +101,95 @@ class Judge:
         with self.tree.not_too_deep(name):
             return self._one(name, patches, explain)
 
+    def needless(self, patch: Patch) -> Needless | None:
+        """Why this tree needs no such patch, asked of its code; None where the patch is for it.
+
+        Raises:
+            UnreadableSourceError: a file cannot be read, parsed or compared, or one that every Megatron has is missing.
+        """
+        name, module = key(patch.module, patch.path), patch.module
+        there = self.tree.has(module)
+        if not there and patch.area != "router":
+            return "absent"  # nothing can use it
+        if not patch.inherited and (not there or self.tree.body(name).digest is None):
+            holds = any(self.tree.holds(fact, module) for fact in patch.absent_where)
+            return "absent" if holds else None
+        return "native" if any(self.tree.holds(fact, module) for fact in patch.native_where) else None
+
+    def another_release(self) -> str | None:
+        """The release line that this tree has more of than of the one it calls itself; None where it tells the truth.
+
+        A line that no release is known of (a commit on the way to it) cannot be compared.
+        """
+        own = None if self.megatron.version is None else self.megatron.version.release[:2]
+        here = {name: self._digest(name) for name in self.fingerprints.targets}
+        counts: dict[tuple[int, ...], int] = {}
+        for index, release in enumerate(self.fingerprints.releases):
+            line = Version(release).release[:2]
+            agree = sum(self.fingerprints.digest(name, index) == digest for name, digest in here.items())
+            counts[line] = max(counts.get(line, 0), agree)
+        best = max(counts, key=lambda line: counts[line])
+        return ".".join(map(str, best)) if own in counts and counts[own] < counts[best] else None
+
+    def _digest(self, name: str) -> str | None:
+        return self.tree.body(name).digest if self.tree.has(name.partition(":")[0]) else None
+
     def _one(self, name: str, patches: tuple[str, ...], explain: bool) -> Target:
         module, _, path = name.partition(":")
         file = self.tree.file_of(module)
-        if not any(self.fingerprints.files.get(module, ())):
-            return self._in_no_release(name, patches, file)
-        if not self.tree.has(module) and any(self.fingerprints.files[module][i] is None for i in self._nearest):
-            return Target(name, patches, "match", "not there, as is right for this release", None, file)
+        own = [patch for patch in PATCHES if key(patch.module, patch.path) == name]
+        absent = bool(own) and all(self.needless(patch) == "absent" for patch in own)
+        if absent:
+            return Target(name, patches, "match", "not there, as is right for this tree", None, file)
         body = self.tree.body(name)
-        if self.index is not None and body.digest == self.fingerprints.digest(name, self.index):
-            return Target(name, patches, "match", self._as_here(body), body.digest, file, body.line)
-        if patches and all(_retired(patch, self.megatron) for patch in PATCHES if patch.id in patches):
-            return Target(name, patches, "known", "no patch is for it in this version", body.digest, file, body.line)
-        alike = self._compatible(name)
-        same = [self.fingerprints.releases[i] for i in alike if self.fingerprints.digest(name, i) == body.digest]
-        if body.digest is None:
-            expected = [self.fingerprints.digest(name, i) for i in self._nearest]
-            if None in expected:
-                return Target(
-                    name,
-                    patches,
-                    "known",
-                    "not there, as in " + self._spelt(self.fingerprints.releases_with(name, None)),
-                    None,
-                    file,
-                )
+        recorded = self.fingerprints.digests_of(name)
+        if body.digest is None and (None not in recorded or any(not patch.inherited for patch in own)):
             line = self._parsed_line(module, path)
             return Target(name, patches, "missing", self._gone(module, path), None, file, line, patchable=False)
-        if same:
-            return Target(name, patches, "known", f"as in {self._spelt(same)}", body.digest, file, body.line)
+        if not has_body(name):
+            return self._by_facts(name, patches, own, body, file)
+        if self.index is not None and body.digest == self.fingerprints.digest(name, self.index):
+            return Target(name, patches, "match", "", body.digest, file, body.line)
+        if body.digest in recorded:
+            detail = f"as in {self._where(name, body.digest)}"
+            return Target(name, patches, "known", detail, body.digest, file, body.line)
         accepted = self.accepted.get(name) == body.digest
         if not explain:
             return Target(name, patches, "drifted", "", body.digest, file, body.line, accepted=accepted)
-        return self._drifted(name, patches, file, alike, accepted)
+        return self._drifted(name, patches, file, accepted)
 
-    def _as_here(self, body: Body) -> str:
-        return "" if body.digest is not None else "not there, as is right for this release"
+    def _by_facts(self, name: str, patches: tuple[str, ...], own: list[Patch], body: Body, file: str) -> Target:
+        """A target of which the patches rely on the parameters, and on what `uses` says, and on nothing else."""
+        assert body.module is not None
+        last = body.module.body[-1]
+        found = [argument.arg for argument in last.args.args] if isinstance(last, ast.FunctionDef) else []
+        for patch in own:
+            if tuple(found[: len(patch.parameters)]) != patch.parameters:
+                detail = f"takes ({', '.join(found)}) where ({', '.join(patch.parameters)}, …) was expected"
+                # Its parameters are what the patch needs to be applied at all: nothing that a probe could clear.
+                return Target(name, patches, "drifted", detail, body.digest, file, body.line, patchable=False)
+            broken = [fact for fact in patch.uses if not self.tree.holds(fact, patch.module)]
+            if broken:
+                detail = f"no longer as the patch expects: {broken[0]}"
+                accepted = self.accepted.get(name) == body.digest
+                return Target(name, patches, "drifted", detail, body.digest, file, body.line, "", accepted, body.span)
+        state: State = "known" if self.index is None else "match"
+        return Target(name, patches, state, "judged by its parameters", body.digest, file, body.line)
 
-    def _nearest_releases(self, version: Version | None) -> list[int]:
-        """The releases that say which functions ought to exist: this one, or the last before this version.
-
-        A pre-release may already have, or not yet have, what the release it leads to has.
-        """
-        if self.index is not None:
-            return [self.index]
-        count = len(self.fingerprints.releases)
-        if version is None:
-            return [count - 1]
-        base = Version(version.base_version)
-        below = [i for i, r in enumerate(self.fingerprints.releases) if Version(r) <= base] or [0]
-        before = [i for i, r in enumerate(self.fingerprints.releases) if Version(r) < base] or [0]
-        return sorted({below[-1], before[-1]}) if version.is_prerelease else [below[-1]]
-
-    def _compatible(self, name: str) -> list[int]:
-        """The releases whose body of this target would be right here: those in which the same patches replace it.
-
-        0.12's constructor, which casts, is not right in a 0.13 tree: no patch is applied to it there.
-        """
-        here = _replacing(name, self.megatron)
-        return [
-            i
-            for i, release in enumerate(self.fingerprints.releases)
-            if _replacing(name, Megatron(None, Version(release))) == here
-        ]
-
-    def _in_no_release(self, name: str, patches: tuple[str, ...], file: str) -> Target:
-        """A target in a module that no wheel contains (megatron.legacy): its parameters are all there is to compare."""
-        module, _, path = name.partition(":")
-        if not self.tree.has(module):
-            return Target(name, patches, "match", "not part of this tree", None, file)
+    def _drifted(self, name: str, patches: tuple[str, ...], file: str, accepted: bool) -> Target:
         body = self.tree.body(name)
-        patch = next(patch for patch in PATCHES if key(patch.module, patch.path) == name)
-        if body.module is None:
-            if patch.optional and self.tree.body(key(module, path.partition(".")[0])).digest is None:
-                return Target(name, patches, "match", "not part of this tree", None, file)
-            return Target(name, patches, "missing", self._gone(module, path), None, file, patchable=False)
-        function = body.module.body[-1]
-        found = [a.arg for a in function.args.args] if isinstance(function, ast.FunctionDef) else []
-        if tuple(found[: len(patch.parameters)]) == patch.parameters:
-            return Target(
-                name, patches, "known", "in no wheel: compared by its parameters", body.digest, file, body.line
-            )
-        detail = f"takes ({', '.join(found)}) where ({', '.join(patch.parameters)}, …) was expected"
-        # Its parameters are what the patch needs to be applied at all: nothing that a probe could clear.
-        return Target(name, patches, "drifted", detail, body.digest, file, body.line, patchable=False)
-
-    def _drifted(self, name: str, patches: tuple[str, ...], file: str, alike: list[int], accepted: bool) -> Target:
-        body = self.tree.body(name, parsed=True)
         assert body.module is not None
         here = canonical.lines(body.module)
-        wanted = {self.fingerprints.digest(name, i) for i in alike} - {None}
-        bodies = {digest: text for digest, text in self.fingerprints.bodies(name).items() if digest in wanted}
-        elsewhere = self.fingerprints.releases_with(name, body.digest)
-        if elsewhere:
-            detail = f"is the body of {self._spelt(elsewhere)}, where other patches replace it than in {self.megatron}"
-        elif not bodies:
-            detail = "exists, which it does in no known release"
-        else:
-            detail = "as in no known release"
-        if not bodies:
+        # Printed by this Python, as what was found is: versions of Python differ in quotes and brackets.
+        bodies = self.fingerprints.bodies(name)
+        modules = {digest: canonical.normalised(ast.parse(text).body) for digest, text in bodies.items()}
+        if not modules:
+            detail = "exists, which it does in no known Megatron"
             diff = "".join(f"+{line}\n" for line in here)
             return Target(name, patches, "drifted", detail, body.digest, file, body.line, diff, accepted, body.span)
-        expected = [self.fingerprints.digest(name, i) for i in self._nearest]
-        # Printed by this Python, as what was found is: versions of Python differ in quotes and brackets.
-        modules = {digest: canonical.normalised(ast.parse(text).body) for digest, text in bodies.items()}
-        nearest = max(modules, key=lambda d: (_likeness(canonical.lines(modules[d]), here), d in expected))
-        known = modules[nearest]
-        label = self._spelt(self.fingerprints.releases_with(name, nearest))
+        expected = None if self.index is None else self.fingerprints.digest(name, self.index)
+        nearest = max(modules, key=lambda d: (_likeness(canonical.lines(modules[d]), here), d == expected))
+        known, label = modules[nearest], self._where(name, nearest)
         lines = difflib.unified_diff(
             canonical.lines(known),
             here,
@@ -215,17 +199,19 @@ class Judge:
             n=_CONTEXT_LINES,
         )
         line = canonical.first_difference(body.module, known) or body.line
-        detail += f"; nearest is that of {label}, and line {line} differs first"
+        detail = f"as in no known Megatron; nearest is that of {label}, and line {line} differs first"
         diff = "\n".join(lines) + "\n"
         return Target(name, patches, "drifted", detail, body.digest, file, line, diff, accepted, body.span)
 
-    def _spelt(self, releases: list[str]) -> str:
-        return _spelt(releases, self.fingerprints.releases)
+    def _where(self, name: str, digest: str | None) -> str:
+        """Where a known body is found: `0.11.0, 0.17.0 to 0.19.2`, or the first commit that had it."""
+        releases = self.fingerprints.releases_with(name, digest)
+        return _spelt(releases, self.fingerprints.releases) if releases else self.fingerprints.first_seen(name, digest)
 
     def _gone(self, module: str, path: str) -> str:
         """That it does not exist, and what has the same body under another name."""
         owner, _, last = path.rpartition(".")
-        digests = {self.fingerprints.digest(key(module, path), i) for i in range(len(self.fingerprints.releases))}
+        digests = self.fingerprints.digests_of(key(module, path))
         for function in self._functions(module, owner):
             renamed = copy.deepcopy(function)
             renamed.name = last
@@ -247,19 +233,6 @@ class Judge:
         owner = path.rpartition(".")[0]
         lines = (n.lineno for n in self.tree.parsed(module).body if isinstance(n, ast.ClassDef) and n.name == owner)
         return next(lines, 1)
-
-
-def _replacing(name: str, megatron: Megatron) -> list[str]:
-    """Ids of the patches that replace this target in that Megatron."""
-    return [patch.id for patch in PATCHES if key(patch.module, patch.path) == name and _for(patch, megatron)]
-
-
-def _retired(patch: Patch, megatron: Megatron) -> bool:
-    return patch.until is not None and megatron.at_least(patch.until)
-
-
-def _for(patch: Patch, megatron: Megatron) -> bool:
-    return megatron.at_least(patch.since) and not _retired(patch, megatron)
 
 
 def _likeness(one: list[str], other: list[str]) -> float:

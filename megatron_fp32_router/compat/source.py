@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import hashlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_fp32_router.compat import canonical
-from megatron_fp32_router.compat.fingerprints import Fingerprints
 
 
 class UnreadableSourceError(Exception):
@@ -24,7 +22,7 @@ class Body:
 
     Attributes:
         digest: its fingerprint, or None when there is no such definition.
-        module: the normalised definition, None when there is none or when the whole file is a known one.
+        module: the normalised definition, None when there is none.
         line: where it stands in its file, 0 when there is none.
         span: of a function, its first and last line there, decorators included; otherwise (0, 0).
     """
@@ -40,8 +38,7 @@ class Tree:
     """The folder that holds `megatron/`, and what has been read of it."""
 
     root: Path
-    fingerprints: Fingerprints
-    _files: dict[str, ast.Module | int] = field(default_factory=dict)
+    _files: dict[str, ast.Module] = field(default_factory=dict)
     _bodies: dict[str, Body] = field(default_factory=dict)
 
     def file_of(self, module: str) -> str:
@@ -52,24 +49,37 @@ class Tree:
         """Whether the tree has that module at all."""
         return _is_file(self.root / self.file_of(module))
 
-    def body(self, target: str, *, parsed: bool = False) -> Body:
+    def body(self, target: str) -> Body:
         """What the tree defines as `target` (`module:path`).
-
-        Args:
-            parsed: parse also a file that is byte for byte a known one, for the sake of line numbers.
 
         Raises:
             UnreadableSourceError: the file cannot be read or parsed.
         """
-        module, _, path = target.partition(":")
-        read = self._read(module, parsed)
-        if isinstance(read, int):
-            return Body(self.fingerprints.digest(target, read))
         if target not in self._bodies:
+            module, _, path = target.partition(":")
             home = f"{module}.__init__" if self.file_of(module).endswith("__init__.py") else module
+            parsed = self.parsed(module)
             with self.not_too_deep(target):
-                self._bodies[target] = _body(canonical.definitions(read, home, path))
+                self._bodies[target] = _body(canonical.definitions(parsed, home, path))
         return self._bodies[target]
+
+    def holds(self, fact: str, module: str) -> bool:
+        """Whether a fact about the source is true: `PATH uses NAME`, `PATH lacks NAME` or `no PATH`.
+
+        A name is used where a variable, an attribute, a parameter or a string is called that. What is not there uses
+        nothing. PATH is one of `module`'s, or `other.module:PATH`.
+
+        Raises:
+            UnreadableSourceError: the file cannot be read or parsed.
+        """
+        path, verb, name = ("", "no", fact[3:]) if fact.startswith("no ") else fact.split()
+        target = path or name
+        target = target if ":" in target else f"{module}:{target}"
+        found = self.body(target).module if self.has(target.partition(":")[0]) else None
+        if verb == "no":
+            return found is None
+        used = found is not None and any(name in _names(node) for node in ast.walk(found))
+        return used == (verb == "uses")
 
     @contextlib.contextmanager
     def not_too_deep(self, target: str) -> Iterator[None]:
@@ -91,34 +101,27 @@ class Tree:
         Raises:
             UnreadableSourceError: the file cannot be read or parsed.
         """
-        read = self._read(module, True)
-        assert isinstance(read, ast.Module)
-        return read
+        if module not in self._files:
+            path = self.root / self.file_of(module)
+            try:
+                content = path.read_bytes()
+            except FileNotFoundError:
+                raise UnreadableSourceError(f"{path} is missing: a truncated or partial checkout?") from None
+            except OSError as error:
+                raise UnreadableSourceError(f"{path}: {error.strerror or error}") from error
+            self._files[module] = parse(path, content)
+        return self._files[module]
 
-    def _read(self, module: str, parsed: bool) -> ast.Module | int:
-        """The parsed module; or the index of the release whose file this is, byte for byte: parsing costs more."""
-        cached = self._files.get(module)
-        if cached is not None and not (parsed and isinstance(cached, int)):
-            return cached
-        path = self.root / self.file_of(module)
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            raise UnreadableSourceError(f"{path} is missing: a truncated or partial checkout?") from None
-        except OSError as error:
-            raise UnreadableSourceError(f"{path}: {error.strerror or error}") from error
-        read: ast.Module | int | None = None
-        if not parsed:
-            read = self._known_file(module, content)
-        if read is None:
-            read = _parse(path, content)
-        self._files[module] = read
-        return read
 
-    def _known_file(self, module: str, content: bytes) -> int | None:
-        hashes = self.fingerprints.files.get(module, ())
-        own = file_hash(content)
-        return hashes.index(own) if own in hashes else None
+def _names(node: ast.AST) -> tuple[object, ...]:
+    """What a node of a syntax tree calls by name."""
+    if isinstance(node, ast.Name):
+        return (node.id,)
+    if isinstance(node, ast.Attribute):
+        return (node.attr,)
+    if isinstance(node, ast.arg | ast.keyword):
+        return (node.arg,)
+    return (node.value,) if isinstance(node, ast.Constant) else ()
 
 
 def file_of(root: Path, module: str) -> str:
@@ -152,12 +155,12 @@ def _body(found: list[canonical.Definition]) -> Body:
     return Body(canonical.digest(normalised), normalised, line, span)
 
 
-def file_hash(content: bytes) -> str:
-    """What the generated file keeps of a whole source file."""
-    return hashlib.sha256(content).hexdigest()[:32]
+def parse(path: Path, content: bytes) -> ast.Module:
+    """The syntax tree of a file.
 
-
-def _parse(path: Path, content: bytes) -> ast.Module:
+    Raises:
+        UnreadableSourceError: it is no Python source.
+    """
     if not content.strip():
         raise UnreadableSourceError(f"{path} is empty: a truncated checkout?")
     try:

@@ -32,19 +32,22 @@ def _complete_groups(optimizer: Any) -> Iterator[list[list[bool]]]:
     Yields:
         For every group and parameter of the lists, whether it is its own main copy.
     """
-    kept = optimizer.float16_groups, optimizer.fp32_from_float16_groups
+    names = ("float16_groups", "fp32_from_float16_groups", "fp32_from_fp32_groups")
+    kept = {name: getattr(optimizer, name) for name in names}
     model_of = {
         id(main): parameter
-        for parameters, mains in zip(*kept, strict=True)
+        for parameters, mains in zip(optimizer.float16_groups, optimizer.fp32_from_float16_groups, strict=True)
         for parameter, main in zip(parameters, mains, strict=True)
     }
     mains = [list(group["params"]) for group in optimizer.optimizer.param_groups]
     optimizer.float16_groups = [[model_of.get(id(main), main) for main in group] for group in mains]
     optimizer.fp32_from_float16_groups = mains
+    # dev leaves out of the lists whatever stands here (#5929): nothing is to be left out.
+    optimizer.fp32_from_fp32_groups = [[] for _ in mains]
     try:
         yield [[id(main) not in model_of for main in group] for group in mains]
     finally:
-        optimizer.float16_groups, optimizer.fp32_from_float16_groups = kept
+        vars(optimizer).update(kept)
 
 
 def state_with_every_main_copy(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from megatron_fp32_router.errors import CombinationRefusedError
+from megatron_fp32_router.errors import CombinationRefusedError, Fp32RouterError
 from megatron_fp32_router.protect.casts import below_fp32, is_protected
+from megatron_fp32_router.protect.effect import seen
 from megatron_fp32_router.registry import mismatch, registry, replaces
 from megatron_fp32_router.say import say
 from megatron_fp32_router.settings import PREFIX
@@ -61,6 +62,22 @@ def _plain(dtype: torch.dtype) -> str:
 def _grouped(optimizer: Any) -> Iterator[Any]:
     for group in getattr(optimizer, "param_groups", None) or ():
         yield from group["params"]
+
+
+def refuse_where_used(original: Callable[..., Any], error: type[Fp32RouterError], message: str) -> Callable[..., Any]:
+    """In the place of a function that has changed: an error if a model with fp32 router parameters is in this process.
+
+    Raises:
+        TargetChangedError: there is such a model (under on_mismatch="raise").
+    """
+
+    @replaces(original)
+    def refused(*args: Any, **kwargs: Any) -> Any:
+        if any(is_protected(parameter) for model in seen for parameter in model.parameters()):
+            mismatch(error, message)
+        return original(*args, **kwargs)
+
+    return refused
 
 
 # Optimizers ------------------------------------------------------------------------------------------------------

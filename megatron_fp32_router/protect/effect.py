@@ -144,7 +144,7 @@ def _say_whose_functions_run(routers: Iterable[Any]) -> None:
 def _report(module: torch.nn.Module, config: Any) -> None:
     """Say what is there; raise or warn when it is not what was promised."""
     found = survey(module)
-    for name, router in _routers(module)[0]:
+    for name, router in routers_of(module)[0]:
         remember(name, router)
     stage = getattr(config, "virtual_pipeline_model_parallel_size", None) and getattr(module, "vp_stage", None)
     chunk = f" (model chunk {stage})" if stage is not None else ""

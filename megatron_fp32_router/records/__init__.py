@@ -10,11 +10,11 @@ from typing import Final
 
 from megatron_fp32_router.records.monitor import MONITOR
 from megatron_fp32_router.records.optimizers import OPTIMIZERS
-from megatron_fp32_router.records.patch import Patch
+from megatron_fp32_router.records.patch import AREAS, USUAL, Needless, Patch
 from megatron_fp32_router.records.ranks import RANKS
 from megatron_fp32_router.records.routers import ROUTERS
 
-__all__ = ["PATCHES", "Patch"]
+__all__ = ["AREAS", "PATCHES", "USUAL", "Needless", "Patch"]
 
 #: In the order in which they are put in place: of two with one target, the later one is the outer one.
 PATCHES: Final = (*ROUTERS, *RANKS, *OPTIMIZERS, *MONITOR)

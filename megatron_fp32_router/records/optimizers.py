@@ -13,6 +13,7 @@ _HYBRID_OPTIMIZER: Final = "megatron.core.optimizer.cpu_offloading.hybrid_optimi
 _OPTIMIZERS: Final = "megatron.core.optimizer"
 _DISTRIBUTED: Final = "megatron.core.distributed"
 _DDP: Final = "megatron.core.distributed.distributed_data_parallel"
+_FSDP: Final = "FullyShardedDataParallel"
 
 OPTIMIZERS: Final = (
     Patch(
@@ -23,6 +24,7 @@ OPTIMIZERS: Final = (
         why="in a virtual pipeline, fp32 and bf16 tensors share one coalesced collective: an error, or garbage weights",
         issue="not reported upstream",
         remove_when="groups of buckets are cut by dtype",
+        area="data_parallel",
         parameters=("buffers", "force_single_bucket_group"),
     ),
     Patch(
@@ -33,6 +35,7 @@ OPTIMIZERS: Final = (
         why="with fp32 router parameters, optimizer checkpoints silently hold another parameter's state, or fail",
         issue=f"{UPSTREAM}/issues/2777",
         remove_when="the index map follows the groups and fp32 shards are detached (#5835); status() then says native",
+        area="distributed",
         parameters=("self", "optimizer", "config"),
     ),
     Patch(
@@ -43,6 +46,8 @@ OPTIMIZERS: Final = (
         why="with fp32 router parameters, optimizer checkpoints silently hold another parameter's state",
         issue=f"{UPSTREAM}/issues/2777",
         remove_when="the index map follows the groups (#5835)",
+        area="distributed",
+        whole=False,
         parameters=("self",),
     ),
     Patch(
@@ -53,6 +58,8 @@ OPTIMIZERS: Final = (
         why="with fp32 router parameters, optimizer checkpoints silently hold another parameter's state",
         issue=f"{UPSTREAM}/issues/2777",
         remove_when="the index map follows the groups (#5835)",
+        area="distributed",
+        whole=False,
         parameters=("self",),
     ),
     Patch(
@@ -64,6 +71,9 @@ OPTIMIZERS: Final = (
         issue=f"{UPSTREAM}/pull/5077",
         remove_when="padding between buckets is accounted for (#5077)",
         since="0.15",
+        area="distributed",
+        absent_where=("DistributedOptimizer.sharded_state_dict lacks sharded_param_state_fully_reshardable",),
+        native_where=("DistributedOptimizer.sharded_param_state_fully_reshardable uses cumulative_padding_stripped",),
         parameters=("self", "model_sharded_state_dict", "is_loading"),
     ),
     Patch(
@@ -74,6 +84,7 @@ OPTIMIZERS: Final = (
         why="a checkpoint of a run without the plugin stops one rank with an opaque error while the others wait",
         issue=f"{UPSTREAM}/issues/2777",
         remove_when="the legacy format goes",
+        area="distributed",
         parameters=("self", "state_dict"),
     ),
     Patch(
@@ -84,6 +95,7 @@ OPTIMIZERS: Final = (
         why="a resume from a run without the plugin may take the router weight that was rounded to bf16",
         issue=f"{UPSTREAM}/pull/5835",
         remove_when="fully_sharded_model_space goes",
+        area="distributed",
         parameters=("self", "model_sharded_state_dict", "is_loading"),
     ),
     Patch(
@@ -94,6 +106,7 @@ OPTIMIZERS: Final = (
         why="after a resume from a run without the plugin, ranks run their first forward with different router weights",
         issue=f"{UPSTREAM}/pull/5835",
         remove_when="loading gathers fp32 parameters",
+        area="distributed",
         parameters=("self", "state_dict"),
     ),
     Patch(
@@ -104,6 +117,8 @@ OPTIMIZERS: Final = (
         why="a checkpoint of a run without the plugin stops with an opaque error, or after the model was overwritten",
         issue=f"{UPSTREAM}/issues/2777",
         remove_when="optimizer state is stored by parameter name in every format",
+        area="torch_dist",
+        whole=False,
         parameters=("sharded_state_dict", "checkpoint_dir"),
     ),
     Patch(
@@ -114,6 +129,7 @@ OPTIMIZERS: Final = (
         why="a checkpoint of a run without the plugin stops with an opaque error, or after the model was overwritten",
         issue=f"{UPSTREAM}/issues/2777",
         remove_when="optimizer state is stored by parameter name in every format",
+        area="torch_dist",
         parameters=("sharded_state_dict", "checkpoint_dir"),
     ),
     Patch(
@@ -124,6 +140,7 @@ OPTIMIZERS: Final = (
         why="with fp32 router parameters, main copies are saved and loaded as another parameter's, or not at all",
         issue=f"{UPSTREAM}/pull/5929",
         remove_when="fp32 parameters have an fp32_param in checkpoints too, to turn the plugin on and off",
+        area="optimizer",
         parameters=("self",),
     ),
     Patch(
@@ -134,6 +151,7 @@ OPTIMIZERS: Final = (
         why="with fp32 router parameters, main copies are saved and loaded as another parameter's, or not at all",
         issue=f"{UPSTREAM}/pull/5929",
         remove_when="fp32 parameters have an fp32_param in checkpoints too, to turn the plugin on and off",
+        area="optimizer",
         parameters=("self", "model_sharded_state_dict", "is_loading"),
     ),
     Patch(
@@ -144,6 +162,7 @@ OPTIMIZERS: Final = (
         why="with fp32 router parameters, main copies are saved and loaded as another parameter's, or not at all",
         issue=f"{UPSTREAM}/pull/5929",
         remove_when="fp32 parameters have an fp32_param in checkpoints too, to turn the plugin on and off",
+        area="optimizer",
         parameters=("self", "state_dict"),
     ),
     Patch(
@@ -155,6 +174,7 @@ OPTIMIZERS: Final = (
         issue=f"{UPSTREAM}/issues/6212",
         remove_when="decoupled_grad reaches GPU parameters that have no fp32 copy",
         since="0.12",
+        area="offload",
         parameters=("self",),
     ),
     Patch(
@@ -166,6 +186,7 @@ OPTIMIZERS: Final = (
         issue=f"{UPSTREAM}/pull/5929",
         remove_when="a loaded main copy reaches parameters that have no fp32 copy (#5929 only skips them)",
         since="0.12",
+        area="offload",
         parameters=("self",),
     ),
     Patch(
@@ -177,6 +198,11 @@ OPTIMIZERS: Final = (
         issue=f"{UPSTREAM}/issues/6212",
         remove_when="update_fp32_param_by_new_param refreshes the CPU copies of fp32 parameters",
         since="0.13",
+        area="offload",
+        absent_where=(
+            f"{_DISTRIBUTED_OPTIMIZER}:DistributedOptimizer._copy_model_params_to_main_params "
+            "lacks update_fp32_param_by_new_param",
+        ),
         parameters=("self",),
     ),
     Patch(
@@ -187,6 +213,8 @@ OPTIMIZERS: Final = (
         why="with fp32 router parameters, the precision-aware optimizer saves wrong weights and clips by a wrong norm",
         issue=f"{UPSTREAM}/issues/7338",
         remove_when="the precision-aware optimizer handles fp32 parameters, and Muon has been tested",
+        area="optimizer",
+        whole=False,
         parameters=("self", "optimizer", "config"),
     ),
     Patch(
@@ -198,6 +226,8 @@ OPTIMIZERS: Final = (
         issue=f"{UPSTREAM}/issues/5470",
         remove_when="parameters are gathered by dtype",
         since="0.16",
+        area="layer_wise",
+        whole=False,
         parameters=("self", "optimizers"),
     ),
     Patch(
@@ -208,6 +238,8 @@ OPTIMIZERS: Final = (
         why="torch FSDP2 stops at fp32 router parameters in the first forward",
         issue="https://github.com/pytorch/pytorch",
         remove_when="FSDP2 takes several parameter dtypes in one unit",
+        area="fsdp",
+        whole=False,
         parameters=("self", "config"),
     ),
     *(
@@ -222,13 +254,16 @@ OPTIMIZERS: Final = (
             since=since,
             until=until,
             gone=until is not None,
+            area="fsdp",
+            whole=False,
+            absent_where=absent_where,
             parameters=("self", "config"),
         )
-        for name, module, version, since, until in (
-            ("custom-fsdp", "custom_fsdp.fully_sharded_data_parallel", "", "0.12", "0.14"),
-            ("megatron-fsdp", "fsdp.mcore_fsdp_adapter", "", "0.14", "0.20"),
-            ("megatron-fsdp-v1", "fsdp.mcore_fsdp_adapter", "V1", "0.20", None),
-            ("megatron-fsdp-v2", "fsdp.mcore_fsdp_adapter", "V2", "0.20", None),
+        for name, module, version, since, until, absent_where in (
+            ("custom-fsdp", "custom_fsdp.fully_sharded_data_parallel", "", "0.12", "0.14", ()),
+            ("megatron-fsdp", "fsdp.mcore_fsdp_adapter", "", "0.14", "0.20", (f"{_FSDP}V1.__init__ uses self",)),
+            ("megatron-fsdp-v1", "fsdp.mcore_fsdp_adapter", "V1", "0.20", None, (f"{_FSDP}.__init__ uses self",)),
+            ("megatron-fsdp-v2", "fsdp.mcore_fsdp_adapter", "V2", "0.20", None, (f"{_FSDP}.__init__ uses self",)),
         )
     ),
     Patch(
@@ -240,6 +275,7 @@ OPTIMIZERS: Final = (
         issue=f"{UPSTREAM}/pull/4580",
         remove_when="refit converts dtypes of parameters",
         since="0.16",
+        area="refit",
         parameters=("src_meta_list", "dst_metadata", "dst_rank"),
     ),
 )

@@ -18,6 +18,7 @@ RANKS: Final = (
         why="a rank without the plugin would be noticed by nobody",
         issue=f"{UPSTREAM}/issues/1482",
         remove_when="router-casts goes",
+        whole=False,
         parameters=("self", "config", "ddp_config", "module"),
     ),
     Patch(
@@ -28,6 +29,7 @@ RANKS: Final = (
         why="parameters of different dtypes would be broadcast into each other where a rank lacks the plugin",
         issue=f"{UPSTREAM}/issues/1482",
         remove_when="router-casts goes",
+        whole=False,
         parameters=("self",),
     ),
     Patch(
@@ -38,6 +40,7 @@ RANKS: Final = (
         why="the first step would hang or mix up gradients where a rank lacks the plugin",
         issue=f"{UPSTREAM}/issues/1482",
         remove_when="router-casts goes",
+        whole=False,
         parameters=("self", "optimizer", "config"),
     ),
 )

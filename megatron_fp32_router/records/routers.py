@@ -21,6 +21,7 @@ ROUTERS: Final = (
         issue=f"{UPSTREAM}/pull/683",
         remove_when="Router.__init__ no longer casts (from 0.13 reset_parameters does)",
         until="0.13",
+        native_where=("Router.__init__ lacks params_dtype",),
         parameters=("self", "config"),
         needs=("gating",),
     ),
@@ -33,6 +34,7 @@ ROUTERS: Final = (
         issue=f"{UPSTREAM}/pull/683",
         remove_when="reset_parameters leaves the router's parameters in fp32",
         since="0.13",
+        absent_where=("Router.__init__ uses params_dtype",),
         parameters=("self",),
         needs=("gating",),
     ),
@@ -78,6 +80,8 @@ ROUTERS: Final = (
         issue=f"{UPSTREAM}/issues/1421",
         remove_when="the gating patch goes",
         since="0.17",
+        area="inference",
+        absent_where=("InferenceTopKRouter.forward lacks _forward",),
         parameters=("self", "input"),
     ),
     Patch(
@@ -89,6 +93,11 @@ ROUTERS: Final = (
         issue=f"{UPSTREAM}/issues/6111",
         remove_when="_apply_expert_bias broadcasts the mask itself (#6114)",
         since="0.16",
+        absent_where=("TopKRouter.routing uses local_tokens_per_expert",),
+        native_where=(
+            "TopKRouter._apply_expert_bias uses unsqueeze",
+            "TopKRouter._apply_expert_bias lacks padding_mask",
+        ),
         parameters=("self", "routing_map", "padding_mask"),
     ),
     Patch(
@@ -133,6 +142,7 @@ ROUTERS: Final = (
         issue=f"{UPSTREAM}/pull/7081",
         remove_when="upstream skips routers without a bias",
         since="0.15",
+        absent_where=("_update_router_expert_bias uses zero_",),
         parameters=("config", "model"),
         supersedes=True,
     ),
@@ -155,6 +165,9 @@ ROUTERS: Final = (
             why="router weights are split again in every micro-batch",
             issue="none: it exists for the gating patch",
             remove_when="the gating patch goes",
+            area="schedules",
+            whole=False,
+            uses=(f"{path} uses finalize_model_grads_func", f"{path} lacks step"),
             essential=False,
         )
         for name, path in (
@@ -171,7 +184,8 @@ ROUTERS: Final = (
         why="0.11's own training wraps with this class; nobody would see whether the routers stayed fp32",
         issue=f"{UPSTREAM}/issues/1482",
         remove_when="0.11 is no longer supported",
+        absent_where=("no Float16Module",),  # its file stays to 0.17, the class does not
+        whole=False,
         parameters=("self", "module"),
-        optional=True,  # its file stays to 0.17, the class does not
     ),
 )

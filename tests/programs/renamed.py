@@ -22,7 +22,10 @@ import torch
 
 import megatron_fp32_router
 from megatron_fp32_router import lab
+from megatron_fp32_router.compat.gate import look
+from megatron_fp32_router.protect import effect
 from megatron_fp32_router.records import PATCHES, Patch
+from megatron_fp32_router.registry import registry
 from megatron_fp32_router.upstream import Megatron, read_version
 
 #: Functions that torch or Python itself calls by these very names: nobody can rename them and go on training.
@@ -115,8 +118,18 @@ def in_a_fork(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return answer
 
 
+def use(patch: Patch) -> None:
+    """Call what is in the place of a function that only some jobs use, in a process with a protected model."""
+    model = torch.nn.Linear(1, 1)
+    model.weight.kept_in_fp32_router = True  # type: ignore[assignment]
+    effect.seen.add(model)
+    if patch.area != "router" and patch.id in registry.replacements:  # of a function of a module, the import tells
+        registry.replacements[patch.id]()
+
+
 def under_raise(patch: Patch) -> dict[str, Any]:
     import_module(patch.module)
+    use(patch)
     return {"error": None}
 
 
@@ -139,6 +152,8 @@ def under_warn(patch: Patch) -> dict[str, Any]:
             room = lab.build(recipe)
             biases = [str(router.expert_bias.dtype) for _, router in room.routers()]
             loss = room.step(lab.text_batches(recipe, seed=1))
+    with suppress(TypeError):  # of the function itself, which has been called without its arguments
+        use(patch)
     states = {record.id: record.state for record in megatron_fp32_router.status()}
     about = [line for line in said if patch.target in line]
     return {"said": about, "state": states[patch.id], "loss": loss, "biases": biases}
@@ -150,7 +165,7 @@ def main(tree: Path) -> None:
     megatron = Megatron(tree / "megatron/core", read_version(tree / "megatron/core/package_info.py"))
     found = {}
     for patch in PATCHES:
-        here = megatron.at_least(patch.since) and not (patch.until and megatron.at_least(patch.until))
+        here = look(patch, megatron, "").needless is None
         # Torch's own functions are not Megatron's to rename; no wheel holds megatron.legacy, and not every release
         # has every file.
         if not here or patch.inherited or not file_of(tree, patch.module).exists():

@@ -1,0 +1,123 @@
+"""A Megatron whose router core is changed in a way that matters: refused by `check`, and when it is imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bootstrap import NEWEST, ensure_release
+from checking import FINALIZE, MOE_UTILS, ROUTER, check, copier
+
+from megatron_fp32_router.compat.gate import look
+from megatron_fp32_router.records import PATCHES
+from megatron_fp32_router.upstream import Megatron, read_version
+
+MODULE = "megatron/core/transformer/module.py"
+DDP = "megatron/core/distributed/distributed_data_parallel.py"
+LOGITS = "logits = router_gating_linear(input, self.weight, self.bias, router_dtype)"
+UPDATE = "_update_router_expert_bias(model, config, tp_dp_cp_group=tp_dp_cp_group)"
+BIAS = "            )\n            self.register_buffer(\n                'expert_bias',"
+
+#: What is changed: file, old text, new text, and the target that has to be named. The old texts stand in the newest
+#: release, and in main beyond it.
+MUTANTS = {
+    "logits are scaled": (ROUTER, LOGITS, f"{LOGITS} * 0.5", "Router.gating"),
+    "tokens are scaled before gating": (
+        ROUTER,
+        "input = self.apply_input_jitter(input)",
+        "input = 2 * self.apply_input_jitter(input)",
+        "TopKRouter.forward",
+    ),
+    "another update rule": (
+        MOE_UTILS,
+        "torch.sign(offset) * expert_bias_update_rate",
+        "torch.tanh(offset) * expert_bias_update_rate",
+        "get_updated_expert_bias",
+    ),
+    "a renamed buffer": (
+        ROUTER,
+        "'local_tokens_per_expert',\n                torch.zeros(",
+        "'tokens_seen',\n                torch.zeros(",
+        "TopKRouter.__init__",
+    ),
+    "the counter is saved": (
+        ROUTER,
+        f"                persistent=False,\n{BIAS}",
+        BIAS,
+        "TopKRouter.__init__",
+    ),
+    "tokens are counted twice": (
+        ROUTER,
+        "self._apply_expert_bias(routing_map, padding_mask=padding_mask)",
+        "self._apply_expert_bias(routing_map, padding_mask=padding_mask)\n"
+        "        self._apply_expert_bias(routing_map, padding_mask=padding_mask)",
+        "TopKRouter.routing",
+    ),
+    "the gradient has another sign": (
+        MOE_UTILS,
+        "grad_input = torch.mm(grad_output,",
+        "grad_input = -torch.mm(grad_output,",
+        "RouterGatingLinearFunction.backward",
+    ),
+    "the update comes twice": (
+        FINALIZE,
+        f"        {UPDATE}\n",
+        f"        {UPDATE}\n        {UPDATE}\n",
+        "finalize_model_grads",
+    ),
+    "eval mode is updated too": (
+        FINALIZE,
+        "                and module.training\n",
+        "",
+        "_update_router_expert_bias",
+    ),
+    "weights are initialised otherwise": (
+        ROUTER,
+        "self.weight.data = self.weight.data.to(dtype=self.config.params_dtype)",
+        "self.weight.data = self.weight.data.half()",
+        "Router.reset_parameters",
+    ),
+    "an override goes around the casts": (
+        ROUTER,
+        "    def set_layer_number(self",
+        "    def _apply(self, fn): ...\n\n    def set_layer_number(self",
+        "Router._apply",
+    ),
+    "the model is cast after it was wrapped": (
+        MODULE,
+        "        self.float16_convertor = float16_convertor\n",
+        "        self.float16_convertor = float16_convertor\n        self.module.to(torch.float16)\n",
+        "Float16Module.__init__",
+    ),
+    "other parameters": (
+        DDP,
+        "        config: TransformerConfig,\n        ddp_config: DistributedDataParallelConfig,\n",
+        "        ddp_config: DistributedDataParallelConfig,\n        config: TransformerConfig,\n",
+        "DistributedDataParallel.__init__",
+    ),
+}
+
+
+def refused(tree: Path, capsys: Any) -> tuple[int, set[str], str]:
+    """(exit code of `check`, what has drifted, everything that an import would say against patches of the core)."""
+    code, report = check(capsys, "--for", "router", "--megatron", tree)
+    megatron = Megatron(tree / "megatron/core", read_version(tree / "megatron/core/package_info.py"))
+    said = [look(patch, megatron, "").objection or "" for patch in PATCHES if patch.area == "router"]
+    drifted = {t["target"] for t in report["targets"] if t["state"] in ("drifted", "missing")}
+    return code, drifted, "\n".join(said)
+
+
+@pytest.mark.parametrize("what", MUTANTS)
+def test_a_changed_core_is_refused_by_check_and_at_import(what: str, tmp_path: Path, capsys: Any) -> None:
+    file, old, new, target = MUTANTS[what]
+    tree = copier(tmp_path)(NEWEST, file, old, new)
+    code, drifted, said = refused(tree, capsys)
+    assert code == 1
+    assert {name for name in drifted if name.endswith(f".{target}")}
+    assert file in said
+
+
+def test_an_unchanged_core_is_not_refused(capsys: Any) -> None:
+    code, drifted, said = refused(ensure_release(NEWEST), capsys)
+    assert (code, drifted, said.strip()) == (0, set(), "")
