@@ -129,7 +129,10 @@ def ensure_tree(name: str, *, fetch: bool = True) -> Path:
             say(f"Unpacking {archive} ...")
             with tarfile.open(archive) as packed:
                 # The Pythons that do not know of the filter are old and trust every archive.
-                packed.extractall(work, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+                if hasattr(tarfile, "data_filter"):
+                    packed.extractall(work, filter="data")
+                else:
+                    packed.extractall(work)
             (work / name).rename(work / "tree")
         else:
             say(f"Fetching commit {TREES[name]} of {UPSTREAM} for {name} ...")

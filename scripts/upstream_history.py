@@ -138,7 +138,7 @@ def write(gitdir: Path, *, show: bool) -> dict[str, str]:
                 reviewed.setdefault(name, []).append(["", {body.digest: state.first}])
                 if show:
                     print(_difference(name, body.module, known.bodies(name).values(), state.first))
-    fingerprints.HISTORY.write_text(json.dumps(reviewed, indent=1) + "\n", encoding="utf-8")
+    Path(str(fingerprints.HISTORY)).write_text(json.dumps(reviewed, indent=1) + "\n", encoding="utf-8")
     fingerprints.known.cache_clear()
     for state in (state for states in found.values() for state in states):
         judged = judge.Judge(state.tree, Megatron(None, None))
