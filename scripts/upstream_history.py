@@ -123,8 +123,12 @@ def write(gitdir: Path, *, show: bool) -> dict[str, str]:
     clone, known = _Clone(gitdir), fingerprints.known()
     released = {number for row in known.targets.values() for number in row if number is not None}
     in_releases = {known.digests[number] for number in released}
-    reviewed: dict[str, list[list[object]]] = json.loads(fingerprints.HISTORY.read_text(encoding="utf-8"))
-    seen = {digest for groups in reviewed.values() for _, bodies in groups for digest in bodies}  # type: ignore[attr-defined]
+    reviewed: dict[str, list[tuple[str, dict[str, str]]]] = {}
+    for name, groups in json.loads(fingerprints.HISTORY.read_text(encoding="utf-8")).items():
+        # A body that has come into a release is known by that.
+        kept = [(why, {d: where for d, where in bodies.items() if d not in in_releases}) for why, bodies in groups]
+        reviewed[name] = [(why, bodies) for why, bodies in kept if bodies]
+    seen = {digest for groups in reviewed.values() for _, bodies in groups for digest in bodies}
     texts: dict[str, str] = {}
     found = {branch: list(_walk(clone, branch)) for branch in _BRANCHES}
     for state in (state for states in found.values() for state in states):
@@ -135,9 +139,10 @@ def write(gitdir: Path, *, show: bool) -> dict[str, str]:
             texts.setdefault(body.digest, canonical.text(body.module))
             if body.digest not in seen:
                 seen.add(body.digest)
-                reviewed.setdefault(name, []).append(["", {body.digest: state.first}])
+                reviewed.setdefault(name, []).append(("", {body.digest: state.first}))
                 if show:
                     print(_difference(name, body.module, known.bodies(name).values(), state.first))
+    reviewed = {name: groups for name, groups in reviewed.items() if groups}
     Path(str(fingerprints.HISTORY)).write_text(json.dumps(reviewed, indent=1) + "\n", encoding="utf-8")
     fingerprints.known.cache_clear()
     for state in (state for states in found.values() for state in states):

@@ -156,7 +156,8 @@ def test_a_patch_that_only_one_rank_has_wrapped_or_not_imported_is_no_difference
 def test_a_megatron_is_known_by_what_its_functions_do_and_not_by_its_version_or_place(tmp_path: Path) -> None:
     def digest(tree: Path) -> str:
         gate.digest.cache_clear()
-        gate._tree.cache_clear()
+        gate._state.cache_clear()
+        gate._judge.cache_clear()
         core = tree / "megatron" / "core"
         return gate.digest(Megatron(core, read_version(core / "package_info.py")))
 

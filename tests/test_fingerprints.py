@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -12,11 +13,14 @@ from pathlib import Path
 import pytest
 from bootstrap import NEWEST, RELEASES, ensure_release
 from installing import pythons
+from packaging.version import Version
 
-from megatron_fp32_router.compat import canonical
+from megatron_fp32_router.compat import canonical, fingerprints, gate
 from megatron_fp32_router.compat.contracts import CONTRACTS, has_body, relied_on
-from megatron_fp32_router.compat.fingerprints import FILE, known
+from megatron_fp32_router.compat.fingerprints import FILE, HISTORY, known
+from megatron_fp32_router.compat.source import Tree
 from megatron_fp32_router.records import PATCHES
+from megatron_fp32_router.upstream import Megatron
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -161,3 +165,71 @@ def test_what_a_patch_needs_lives_in_the_same_module() -> None:
 
 def test_the_generated_file_stays_small() -> None:
     assert FILE.stat().st_size < 200_000
+
+
+# What is known beside the releases --------------------------------------------------------------------------------
+
+
+def test_every_body_between_releases_has_a_sentence_a_commit_and_a_text() -> None:
+    for target, groups in json.loads(HISTORY.read_text(encoding="utf-8")).items():
+        assert has_body(target), target
+        texts = known().bodies(target)
+        for why, bodies in groups:
+            assert why, f"{target}: nobody has said why the patches are right for {bodies}"
+            assert bodies.keys() <= texts.keys()
+            assert all(re.fullmatch(r"\S+ of \d{4}-\d\d-\d\d \([0-9a-f]{10}\)", seen) for seen in bodies.values())
+
+
+def test_a_body_that_nobody_has_reviewed_is_not_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    target = "megatron.core.transformer.moe.router:Router.gating"
+    file = tmp_path / "history.json"
+    monkeypatch.setattr(fingerprints, "HISTORY", file)
+    for why in ("", "the same product"):
+        file.write_text(json.dumps({target: [[why, {"d" * 32: "main of 2026-01-01 (0123456789)"}]]}))
+        assert ("d" * 32 in known.__wrapped__().digests_of(target)) is bool(why)
+
+
+@pytest.mark.parametrize(
+    ("fact", "holds"),
+    [
+        ("C.f uses attribute", True),
+        ("C.f uses keyword", True),
+        ("C.f uses parameter", True),
+        ("C.f uses text", True),
+        ("C.f uses comment", False),
+        ("C.f lacks attribute", False),
+        ("C.f lacks comment", True),
+        ("C.gone lacks attribute", True),
+        ("C.gone uses attribute", False),
+        ("no D", True),
+        ("no C", False),
+        ("other:f lacks attribute", True),
+    ],
+)
+def test_facts_about_the_source(fact: str, holds: bool, tmp_path: Path) -> None:
+    (tmp_path / "module.py").write_text(
+        "class C:\n    def f(self, parameter):\n        return self.attribute(keyword='text')  # comment\n"
+    )
+    (tmp_path / "other.py").write_text("def f(): pass\n")
+    assert Tree(tmp_path).holds(fact, "module") is holds
+
+
+def test_for_every_release_what_the_records_say_of_it_is_what_its_code_says() -> None:
+    for release in RELEASES:
+        core = ensure_release(release) / "megatron" / "core"
+        megatron = Megatron(core, Version(release))
+        for patch in PATCHES:
+            finding = gate.look(patch, megatron, "")
+            assert finding.objection is None, (release, patch.id)
+            documented = Version(release) >= Version(patch.since) and not (
+                patch.until and Version(release) >= Version(patch.until)
+            )
+            in_no_wheel = patch.module.startswith("megatron.legacy")
+            assert (finding.needless is None) == (documented and not in_no_wheel), (release, patch.id)
+
+
+def test_the_gate_answers_for_a_known_file_as_it_would_after_parsing_it() -> None:
+    for release in (RELEASES[0], "0.14.0", NEWEST):
+        megatron = Megatron(ensure_release(release) / "megatron" / "core", Version(release))
+        for patch in PATCHES:
+            assert gate.look(patch, megatron, "") == gate._judged(patch, megatron, ""), (release, patch.id)

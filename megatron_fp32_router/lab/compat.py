@@ -63,7 +63,7 @@ def fill_router_biases(module: torch.nn.Module) -> None:
         return
     router_class = import_module("megatron.core.transformer.moe.router").Router
     for router in module.modules():
-        if isinstance(router, router_class) and router.bias is not None:
+        if isinstance(router, router_class) and getattr(router, "bias", None) is not None:  # came within 0.15
             router.config.init_method(router.bias)
 
 
