@@ -162,6 +162,14 @@ CONTRACTS: Final = (
         "DistributedOptimizer._set_main_param_and_optimizer_states",
         "model_param_group_index_map numbers parameters in gradient-buffer order, groups hold fp32 ones first",
     ),
+    # No more of refit: its other functions change often, and what they might change here shows (an operation whose
+    # name is not read, an attribute that is missing).
+    Contract(
+        ("refit-convert", "refit-convert-in-package"),
+        "megatron.core.resharding.utils",
+        "named_refit_tensors named_persistent_buffers get_refit_tensor_dict",
+        "what is sent is looked up by name among the source model's parameters and buffers",
+    ),
 )
 
 

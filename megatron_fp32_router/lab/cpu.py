@@ -88,6 +88,7 @@ def pretend(compile: bool = False) -> None:
     logging.getLogger(_RNG_LOGGER).addFilter(_expected)
     _tensors()
     replace(torch.distributed, "all_to_all_single", _all_to_all_with_lists(torch.distributed.all_to_all_single))
+    replace(torch.distributed, "all_gather", _all_gather_of_unequal_sizes(torch.distributed.all_gather))
     replace(torch, "compile", _compile_without_toolchain(torch.compile, compile))
 
 
@@ -268,6 +269,9 @@ def _with_device(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("device") is not None:
             kwargs["device"] = _on_cpu(kwargs["device"])
+        # Pages are pinned for a device to read them.
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
         return function(*args, **kwargs)
 
     return call
@@ -324,6 +328,27 @@ def _all_to_all_with_lists(real: Callable[..., Any]) -> Callable[..., Any]:
         return real(output, input, as_list(output_split_sizes), as_list(input_split_sizes), **kwargs)
 
     return all_to_all_single
+
+
+class _Done:
+    """A collective that has ended."""
+
+    def wait(self) -> None: ...
+
+
+def _all_gather_of_unequal_sizes(real: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(real)
+    def all_gather(tensor_list: Any, tensor: torch.Tensor, group: Any = None, async_op: bool = False) -> Any:
+        # NCCL does that; gloo would write out of bounds.
+        if len({part.numel() for part in tensor_list}) == 1:
+            return real(tensor_list, tensor, group=group, async_op=async_op)
+        tensor_list[torch.distributed.get_rank(group)].copy_(tensor)
+        for rank, part in enumerate(tensor_list):
+            if part.numel():
+                torch.distributed.broadcast(part, group=group, group_src=rank)
+        return _Done() if async_op else None
+
+    return all_gather
 
 
 def _compile_without_toolchain(real: Callable[..., Any], alive: bool) -> Callable[..., Any]:

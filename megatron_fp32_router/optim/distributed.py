@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from megatron_fp32_router.errors import CheckpointRefusedError
+from megatron_fp32_router.protect.casts import is_protected
 from megatron_fp32_router.registry import mismatch, registry, replaces
 from megatron_fp32_router.settings import PREFIX
 
@@ -107,7 +108,7 @@ def refuse_stale_numbering(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @replaces(original)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if hasattr(self, "model_param_group_index_map") and _numbering_is_stale(self):
+        if any(map(is_protected, getattr(self, "model_param_group_index_map", ()))) and _numbering_is_stale(self):
             mismatch(
                 CheckpointRefusedError,
                 "this distributed optimizer was built before megatron-fp32-router was turned on, or somebody replaced "
@@ -119,6 +120,12 @@ def refuse_stale_numbering(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, *args, **kwargs)
 
     return guarded
+
+
+def _trains_routers(optimizer: Any) -> bool:
+    """Whether the model has fp32 router parameters in training, be it in another optimizer of the chain."""
+    parameters = (parameter for chunk in optimizer.model_chunks for parameter in chunk.parameters())
+    return any(is_protected(parameter) and parameter.requires_grad for parameter in parameters)
 
 
 def _padded_inside(buffer: Any) -> bool:
@@ -144,7 +151,7 @@ def refuse_misplaced_state(original: Callable[..., Any]) -> Callable[..., Any]:
     def sharded_param_state_fully_reshardable(
         self: Any, model_sharded_state_dict: Any, is_loading: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
-        concerns_us = not is_loading and not repaired and registry.settings.protect == "all"
+        concerns_us = not is_loading and not repaired and _trains_routers(self)
         if concerns_us and any(_padded_inside(buffer) for buffer in self.buffers):
             mismatch(
                 CheckpointRefusedError,

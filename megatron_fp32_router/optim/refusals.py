@@ -1,8 +1,8 @@
 """Combinations that fp32 router parameters do not survive, or that nobody has tried: stopped before the first step.
 
 Two kinds. *Broken*: known to fail or to train wrongly. *Untested*: needs a GPU or a package that no test of ours has,
-and is let through by MEGATRON_FP32_ROUTER_UNTESTED=allow. Both look at the tensors: a model without fp32 router
-parameters beside bf16 or fp16 ones (PROTECT=buffers, fp32 training, no mixture of experts) is never stopped.
+and is let through by MEGATRON_FP32_ROUTER_UNTESTED=allow. Both look at the tensors: a job that trains no fp32 router
+parameters beside bf16 or fp16 ones (PROTECT=buffers, frozen routers, no mixture of experts) is never stopped.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_fp32_router.settings import PREFIX
 
 
 def _refuse(parameters: Iterable[Any], found: str, why: str, instead: str, *, untested: bool = False) -> None:
-    """Stop if `parameters` holds fp32 router parameters beside ones of lower precision.
+    """Stop if `parameters` holds fp32 router parameters to train beside ones of lower precision.
 
     Args:
         found: the configuration, as a noun.
@@ -34,7 +34,7 @@ def _refuse(parameters: Iterable[Any], found: str, why: str, instead: str, *, un
         CombinationRefusedError: there are such parameters (under on_mismatch="raise").
     """
     seen = [parameter for parameter in parameters if isinstance(parameter, torch.Tensor)]
-    ours = sum(is_protected(parameter) for parameter in seen)
+    ours = sum(is_protected(parameter) and parameter.requires_grad for parameter in seen)
     lower = {parameter.dtype for parameter in seen if below_fp32(parameter.dtype)}
     if not ours or not lower:
         return
@@ -136,27 +136,6 @@ def look_at_configuration(original: Callable[..., None]) -> Callable[..., None]:
     return __init__
 
 
-def look_at_layer_wise(original: Callable[..., None]) -> Callable[..., None]:
-    """LayerWiseDistributedOptimizer.__init__ (0.16 and later).
-
-    Raises:
-        CombinationRefusedError: it gathers parameters of all dtypes as if they had the first one's.
-    """
-
-    @replaces(original)
-    def __init__(self: Any, optimizers: Any, *args: Any, **kwargs: Any) -> None:
-        _refuse(
-            (parameter for optimizer in optimizers for parameter in _grouped(optimizer)),
-            "the layer-wise distributed optimizer",
-            "it gathers all parameters as if they had the first one's dtype, and no test has run it",
-            "Train with --optimizer adam --use-distributed-optimizer",
-            untested=True,
-        )
-        original(self, optimizers, *args, **kwargs)
-
-    return __init__
-
-
 # Wrappers --------------------------------------------------------------------------------------------------------
 
 
@@ -201,29 +180,3 @@ def look_at_megatron_fsdp(original: Callable[..., None]) -> Callable[..., None]:
         "Train without it",
         untested=True,
     )
-
-
-# Refit -----------------------------------------------------------------------------------------------------------
-
-
-def compare_dtypes(original: Callable[..., Any]) -> Callable[..., Any]:
-    """select_src_metadata_balanced, which refit's planner calls once for each destination tensor (0.16 and later).
-
-    Raises:
-        CombinationRefusedError: a router parameter has another dtype on the other side; refit copies bytes.
-    """
-
-    @replaces(original)
-    def select_src_metadata_balanced(src_meta_list: Any, dst_metadata: Any, dst_rank: int) -> Any:
-        source = original(src_meta_list, dst_metadata, dst_rank)
-        name = str(dst_metadata.name)
-        if name.endswith(("router.weight", "router.bias")) and source.dtype != dst_metadata.dtype:
-            mismatch(
-                CombinationRefusedError,
-                f"refit of {name} from {_plain(source.dtype)} to {_plain(dst_metadata.dtype)}: it copies bytes, so "
-                f"both models must keep it in one dtype. Turn the plugin on where both are built, or set "
-                f"{PREFIX}_PROTECT=buffers where the fp32 one is.",
-            )
-        return source
-
-    return select_src_metadata_balanced

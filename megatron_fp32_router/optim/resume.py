@@ -64,7 +64,8 @@ def _leaves(value: Any, name: Any = None) -> Iterator[tuple[Any, Any]]:
 def refuse_other_buffers(original: Callable[..., Any]) -> Callable[..., Any]:
     """dist_checkpointing.load: refuse optimizer state that another choice of fp32 parameters has laid out.
 
-    Every rank compares its routers' dtypes with those that the checkpoint's metadata names; tensors are not read.
+    Every rank compares the dtypes of the routers it trains with those that the checkpoint's metadata names; tensors are
+    not read.
 
     Raises:
         CheckpointRefusedError: they differ, and the checkpoint's optimizer state depends on them.
@@ -76,7 +77,9 @@ def refuse_other_buffers(original: Callable[..., Any]) -> Callable[..., Any]:
         routers = {
             entry.key: entry.data.dtype
             for _, entry in leaves
-            if _ROUTER_PARAMETER.fullmatch(str(getattr(entry, "key", ""))) and isinstance(entry.data, torch.Tensor)
+            if _ROUTER_PARAMETER.fullmatch(str(getattr(entry, "key", "")))
+            and isinstance(entry.data, torch.Tensor)
+            and entry.data.requires_grad  # a frozen one lies in no gradient buffer
         }
         if routers and any(name == "param_state_sharding_type" and kind in _BY_BUFFER for name, kind in leaves):
             saved = sys.modules["megatron.core.dist_checkpointing.serialization"].load_tensors_metadata(checkpoint_dir)

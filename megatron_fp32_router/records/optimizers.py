@@ -12,6 +12,7 @@ _DIST_CHECKPOINTING: Final = "megatron.core.dist_checkpointing"
 _HYBRID_OPTIMIZER: Final = "megatron.core.optimizer.cpu_offloading.hybrid_optimizer"
 _OPTIMIZERS: Final = "megatron.core.optimizer"
 _DISTRIBUTED: Final = "megatron.core.distributed"
+_RESHARDING: Final = "megatron.core.resharding"
 _DDP: Final = "megatron.core.distributed.distributed_data_parallel"
 _FSDP: Final = "FullyShardedDataParallel"
 
@@ -218,17 +219,32 @@ OPTIMIZERS: Final = (
         parameters=("self", "optimizer", "config"),
     ),
     Patch(
-        id="refuse-layer-wise",
+        id="layer-wise-gather",
         module=f"{_OPTIMIZERS}.layer_wise_optimizer",
-        path="LayerWiseDistributedOptimizer.__init__",
-        factory="optim.refusals:look_at_layer_wise",
+        path="LayerWiseDistributedOptimizer.allgather_params",
+        factory="optim.layer_wise:gather_by_dtype",
         why="the layer-wise optimizer gathers fp32 router parameters as if they were bf16",
         issue=f"{UPSTREAM}/issues/5470",
         remove_when="parameters are gathered by dtype",
         since="0.16",
         area="layer_wise",
-        whole=False,
-        parameters=("self", "optimizers"),
+        parameters=("self",),
+    ),
+    *(
+        Patch(
+            id=f"layer-wise-{name}",
+            module=f"{_OPTIMIZERS}.layer_wise_optimizer",
+            path=f"LayerWiseDistributedOptimizer.{method}",
+            factory="optim.layer_wise:spread_loaded_weights",
+            why="after a resume from a run without the plugin, ranks go on with different router weights",
+            issue=f"{UPSTREAM}/issues/5470",
+            remove_when="loading gathers fp32 parameters",
+            since="0.16",
+            area="layer_wise",
+            whole=False,
+            parameters=("self",),
+        )
+        for name, method in (("load", "load_state_dict"), ("load-file", "load_state_dict_from_file"))
     ),
     Patch(
         id="refuse-fsdp2",
@@ -267,15 +283,45 @@ OPTIMIZERS: Final = (
         )
     ),
     Patch(
+        id="refit-senders",
+        module=f"{_RESHARDING}.planner",
+        path="extract_param_metadata",
+        factory="optim.refit:say_who_converts",
+        why="refit would copy an fp32 router weight's bytes into a bf16 one",
+        issue=f"{UPSTREAM}/pull/4580",
+        remove_when="refit converts dtypes of parameters",
+        since="0.16",
+        area="refit",
+        whole=False,
+        parameters=("param", "param_name"),
+    ),
+    Patch(
         id="refit-dtypes",
-        module="megatron.core.resharding.planner",
+        module=f"{_RESHARDING}.planner",
         path="select_src_metadata_balanced",
-        factory="optim.refusals:compare_dtypes",
+        factory="optim.refit:name_dtypes",
         why="refit would copy an fp32 router weight's bytes into a bf16 one",
         issue=f"{UPSTREAM}/pull/4580",
         remove_when="refit converts dtypes of parameters",
         since="0.16",
         area="refit",
         parameters=("src_meta_list", "dst_metadata", "dst_rank"),
+        needs=("refit-senders",),
+    ),
+    # Called by the name that Megatron's own refit imported, or by the package's.
+    *(
+        Patch(
+            id=f"refit-convert{suffix}",
+            module=f"{_RESHARDING}{module}",
+            path="execute_reshard_plan",
+            factory="optim.refit:convert",
+            why="refit would copy an fp32 router weight's bytes into a bf16 one",
+            issue=f"{UPSTREAM}/pull/4580",
+            remove_when="refit converts dtypes of parameters",
+            since="0.16",
+            area="refit",
+            parameters=("plan", "src_module", "dst_module", "service"),
+        )
+        for suffix, module in (("", ".refit"), ("-in-package", ""))
     ),
 )

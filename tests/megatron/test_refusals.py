@@ -116,26 +116,6 @@ def test_muon_is_refused_until_somebody_has_tried_it(build: Any, plugin: Any, mo
     assert muon(build(**SMALL))
 
 
-def layer_wise(room: lab.Lab) -> Any:
-    home = import_module("megatron.core.optimizer.layer_wise_optimizer")
-    groups = import_module("megatron.core.process_groups_config").ProcessGroupCollection.use_mpu_process_groups()
-    chain = getattr(room.optimizer, "chained_optimizers", [room.optimizer])
-    adam = torch.optim.AdamW([{"params": list(room.chunks[0].parameters()), "is_expert_parallel": False}])
-    wanted = compat.signature_kwargs(
-        home.LayerWiseDistributedOptimizer.__init__, init_state_fn_list=[lambda *_: None], model_chunks=room.chunks
-    )
-    return home.LayerWiseDistributedOptimizer([adam], chain[0].config, groups, **wanted)
-
-
-@pytest.mark.since("0.16")
-def test_the_layer_wise_optimizer_is_refused(build: Any, plugin: Any) -> None:
-    room = build(**SMALL)
-    with refused("layer-wise distributed optimizer", "--use-distributed-optimizer", untested=True):
-        layer_wise(room)
-    plugin(protect="buffers")
-    assert layer_wise(build(**SMALL))
-
-
 # Wrappers --------------------------------------------------------------------------------------------------------
 
 
@@ -196,30 +176,6 @@ def test_megatron_fsdp_is_refused_until_somebody_has_tried_it(plugin: Any, relea
                     with pytest.raises(Exception) as caught:  # noqa: PT011
                         getattr(home, name)(module.config, object(), module)
                     assert not isinstance(caught.value, megatron_fp32_router.Fp32RouterError)
-
-
-# Refit -----------------------------------------------------------------------------------------------------------
-
-
-def plan(source: Any, destination: Any, experts: int) -> Any:
-    planner = import_module("megatron.core.resharding.planner")
-    make = getattr(planner, "build_local_reshard_plan", None) or planner.build_centralized_reshard_plan
-    return make(source, destination, num_experts=experts)
-
-
-@pytest.mark.since("0.16")
-def test_refit_between_dtypes_is_refused_when_it_is_planned(plugin: Any) -> None:
-    recipe = lab.Recipe(**SMALL)
-    with lab.parallel(recipe):
-        trained, same = wrapped(recipe).module, wrapped(recipe).module
-        plugin(protect="buffers")
-        (rounded,) = lab.build_model(recipe)
-        rounded = rounded.bfloat16()
-        plugin()
-        with pytest.raises(Refused, match=f"router.weight from float32 to bfloat16.*{WAY_OUT}"):
-            plan(trained, rounded, recipe.experts)
-        assert plan(trained, same, recipe.experts)
-        assert plan(rounded, rounded, recipe.experts)
 
 
 # Data parallelism ------------------------------------------------------------------------------------------------
