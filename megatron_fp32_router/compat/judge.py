@@ -138,8 +138,9 @@ class Judge:
         module, _, path = name.partition(":")
         file = self.tree.file_of(module)
         own = [patch for patch in PATCHES if key(patch.module, patch.path) == name]
-        absent = bool(own) and all(self.needless(patch) == "absent" for patch in own)
-        if absent:
+        # Of a module that no patch replaces anything in, those count that rely on it.
+        asked = own or ([] if self.tree.has(module) else [p for p in PATCHES if p.id in relied_on()[name]])
+        if asked and all(self.needless(patch) == "absent" for patch in asked):
             return Target(name, patches, "match", "not there, as is right for this tree", None, file)
         body = self.tree.body(name)
         recorded = self.fingerprints.digests_of(name)

@@ -292,7 +292,6 @@ OPTIMIZERS: Final = (
         remove_when="refit converts dtypes of parameters",
         since="0.16",
         area="refit",
-        whole=False,
         parameters=("param", "param_name"),
     ),
     Patch(
