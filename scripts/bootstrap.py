@@ -101,18 +101,22 @@ def ensure_release(version: str) -> Path:
 
     It is only unpacked, not installed: one environment serves all releases, one folder on the path each.
     """
-    tree = _cache("releases") / version
-    if (tree / "megatron").is_dir():
-        return tree
-    if version not in RELEASES:
+    if version not in RELEASES and not (_cache("releases") / version / "megatron").is_dir():
         raise SetupError(f"Megatron {version!r} is not among the releases: {', '.join(RELEASES)}")
+    return ensure_wheel("megatron-core", version, holds="megatron", folder=f"releases/{version}")
 
-    say(f"Fetching megatron-core {version} ...")
-    with _beside(tree) as work:
-        with zipfile.ZipFile(_download(version, work)) as wheel:
+
+def ensure_wheel(name: str, version: str, *, holds: str, folder: str) -> Path:
+    """Return the *folder* of the cache that holds the package *holds* out of a wheel, fetching it once."""
+    tree = _cache(folder)
+    if (tree / holds).is_dir():
+        return tree
+    say(f"Fetching {name} {version} ...")
+    with _beside(tree, holds) as work:
+        with zipfile.ZipFile(_download(f"{name}=={version}", work)) as wheel:
             wheel.extractall(work / "tree")
-        if not (work / "tree" / "megatron").is_dir():
-            raise SetupError(f"the wheel of megatron-core {version} holds no 'megatron' folder")
+        if not (work / "tree" / holds).is_dir():
+            raise SetupError(f"the wheel of {name} {version} holds no {holds!r} folder")
     return tree
 
 
@@ -124,7 +128,7 @@ def ensure_tree(name: str, *, fetch: bool = True) -> Path:
     archive = TREES_FOLDER / f"{name}.tar.xz"
     if not (archive.is_file() or fetch):
         raise SetupError(f"there is no {archive}, and the network was not to be had a moment ago")
-    with _beside(tree) as work:
+    with _beside(tree, "megatron") as work:
         if archive.is_file():
             say(f"Unpacking {archive} ...")
             with tarfile.open(archive) as packed:
@@ -149,7 +153,7 @@ def _cache(kind: str) -> Path:
 
 
 @contextlib.contextmanager
-def _beside(tree: Path) -> Iterator[Path]:
+def _beside(tree: Path, holds: str) -> Iterator[Path]:
     """A folder in which `tree/` is made, to be renamed *tree*: at once, since several processes may fetch one."""
     tree.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=tree.parent, prefix=f".{tree.name}-") as work:
@@ -158,7 +162,7 @@ def _beside(tree: Path) -> Iterator[Path]:
             (Path(work) / "tree").rename(tree)
         except OSError:
             # Somebody else was first: their copy is as good.
-            if not (tree / "megatron").is_dir():
+            if not (tree / holds).is_dir():
                 raise
 
 
@@ -212,19 +216,19 @@ def _pip(python: Path, *arguments: str) -> None:
         raise SetupError(f"pip could not do '{' '.join(arguments)}':\n{_tail(done.stdout)}")
 
 
-def _download(version: str, folder: Path) -> Path:
-    """Fetch the wheel of megatron-core *version* into *folder*."""
+def _download(requirement: str, folder: Path) -> Path:
+    """Fetch the wheel of *requirement* into *folder*."""
     complaints = []
     for python_version in WHEEL_PYTHONS:
         command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input"]
         command += ["--quiet", "--no-deps", "--ignore-requires-python", "--only-binary=:all:"]
-        command += ["--python-version", python_version, "--dest", str(folder), f"megatron-core=={version}"]
+        command += ["--python-version", python_version, "--dest", str(folder), requirement]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         wheels = list(folder.glob("*.whl"))
         if done.returncode == 0 and wheels:
             return wheels[0]
         complaints.append(f"looking for a wheel for Python {python_version}:\n{_tail(done.stdout)}")
-    raise SetupError(f"megatron-core {version} could not be fetched.\n" + "\n".join(complaints))
+    raise SetupError(f"{requirement} could not be fetched.\n" + "\n".join(complaints))
 
 
 def _tail(output: str, lines: int = 15) -> str:

@@ -157,7 +157,7 @@ def disturb(room: Any) -> None:
 REFUSED: dict[str, dict[str, Any]] = {
     "precision-aware optimizer": {"use_precision_aware_optimizer": True},
     "clipping after CPU offload": {"use_precision_aware_optimizer": True, "optimizer_cpu_offload": True},
-    "Muon": {},
+    "an emerging optimizer": {},
 }
 
 
@@ -188,7 +188,7 @@ def test_an_optimizer_that_trains_no_router_is_not_refused(what: str, plugin: An
             parameters[GATE].data = parameters[GATE].data.float()
             for parameter in parameters.values():
                 parameter.main_grad = torch.zeros_like(parameter)
-            inner = (StandIn if what == "Muon" else torch.optim.SGD)(parameters.values(), lr=1e-3)
+            inner = (StandIn if what == "an emerging optimizer" else torch.optim.SGD)(parameters.values(), lr=1e-3)
             with contextlib.nullcontext() if frozen else pytest.raises(megatron_fp32_router.CombinationRefusedError):
                 home.optimizer.Float16OptimizerWithFloat16Params(inner, config, None, start)
 

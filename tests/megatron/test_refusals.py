@@ -89,12 +89,12 @@ def test_clipping_by_kernels_that_read_one_type_is_refused(build: Any, plugin: A
 
 
 class StandIn(torch.optim.SGD):
-    """Where Muon would be: its package is on no registry. Only the home of the class is looked at."""
+    """Where an optimizer that nobody has tried would be. Only the home of the class is looked at."""
 
     __module__ = "emerging_optimizers.orthogonalized_optimizers"
 
 
-def muon(room: lab.Lab) -> Any:
+def emerging(room: lab.Lab) -> Any:
     float16 = import_module("megatron.core.optimizer.optimizer").Float16OptimizerWithFloat16Params
     chain = getattr(room.optimizer, "chained_optimizers", [room.optimizer])
     parameters = [p for p in room.chunks[0].parameters() if p.dim() == 2]
@@ -102,18 +102,20 @@ def muon(room: lab.Lab) -> Any:
 
 
 @pytest.mark.since("0.16")
-def test_muon_is_refused_until_somebody_has_tried_it(build: Any, plugin: Any, monkeypatch: Any, caplog: Any) -> None:
+def test_an_emerging_optimizer_is_refused_until_somebody_has_tried_it(
+    build: Any, plugin: Any, monkeypatch: Any, caplog: Any
+) -> None:
     room = build(**SMALL)
     with refused("StandIn from emerging_optimizers", "--optimizer adam", untested=True):
-        muon(room)
+        emerging(room)
     monkeypatch.setenv("MEGATRON_FP32_ROUTER_UNTESTED", "allow")
     plugin()
     with caplog.at_level(logging.WARNING):
-        assert muon(room)
+        assert emerging(room)
     assert "Allowed by MEGATRON_FP32_ROUTER_UNTESTED=allow" in caplog.text
     monkeypatch.delenv("MEGATRON_FP32_ROUTER_UNTESTED")
     plugin(protect="buffers")
-    assert muon(build(**SMALL))
+    assert emerging(build(**SMALL))
 
 
 # Wrappers --------------------------------------------------------------------------------------------------------
