@@ -47,6 +47,9 @@ NEWEST = RELEASES[-1]
 #: The torch on which the matrix is known to pass; other Pythons take what the package itself asks for.
 TORCH = "torch==2.13.0" if sys.version_info[:2] == (3, 11) else "torch>=2.4"
 
+#: Its FusedAdam is tested with; the wheel of that name holds Python only.
+TRANSFORMER_ENGINE = "2.20.2"
+
 #: A release has wheels for some Pythons only (0.11 to 0.13: up to 3.11). The parts that are used here are not
 #: compiled, so the first wheel found serves every Python.
 WHEEL_PYTHONS = ("3.12", "3.11", "3.10")
@@ -118,6 +121,12 @@ def ensure_wheel(name: str, version: str, *, holds: str, folder: str) -> Path:
         if not (work / "tree" / holds).is_dir():
             raise SetupError(f"the wheel of {name} {version} holds no {holds!r} folder")
     return tree
+
+
+def ensure_transformer_engine() -> Path:
+    """Return a folder that holds TransformerEngine's Python, and no compiled part, as `transformer_engine/`."""
+    folder = f"transformer-engine/{TRANSFORMER_ENGINE}"
+    return ensure_wheel("transformer-engine", TRANSFORMER_ENGINE, holds="transformer_engine", folder=folder)
 
 
 def ensure_tree(name: str, *, fetch: bool = True) -> Path:

@@ -185,8 +185,12 @@ def snapshot(room: Lab) -> dict[str, torch.Tensor]:
                 found[f"{name}.range"] = torch.tensor([part.start, part.end])
             # get(): looking a parameter up would start its state, and Megatron asks whether there is any.
             for key, value in optimizer.optimizer.state.get(main, {}).items():
-                if isinstance(value, torch.Tensor):
-                    found[f"{name}.{key}"] = value.detach().clone()
+                # FusedAdam gives an fp32 parameter a main copy too, and never looks at it again.
+                dead = key == "master_param" and main.dtype == torch.float32
+                if isinstance(value, torch.Tensor) and not (dead and hasattr(optimizer.optimizer, "set_scaled_state")):
+                    # TransformerEngine's fp8 tensors as the numbers they stand for.
+                    plain = value.dequantize() if hasattr(value, "_fp8_dtype") else value
+                    found[f"{name}.{key}"] = plain.detach().clone()
         for index, group in enumerate(optimizer.optimizer.param_groups):
             if "step" in group:
                 found[f"group {index} step"] = torch.tensor(int(group["step"]))
@@ -196,8 +200,11 @@ def snapshot(room: Lab) -> dict[str, torch.Tensor]:
 def _main_copies(optimizer: Any) -> Iterator[tuple[Any, Any]]:
     """(model parameter, what the inner optimizer updates for it); the same object where there is no copy."""
     if hasattr(optimizer, "shard_fp32_from_float16_groups"):
+        # A precision-aware optimizer's FusedAdam is given the parameters, and keeps main copies beside its moments.
+        given = zip(optimizer.shard_fp32_from_float16_groups, optimizer.shard_float16_groups, strict=True)
+        mains = [[m if m is not None else s for m, s in zip(*groups, strict=True)] for groups in given]
         pairs = [
-            (optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups),
+            (optimizer.model_float16_groups, mains),
             (optimizer.model_fp32_groups, optimizer.shard_fp32_groups),
         ]
     else:

@@ -111,7 +111,9 @@ def _version_of_nothing() -> None:
     """0.13 to 0.15 ask a TransformerEngine that is not there for its version when CPU offload is configured."""
     configuration = import_module("megatron.core.optimizer.optimizer_config")
     utils = import_module("megatron.core.utils")
-    if hasattr(configuration, "is_te_min_version") and utils.get_te_version() is None:
+    asked = getattr(configuration, "is_te_min_version", None)
+    # Megatron's own, and not what transformer_engine.in_use has put there.
+    if asked is not None and asked is utils.is_te_min_version and utils.get_te_version() is None:
         configuration.is_te_min_version = lambda *args, **kwargs: False  # type: ignore[attr-defined]
 
 

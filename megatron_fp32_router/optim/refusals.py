@@ -102,33 +102,11 @@ def look_at_configuration(original: Callable[..., None]) -> Callable[..., None]:
     """MixedPrecisionOptimizer.__init__, which every optimizer with main copies goes through.
 
     Raises:
-        CombinationRefusedError: precision-aware optimizer (#7338); clipping of gradients in two dtypes by its
-            kernels; emerging optimizers.
+        CombinationRefusedError: emerging optimizers.
     """
 
     @replaces(original)
     def __init__(self: Any, optimizer: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        offloaded = getattr(config, "optimizer_cpu_offload", False)
-        if getattr(config, "use_precision_aware_optimizer", False):
-            if not offloaded:
-                _refuse(
-                    _grouped(optimizer),
-                    "the precision-aware optimizer (--use-precision-aware-optimizer)",
-                    "its main copy of an fp32 parameter is never updated, and is what a checkpoint would hold "
-                    "(NVIDIA/Megatron-LM #7338)",
-                    "Train without --use-precision-aware-optimizer",
-                )
-            elif config.clip_grad > 0:
-                parameters = list(_grouped(optimizer))
-                dtypes = {grad.dtype for p in parameters if (grad := getattr(p, "main_grad", None)) is not None}
-                if len(dtypes) > 1:
-                    _refuse(
-                        parameters,
-                        f"gradient clipping over gradients in {' and '.join(sorted(map(_plain, dtypes)))}",
-                        "the kernels of the precision-aware optimizer read all of them as the first one's type "
-                        "(NVIDIA/Megatron-LM #7338)",
-                        "Train with --main-grads-dtype fp32 and without --grad-reduce-in-bf16, or with --clip-grad 0",
-                    )
         if _is_emerging(optimizer):
             _refuse(
                 _grouped(optimizer),

@@ -23,6 +23,8 @@ from megatron_fp32_router.upstream import of_module
 
 #: A router parameter of the model, not of an optimizer: "decoder.layers.mlp.router.weight".
 _ROUTER_PARAMETER: Final = re.compile(r"(?!.*optimizer\.)(.*\.)?router\.(weight|bias)")
+#: Its main copy in an optimizer's state that is stored by parameter name.
+_ROUTER_MAIN: Final = re.compile(r"optimizer\.state\.(fp32_)?param\.(.*\.)?router\.(weight|bias)")
 #: Sharding types that lay optimizer state out by gradient buffer.
 _BY_BUFFER: Final = ("dp_zero_gather_scatter", "fully_sharded_bucket_space", "dp_reshardable")
 
@@ -42,6 +44,17 @@ def _refuse(before: str, now: str) -> None:
         f"loaded. Either set {PREFIX} and {PREFIX}_PROTECT as in the run that saved it; or save once in that run with "
         f"{flags}, which stores it by parameter name, and resume from that ({of_module(module)}); or go on without "
         "optimizer state (--no-load-optim).",
+    )
+
+
+def _refuse_remainders(key: str, before: Any, now: Any) -> None:
+    mismatch(
+        CheckpointRefusedError,
+        f"this checkpoint has {key} in {_said({before})}, and this run has it in {_said({now})}: a precision-aware "
+        "optimizer with store_param_remainders keeps the lower 16 bits (int16) of a bf16 parameter's main copy, and "
+        f"nothing of an fp32 one's. No optimizer state has been loaded. Either set {PREFIX} and {PREFIX}_PROTECT as in "
+        "the run that saved it; or save once in that run with store_param_remainders=False in its OptimizerConfig, "
+        "after a resume without optimizer state; or go on without it here (--no-load-optim).",
     )
 
 
@@ -81,8 +94,19 @@ def refuse_other_buffers(original: Callable[..., Any]) -> Callable[..., Any]:
             and isinstance(entry.data, torch.Tensor)
             and entry.data.requires_grad  # a frozen one lies in no gradient buffer
         }
-        if routers and any(name == "param_state_sharding_type" and kind in _BY_BUFFER for name, kind in leaves):
+        mains = {
+            entry.key: entry.data.dtype
+            for _, entry in leaves
+            if _ROUTER_MAIN.fullmatch(str(getattr(entry, "key", ""))) and isinstance(entry.data, torch.Tensor)
+        }
+        by_buffer = any(name == "param_state_sharding_type" and kind in _BY_BUFFER for name, kind in leaves)
+        if mains or (routers and by_buffer):
             saved = sys.modules["megatron.core.dist_checkpointing.serialization"].load_tensors_metadata(checkpoint_dir)
+            # torch would read remainders as if they were weights, and weights as if they were remainders.
+            for key, dtype in mains.items():
+                if key in saved and saved[key].dtype.is_floating_point != dtype.is_floating_point:
+                    _refuse_remainders(key, saved[key].dtype, dtype)
+        if routers and by_buffer:
             before = {key: saved[key].dtype for key in routers if key in saved}
             changed = [key for key in before if (before[key] == torch.float32) != (routers[key] == torch.float32)]
             if changed:

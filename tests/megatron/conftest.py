@@ -50,14 +50,15 @@ def resume_record(request: pytest.FixtureRequest, release: Version) -> Callable[
 
     optimizer: Megatron's class name, with its flag where one class has several rows. sharding: Megatron's name of the
     format. direction: "on->on", "off->on", "on->off" (before -> after the resume). outcome: "works", "refused" (by the
-    plugin) or "upstream refuses". Call it after the assertion that the outcome rests on; scripts/docs-resume reads
+    plugin), "upstream refuses" or "rounds" (to bf16). Call it after the assertion that the outcome rests on;
+    scripts/docs_resume.py reads
     results/resume/RELEASE.jsonl, where the last record of a cell counts.
     """
     path = request.config.rootpath / "results" / "resume" / f"{release}.jsonl"
 
     def record(optimizer: str, sharding: str, direction: str, outcome: str) -> None:
         assert direction in {"on->on", "off->on", "on->off"}, direction
-        assert outcome in {"works", "refused", "upstream refuses"}, outcome
+        assert outcome in {"works", "refused", "upstream refuses", "rounds"}, outcome
         path.parent.mkdir(parents=True, exist_ok=True)
         cell = {"optimizer": optimizer, "sharding": sharding, "direction": direction, "outcome": outcome}
         with path.open("a", encoding="utf-8") as file:

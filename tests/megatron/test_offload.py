@@ -5,18 +5,15 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import wrapt
+from programs.unrepaired import upstreams
 
 from megatron_fp32_router import lab
 from megatron_fp32_router.lab import cpu
-from megatron_fp32_router.records import PATCHES
-from megatron_fp32_router.registry import registry
 
 pytestmark = pytest.mark.since("0.12")
 
@@ -48,20 +45,6 @@ def offloaded(build: Any) -> Iterator[Callable[[float], lab.Lab]]:
             )
 
         yield make
-
-
-@contextlib.contextmanager
-def upstreams(identifier: str) -> Iterator[None]:
-    """One patch of the plugin taken off, the others left on."""
-    patch = next(patch for patch in PATCHES if patch.id == identifier)
-    module = import_module(patch.module)
-    ours = registry.replacements[identifier]
-    owner, name, _ = wrapt.resolve_path(module, patch.path)
-    setattr(owner, name, ours.__wrapped__)
-    try:
-        yield
-    finally:
-        setattr(owner, name, ours)
 
 
 def hybrid(room: lab.Lab) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import logging
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from packaging.version import Version
 
 import megatron_fp32_router
 from megatron_fp32_router import lab
-from megatron_fp32_router.lab import compat, cpu
+from megatron_fp32_router.lab import compat
 from megatron_fp32_router.lab import train as lab_train
 
 Refused = megatron_fp32_router.CombinationRefusedError
@@ -38,54 +37,6 @@ def refused(found: str, instead: str, *, untested: bool = False) -> Iterator[Non
 
 
 # Optimizers ------------------------------------------------------------------------------------------------------
-
-
-def precision_aware(room: lab.Lab) -> Any:
-    """A second optimizer for `room`, with the precision-aware flag. Its kernels are not needed to build it."""
-    home = import_module("megatron.core.optimizer")
-    distributed = import_module("megatron.core.optimizer.distrib_optimizer")
-    chain = getattr(room.optimizer, "chained_optimizers", [room.optimizer])
-    settings = copy.copy(chain[0].config)
-    settings.use_precision_aware_optimizer = True
-    settings.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (home, distributed):
-            patch.setattr(module, "Adam", compat.FusedAdamLike, raising=False)
-        patch.setattr(home, "USING_PYTORCH_OPTIMIZER", False, raising=False)
-        patch.setattr(home, "is_te_min_version", lambda *args, **kwargs: False, raising=False)
-        return home.get_megatron_optimizer(settings, room.chunks)
-
-
-def test_the_precision_aware_optimizer_is_refused(build: Any, plugin: Any) -> None:
-    room = build(optimizer="distributed", fused_adam=True, **SMALL)
-    with refused("--use-precision-aware-optimizer", "Train without --use-precision-aware-optimizer"):
-        precision_aware(room)
-
-
-def test_the_precision_aware_optimizer_is_not_refused_when_buffers_are_protected(build: Any, plugin: Any) -> None:
-    plugin(protect="buffers")
-    assert precision_aware(build(optimizer="distributed", fused_adam=True, **SMALL))
-
-
-def offloaded(build: Any, clip: float) -> None:
-    extra = {"optimizer_cpu_offload": True, "use_precision_aware_optimizer": True, "pin_cpu_grads": False}
-    with cpu.offloading():
-        build(
-            optimizer="distributed",
-            clip_grad=clip,
-            ddp_extra={"grad_reduce_in_fp32": False},
-            optimizer_extra=extra,
-            **SMALL,
-        )
-
-
-@pytest.mark.since("0.12")
-def test_clipping_by_kernels_that_read_one_type_is_refused(build: Any, plugin: Any) -> None:
-    with refused("gradients in bfloat16 and float32", "--main-grads-dtype fp32"):
-        offloaded(build, clip=1.0)
-    offloaded(build, clip=0.0)
-    plugin(protect="buffers")
-    offloaded(build, clip=1.0)
 
 
 class StandIn(torch.optim.SGD):

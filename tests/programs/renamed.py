@@ -84,13 +84,15 @@ def text_with_another_name(patch: Patch, text: str, is_home: bool) -> str:
 
 
 def text_with_another_definition(owner: str, name: str, text: str) -> str:
-    """Rename the one statement that defines `name`: a method, a function, or an import of it."""
+    """Rename what defines `name`: a method, a function, or an import of it; or all that do so inside one `try`."""
     body: list[ast.stmt] = ast.parse(text).body
     if owner:
         (cls,) = (n for n in body if isinstance(n, ast.ClassDef) and n.name == owner)
         body = cls.body
     lines = text.splitlines(keepends=True)
-    for node in body:
+    for node in [n for item in body for n in (ast.walk(item) if isinstance(item, ast.Try) else [item])]:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name:
+            lines[node.lineno - 1] = lines[node.lineno - 1].replace(f"{name} =", f"{name}_renamed =")
         if isinstance(node, ast.FunctionDef) and node.name == name:
             lines[node.lineno - 1] = lines[node.lineno - 1].replace(f"def {name}(", f"def {name}_renamed(")
         for alias in node.names if isinstance(node, ast.ImportFrom) else ():

@@ -1,11 +1,13 @@
 """What the ranks of tests/megatron/test_resume*.py run: train and save in one process, load and go on in another.
 
-A case is {"name", "fields" of its Recipe, "formats", "plugin": before the save, "then": after the load}. All cases of
-a launch share its ranks, one layout after another.
+A case is {"name", "fields" of its Recipe, "formats", "plugin": before the save, "then": after the load}, and maybe
+"engine": (TransformerEngine's folder, the version that Megatron is told). All cases of a launch share its ranks, one
+layout after another.
 """
 
 from __future__ import annotations
 
+import contextlib
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch.distributed as dist
 
 import megatron_fp32_router
 from megatron_fp32_router import lab
-from megatron_fp32_router.lab import checkpoint
+from megatron_fp32_router.lab import checkpoint, transformer_engine
 
 #: Small enough that building, three steps and a checkpoint take a fraction of a second.
 TINY: dict[str, Any] = {"hidden": 32, "moe_ffn": 32, "experts": 4, "seq_length": 32, "vocab": 64, "bias_start": 0.75}
@@ -24,6 +26,12 @@ STEPS = 3
 
 def recipe_of(case: dict[str, Any]) -> Any:
     return lab.Recipe(**{**TINY, **case["fields"]})
+
+
+def engine(case: dict[str, Any]) -> Any:
+    """The context in which Megatron's optimizers find TransformerEngine, if the case says so."""
+    tree, version = case.get("engine") or ("", "")
+    return transformer_engine.in_use(Path(tree), version) if tree else contextlib.nullcontext()
 
 
 def build(recipe: Any) -> Any:
@@ -66,7 +74,7 @@ def write_one(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     recipe, home = recipe_of(case), folder / case["name"]
     home.mkdir(exist_ok=True)
     turn(case["plugin"])
-    with lab.layout(recipe):
+    with lab.layout(recipe), engine(case):
         straight = build(recipe)
         losses = train(straight, 0) + train(straight, STEPS)
         end = checkpoint.snapshot(straight)
@@ -130,7 +138,7 @@ def read_one(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     recipe, home = recipe_of(case), folder / case["name"]
     turn(case["then"])
     results: dict[str, Any] = {}
-    with lab.layout(recipe):
+    with lab.layout(recipe), engine(case):
         truth = torch.load(home / f"truth-{dist.get_rank()}.pt", weights_only=True)
         if case["then"] != case["plugin"]:
             truth = transplanted(recipe, home)

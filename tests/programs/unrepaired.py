@@ -23,10 +23,24 @@ def only_casts() -> Iterator[None]:
         with contextlib.suppress(ModuleNotFoundError):  # older releases lack some
             importlib.import_module(name)
     megatron_fp32_router.enable()
-    for patch in PATCHES:
+    for patch in reversed(PATCHES):  # of two that share a target, the later one lies on the other
         if patch.factory.startswith("optim.") and patch.id in registry.replacements:
             wrapt.unwrap_object(sys.modules[patch.module], patch.path, registry.replacements[patch.id])
     try:
         yield
     finally:
         megatron_fp32_router.disable()
+
+
+@contextlib.contextmanager
+def upstreams(identifier: str) -> Iterator[None]:
+    """One patch of the plugin taken off, the others left on."""
+    patch = next(patch for patch in PATCHES if patch.id == identifier)
+    module = importlib.import_module(patch.module)  # which patches it
+    ours = registry.replacements[identifier]
+    owner, name, _ = wrapt.resolve_path(module, patch.path)
+    setattr(owner, name, ours.__wrapped__)
+    try:
+        yield
+    finally:
+        setattr(owner, name, ours)

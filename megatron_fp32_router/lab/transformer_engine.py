@@ -1,0 +1,145 @@
+"""TransformerEngine's own FusedAdam on a CPU: its Python as it is, its kernels' arithmetic from kernels.py.
+
+The rest of TransformerEngine needs its compiled part and a GPU. What is imported of it here is the folder
+`pytorch/optimizers` and what that needs; packages above it come without their `__init__`. Megatron's optimizers see it
+while `in_use` is open, the rest of Megatron never does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import functools
+import sys
+import types
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from packaging.version import Version
+
+from megatron_fp32_router.lab import kernels
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+#: Packages of which only parts are imported.
+_WITHOUT_INIT: Final = ("", ".common", ".pytorch", ".pytorch.tensor", ".pytorch.tensor.storage")
+_DTYPES: Final = "kByte kInt32 kFloat32 kFloat16 kBFloat16 kFloat8E4M3 kFloat8E5M2 kFloat4E2M1"
+#: Of what is taken out of sys.modules again.
+_ROOTS: Final = ("transformer_engine", "transformer_engine_torch", "pydantic")
+#: Modules that bind names of TransformerEngine when they are imported.
+_HOMES: Final = tuple(
+    f"megatron.core.optimizer{part}"
+    for part in ("", ".clip_grads", ".optimizer", ".optimizer_config", ".distrib_optimizer")
+)
+
+
+class _Indices:
+    """Enumerations that constants.py copies; nothing here reads them."""
+
+    def __getattr__(self, name: str) -> int:
+        return 0
+
+
+class _Compiled(types.ModuleType):
+    """transformer_engine_torch, the compiled part: the kernels that FusedAdam and Megatron call."""
+
+    DType = enum.IntEnum("DType", _DTYPES, start=0)
+    multi_tensor_adam = staticmethod(kernels.adam)
+    multi_tensor_adam_param_remainder = staticmethod(kernels.adam_param_remainder)
+    multi_tensor_l2norm = staticmethod(kernels.l2norm)
+    multi_tensor_scale = multi_tensor_scale_tensor = staticmethod(kernels.scale)
+    FP8FwdTensors = FP8BwdTensors = _Indices()
+    quantize = staticmethod(kernels.quantize)
+    create_empty_quantized_tensor = staticmethod(kernels.empty_quantized)
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else is asked for exists, and cannot be called."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def missing(*args: Any, **kwargs: Any) -> Any:
+            raise NotImplementedError(f"transformer_engine_torch.{name} is not among the laboratory's kernels")
+
+        return missing
+
+
+@functools.cache
+def _imported(tree: Path) -> dict[str, types.ModuleType]:
+    """The modules of `transformer_engine.pytorch.optimizers` and of what it needs, taken out of sys.modules again."""
+    stubs = {f"transformer_engine{part}": types.ModuleType(f"transformer_engine{part}") for part in _WITHOUT_INIT}
+    for name, module in stubs.items():
+        module.__path__ = [str(tree / name.replace(".", "/"))]
+    vars(stubs["transformer_engine.common"])["decode_cudnn_version"] = None
+    needed = {
+        **stubs,
+        "transformer_engine_torch": _Compiled("transformer_engine_torch"),
+        # Its recipes check their fields with pydantic. No recipe is made here.
+        "pydantic": types.ModuleType("pydantic"),
+        "pydantic.dataclasses": types.ModuleType("pydantic.dataclasses"),
+    }
+    vars(needed["pydantic.dataclasses"])["dataclass"] = dataclasses.dataclass
+    before = dict(sys.modules)
+    sys.modules.update(needed)
+    try:
+        import_module("transformer_engine.pytorch.optimizers")
+        return {name: module for name, module in sys.modules.items() if name.startswith("transformer_engine")}
+    finally:
+        _restore(before)
+
+
+@contextlib.contextmanager
+def in_use(tree: Path, version: str = "") -> Iterator[Any]:
+    """Let Megatron's optimizers find TransformerEngine below `tree`; yields `transformer_engine.pytorch.optimizers`.
+
+    Args:
+        tree: the folder into which the wheel `transformer-engine` is unpacked, which holds Python only.
+        version: what Megatron is told, which asks for it before it uses a feature; by default the truth.
+    """
+    told = Version(version or next(tree.glob("transformer_engine-*.dist-info")).stem.partition("-")[2])
+    modules = _imported(tree)
+    optimizers = modules["transformer_engine.pytorch.optimizers"]
+    names = {
+        "Adam": optimizers.FusedAdam,
+        "USING_PYTORCH_OPTIMIZER": False,
+        "HAVE_APEX_OR_TE": True,
+        "USING_TE_OPTIMIZER": True,
+        "is_te_min_version": lambda least, *_, **__: told >= Version(least),
+        # Called through Megatron's own local_multi_tensor_applier, which hands on what TransformerEngine's does.
+        "l2_norm_impl": kernels.l2norm,
+        "multi_tensor_scale_impl": kernels.scale,
+        "multi_tensor_scale_tensor_impl": kernels.scale,
+    }
+    homes = [import_module(name) for name in _HOMES]
+    changes = [(home, name, value) for home in homes for name, value in names.items() if hasattr(home, name)]
+    config = import_module("megatron.core.optimizer").OptimizerConfig
+    check = config.__post_init__
+
+    def __post_init__(self: Any) -> None:
+        """Look for FusedAdam, as the check of the precision-aware optimizer does."""
+        before = dict(sys.modules)
+        sys.modules.update(modules)
+        try:
+            check(self)
+        finally:
+            _restore(before)
+
+    changes.append((config, "__post_init__", __post_init__))
+    originals = [(home, name, getattr(home, name)) for home, name, _ in changes]
+    try:
+        for home, name, value in changes:
+            setattr(home, name, value)
+        yield optimizers
+    finally:
+        for home, name, value in originals:
+            setattr(home, name, value)
+
+
+def _restore(before: dict[str, types.ModuleType]) -> None:
+    """Take our modules out of sys.modules, and put back what was there under their names."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in _ROOTS]:
+        del sys.modules[name]
+        if name in before:
+            sys.modules[name] = before[name]
