@@ -18,6 +18,7 @@ from megatron_fp32_router.compat.source import file_of
 ROUTER = "megatron/core/transformer/moe/router.py"
 MOE_UTILS = "megatron/core/transformer/moe/moe_utils.py"
 FINALIZE = "megatron/core/distributed/finalize_model_grads.py"
+SCHEDULES = "megatron/core/pipeline_parallel/schedules.py"
 OFFLOAD = "megatron/core/optimizer/cpu_offloading/hybrid_optimizer.py"
 INFO = "megatron/core/package_info.py"
 

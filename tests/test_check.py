@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from bootstrap import RELEASES, ensure_release
-from checking import FINALIZE, INFO, MOE_UTILS, OFFLOAD, ROUTER, Copy, check, copier, states
+from checking import FINALIZE, INFO, MOE_UTILS, OFFLOAD, ROUTER, SCHEDULES, Copy, check, copier, states
 
 from megatron_fp32_router.cli import main
 from megatron_fp32_router.compat import probe
@@ -261,9 +261,24 @@ def test_what_a_job_does_not_use_does_not_stop_it(copy: Copy, capsys: Any) -> No
     assert check(capsys, "--megatron", tree, "--for", "router")[0] == 0
     main(["check", "--megatron", str(tree)])
     said = re.sub(r"\s+", " ", capsys.readouterr().out)
-    assert "torch_dist: fits; offload: drifted, refused when used. Not asked for: offload, layer_wise" in said
+    assert (
+        "torch_dist: fits; offload: drifted, refused when used. Not asked for: schedules, offload, layer_wise" in said
+    )
     assert main(["check", "--megatron", str(tree), "--for", "router,chekpoints"]) == 2
     assert "--for chekpoints: no such area; there are router, schedules" in capsys.readouterr().err
+
+
+def test_of_a_schedule_a_fact_counts_and_not_its_body(copy: Copy, capsys: Any) -> None:
+    old = '        assert len(model) == 1, "non-pipeline-parallel schedule does not support model chunking"\n'
+    code, report = check(capsys, "--for", "all", "--megatron", copy("0.19.2", SCHEDULES, old, f"{old}        log()\n"))
+    assert (code, states(report)) == (0, {})
+    tree = copy("0.19.2", SCHEDULES, old, f"{old}        config.optimizer.step()\n")
+    code, report = check(capsys, "--for", "all", "--megatron", tree)
+    (target,) = [t for t in report["targets"] if t["state"] == "drifted"]
+    assert (code, target["target"].rpartition(".")[2]) == (1, "forward_backward_no_pipelining")
+    assert target["detail"].endswith("forward_backward_no_pipelining lacks step")
+    assert report["areas"]["schedules"] == "drifted, left out: slower"
+    assert check(capsys, "--megatron", tree)[0] == 0
 
 
 def test_every_area_has_patches_and_what_handles_optimizers_is_not_needed_by_all() -> None:

@@ -24,7 +24,7 @@ from megatron_fp32_router.compat.judge import Judge, Target
 from megatron_fp32_router.compat.show import table
 from megatron_fp32_router.compat.source import Tree, UnreadableSourceError
 from megatron_fp32_router.errors import Fp32RouterError
-from megatron_fp32_router.records import AREAS, USUAL
+from megatron_fp32_router.records import AREAS, PATCHES, USUAL
 from megatron_fp32_router.settings import PREFIX
 from megatron_fp32_router.upstream import Megatron
 from megatron_fp32_router.version import __version__
@@ -102,10 +102,13 @@ class Report:
         return [t for t in self.targets if not t.fits and t not in self.proven and t.areas & set(self.areas)]
 
     def area(self, name: str) -> str:
-        """One word about an area: whether it fits, or that a job that uses it is stopped when it does."""
-        if any(not t.fits and t not in self.proven and name in t.areas for t in self.targets):
-            return "does not fit" if name == "router" else "drifted, refused when used"
-        return "fits"
+        """A word about an area: whether it fits, or what comes of it."""
+        if not any(not t.fits and t not in self.proven and name in t.areas for t in self.targets):
+            return "fits"
+        if name == "router":
+            return "does not fit"
+        stops = any(patch.essential for patch in PATCHES if patch.area == name)
+        return "drifted, refused when used" if stops else "drifted, left out: slower"
 
     @property
     def proven(self) -> list[Target]:

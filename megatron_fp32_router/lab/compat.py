@@ -13,6 +13,7 @@ import inspect
 import sys
 import types
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -112,8 +113,9 @@ def _version_of_nothing() -> None:
     configuration = import_module("megatron.core.optimizer.optimizer_config")
     utils = import_module("megatron.core.utils")
     asked = getattr(configuration, "is_te_min_version", None)
-    # Megatron's own, and not what transformer_engine.in_use has put there.
-    if asked is not None and asked is utils.is_te_min_version and utils.get_te_version() is None:
+    # Megatron's own, and not what transformer_engine.in_use has put there. Not asked of Megatron's get_te_version: on
+    # the way to 0.13 it raises where there is none.
+    if asked is not None and asked is utils.is_te_min_version and find_spec("transformer_engine") is None:
         configuration.is_te_min_version = lambda *args, **kwargs: False  # type: ignore[attr-defined]
 
 

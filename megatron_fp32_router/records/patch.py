@@ -29,7 +29,7 @@ AREAS: Final = {
 Needless: TypeAlias = Literal["absent", "native"]
 
 #: What megatron.training uses unless its arguments say otherwise, and the distributed optimizer, which most jobs use.
-USUAL: Final = ("router", "schedules", "data_parallel", "optimizer", "distributed", "torch_dist")
+USUAL: Final = ("router", "data_parallel", "optimizer", "distributed", "torch_dist")
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def originals() -> dict[str, Any]:
                 owner, _, value = wrapt.resolve_owner(module, patch.path)
             except wrapt.PathResolutionError:
                 continue
-            if patch.inherited or patch.path.rpartition(".")[2] in vars(owner):
+            if owner is not object:  # of a function that has a class's name, every look-up gives another object
                 found[patch.id] = (owner, value)
     return found
 
