@@ -184,11 +184,20 @@ def _page(found: dict[str, list[_State]]) -> Iterator[str]:
         for month in sorted({month for state in found[branch] for month in state.months}):
             yield f"| {month} | {_counts(found[branch], month)} |"
     yield "\n## What does not fit\n"
-    unfit = [state for states in found.values() for state in states if state.unfit]
-    yield "| from | commits | what nobody has reviewed, or is not right |\n| --- | --- | --- |" if unfit else "Nothing."
-    for state in unfit:
-        names = ", ".join(f"`{target.dotted.removeprefix('megatron.core.')}`" for target in state.unfit)
-        yield f"| {state.first} | {state.months.total()} | {names} |"
+    unfit: dict[tuple[str, str], list[_State]] = {}
+    for branch, states in found.items():
+        for state in states:
+            names = ", ".join(f"`{target.dotted.removeprefix('megatron.core.')}`" for target in state.unfit)
+            if names:
+                unfit.setdefault((branch, names), []).append(state)
+    yield (
+        "| from | to | commits | what nobody has reviewed, or is not right |\n| --- | --- | --- | --- |"
+        if unfit
+        else "Nothing."
+    )
+    for (_, names), states in unfit.items():
+        commits = sum(state.months.total() for state in states)
+        yield f"| {states[0].first} | {states[-1].first.partition(' of ')[2]} | {commits} | {names} |"
 
 
 def _counts(states: list[_State], month: str | None = None) -> str:

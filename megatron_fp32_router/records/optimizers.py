@@ -15,6 +15,7 @@ _DISTRIBUTED: Final = "megatron.core.distributed"
 _RESHARDING: Final = "megatron.core.resharding"
 _DDP: Final = "megatron.core.distributed.distributed_data_parallel"
 _FSDP: Final = "FullyShardedDataParallel"
+_LAYER_WISE: Final = "LayerWiseDistributedOptimizer"
 
 OPTIMIZERS: Final = (
     Patch(
@@ -270,7 +271,7 @@ OPTIMIZERS: Final = (
     Patch(
         id="layer-wise-gather",
         module=f"{_OPTIMIZERS}.layer_wise_optimizer",
-        path="LayerWiseDistributedOptimizer.allgather_params",
+        path=f"{_LAYER_WISE}.allgather_params",
         factory="optim.layer_wise:gather_by_dtype",
         why="the layer-wise optimizer gathers fp32 router parameters as if they were bf16",
         issue=f"{UPSTREAM}/issues/5470",
@@ -283,7 +284,7 @@ OPTIMIZERS: Final = (
         Patch(
             id=f"layer-wise-{name}",
             module=f"{_OPTIMIZERS}.layer_wise_optimizer",
-            path=f"LayerWiseDistributedOptimizer.{method}",
+            path=f"{_LAYER_WISE}.{method}",
             factory="optim.layer_wise:spread_loaded_weights",
             why="after a resume from a run without the plugin, ranks go on with different router weights",
             issue=f"{UPSTREAM}/issues/5470",
@@ -291,9 +292,13 @@ OPTIMIZERS: Final = (
             since="0.16",
             area="layer_wise",
             whole=False,
+            absent_where=absent_where,
             parameters=("self",),
         )
-        for name, method in (("load", "load_state_dict"), ("load-file", "load_state_dict_from_file"))
+        for name, method, absent_where in (
+            ("load", "load_state_dict", ()),
+            ("load-file", "load_state_dict_from_file", (f"{_LAYER_WISE}.load_state_dict uses state_dict",)),
+        )
     ),
     Patch(
         id="refuse-fsdp2",
