@@ -11,12 +11,13 @@ from typing import Any
 Statements = Mapping[int, Mapping[str, Any]]
 
 
-def judge(world: int, statements: Statements, waited: float) -> dict[str, Any]:
+def judge(ranks: Sequence[int], world: int, statements: Statements, waited: float) -> dict[str, Any]:
     """Compare.
 
     Args:
-        world: how many ranks there are.
-        statements: rank -> what it said; the others said nothing. At least one rank has.
+        ranks: those that train together.
+        world: how many ranks the job has.
+        statements: rank -> what it said; the others in `ranks` said nothing. At least one rank has.
         waited: for how many seconds the judge has waited.
 
     Returns:
@@ -27,15 +28,18 @@ def judge(world: int, statements: Statements, waited: float) -> dict[str, Any]:
     tensors = sum(int(statement["tensors"]) for statement in statements.values())
     hosts = len({statement["host"] for statement in statements.values()})
     early = [rank for rank, statement in statements.items() if not statement["at optimizer"]]
+    others = sorted(set(range(world)) - set(ranks))
     spread = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
     line = (
-        f"all {world} ranks on {_count(hosts, 'host')} agree: {_count(sum(counts), 'router')} with {tensors} fp32 "
-        f"tensors, replicas counted, {spread} a rank"
+        f"all {len(ranks)} ranks{f' (of {world})' if others else ''} on {_count(hosts, 'host')} agree: "
+        f"{_count(sum(counts), 'router')} with {tensors} fp32 tensors, replicas counted, {spread} a rank"
     )
     if early:
         line += f"; no optimizer yet on {ranks_text(early)}"
+    if others:
+        line += f"; not compared, because no process group of Megatron's joins them to these: {ranks_text(others)}"
     return {
-        "problems": _missing(world, statements, waited) + _differences(statements),
+        "problems": _missing(ranks, statements, waited) + _differences(statements),
         "line": line,
         "says": {label: value for statement in statements.values() for label, value in statement["says"].items()},
         "speaker": min(statements),
@@ -43,7 +47,7 @@ def judge(world: int, statements: Statements, waited: float) -> dict[str, Any]:
     }
 
 
-def _missing(world: int, statements: Statements, waited: float) -> list[str]:
+def _missing(ranks: Sequence[int], statements: Statements, waited: float) -> list[str]:
     # A rank that says nothing does not say where it is; its neighbours on the node do, under torchrun.
     nodes = {}
     for rank, statement in statements.items():
@@ -51,13 +55,14 @@ def _missing(world: int, statements: Statements, waited: float) -> list[str]:
         if size.isdigit() and int(size) > 0:
             nodes[rank // int(size), int(size)] = str(statement["host"])
     by_host: dict[str, list[int]] = {}
-    for rank in sorted(set(range(world)) - set(statements)):
+    for rank in sorted(set(ranks) - set(statements)):
         known = [host for (node, size), host in nodes.items() if rank // size == node]
         by_host.setdefault(known[0] if known else "unknown, no rank of that node runs the plugin", []).append(rank)
     return [
-        f"nothing was heard for {waited:.0f} s from {ranks_text(ranks)} (host {host}): the plugin is not on there "
-        "(not installed, not imported, or switched off), or building the model takes longer there"
-        for host, ranks in by_host.items()
+        f"nothing was heard for {waited:.0f} s from {ranks_text(silent)} (host {host}): the plugin is not on there "
+        "(not installed, not imported, or switched off), building the model takes longer there, or no model is "
+        "trained there, though it shares a process group of Megatron's with ranks that train one"
+        for host, silent in by_host.items()
     ]
 
 

@@ -74,7 +74,9 @@ def test_every_rank_ends_with_the_bias_that_integers_give_however_the_counts_are
         logs=tmp_path,
         python_path=[PROGRAMS],
     )
-    lines = [line for log in tmp_path.iterdir() for line in log.read_text().splitlines() if "(protect=all)" in line]
+    printed = [line for log in tmp_path.iterdir() for line in log.read_text().splitlines()]
+    assert sum(f"all {recipe.world_size} ranks on 1 host agree: " in line for line in printed) == 1
+    lines = [line for line in printed if "(protect=all)" in line]
     assert len(lines) == (recipe.virtual_pipeline or 1), lines  # rank 0 speaks, once a model chunk, nobody else
     layers: dict[int, list[dict[str, Any]]] = {}
     for result in ranks:

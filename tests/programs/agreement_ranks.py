@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
 
 import megatron_fp32_router
 from megatron_fp32_router import lab
+from megatron_fp32_router.lab.model import leave_layout
+from megatron_fp32_router.lab.train import _mean_over_ranks
 
 
 def build(recipe: Any, dense_stage: bool) -> Any:
@@ -30,6 +34,50 @@ def train(recipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """Build and take a step."""
     build(recipe, dense_stage=False).step(lab.text_batches(recipe, seed=1))
     return {}
+
+
+def beside_others(recipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """`arguments["train"]` ranks, from rank `arguments["first"]` on, train; the job's others build no model.
+
+    All call initialize_model_parallel, because making a group takes every rank; the others are in no group. With
+    `handed`, Megatron's groups are handed to the model and DDP, and parallel_state knows none. At the end all of
+    them train together.
+    """
+    leave_layout()
+    state, size, first = import_module("megatron.core.parallel_state"), arguments["train"], arguments["first"]
+    rank, real = dist.get_rank(), dist.get_world_size
+    if "local_world_size" in inspect.signature(state.initialize_model_parallel).parameters:
+        state.initialize_model_parallel(rank_offset=first, local_world_size=size)
+    else:  # as patched copies of earlier releases do
+        with mock.patch.object(dist, "get_world_size", lambda group=None: size if group is None else real(group)):
+            state.initialize_model_parallel()
+    gathered: list[Any] = [None] * dist.get_world_size()
+    if rank not in range(first, first + size):
+        # From 0.14 on get_megatron_optimizer gathers names of options from the whole job, a few times.
+        while "built" not in gathered:
+            dist.all_gather_object(gathered, [])
+        _mean_over_ranks([])  # the laboratory's step, likewise
+    else:
+        _train_alone(replace(recipe, data_parallel=size), gathered, handed=arguments.get("handed", False))
+    leave_layout()
+    with lab.layout(recipe):
+        return train(recipe, {})
+
+
+def _train_alone(recipe: Any, gathered: list[Any], handed: bool) -> None:
+    lab.seed(recipe.seed)
+    if handed:
+        groups = import_module("megatron.core.process_groups_config").ProcessGroupCollection.use_mpu_process_groups()
+        model = lab.build_model(recipe)[0]
+        ddp = import_module("megatron.core.distributed")
+        state = import_module("megatron.core.parallel_state")
+        known = {name: None for name, value in vars(state).items() if isinstance(value, dist.ProcessGroup)}
+        with mock.patch.multiple(state, **known):
+            config = ddp.DistributedDataParallelConfig()
+            ddp.DistributedDataParallel(model.config, config, model, pg_collection=groups).broadcast_params()
+    room = lab.build(recipe)
+    dist.all_gather_object(gathered, "built")
+    room.step(lab.text_batches(recipe, seed=1))
 
 
 def scenes(recipe: Any, arguments: dict[str, Any]) -> dict[str, str]:
@@ -53,7 +101,7 @@ def scenes(recipe: Any, arguments: dict[str, Any]) -> dict[str, str]:
     play("all alike")
     outcome["left in the store"] = ", ".join(
         key
-        for key in ("0", "1", "arrived", "judge", "verdict", "read")
+        for key in ("0", "1", "judge", "verdict/0", "verdict/1", "read")
         if dist.barrier() or dist.PrefixStore("all alike", dist.distributed_c10d._get_default_store()).check([key])
     )
     play("all alike, in the same store", room="all alike")
