@@ -150,6 +150,7 @@ def test_ranks_that_never_train_are_not_waited_for(
     assert f"no process group of Megatron's joins them to these: {others}, protect=all" in logs[first]
     # Then all of them train, and those that had agreed are asked about the others only.
     assert [log.count(f"all {world} ranks on ") for log in logs] == [1] + [0] * (world - 1), logs
+    assert "no optimizer yet" not in logs[0]
 
 
 def test_a_training_rank_without_the_plugin_is_noticed_beside_ranks_that_never_train(tmp_path: Path) -> None:
