@@ -89,6 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to its parser."""
     parser.add_argument("--megatron", metavar="PATH", help="look at this Megatron instead of the installed one")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--verbose", action="store_true", help="list every patch, and not only those that do not fit")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -108,7 +109,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(found.to_json(), indent=1))
     else:
-        _print(found)
+        _print(found, verbose=arguments.verbose)
     return found.code
 
 
@@ -246,13 +247,15 @@ def _what(target: Target) -> str:
     return "does not exist" if target.state == "missing" else "has changed"
 
 
-def _print(found: Diagnosis) -> None:
+def _print(found: Diagnosis, *, verbose: bool) -> None:
     width = max(len(finding.about) for finding in found.findings)
     for finding in found.findings:
         print(f"{_SIGNS[finding.level]}  {finding.about:<{width}}  {finding.text}")
-    if found.patches:
-        rows = [(patch.id, state, detail or patch.target) for patch, state, detail in found.patches]
-        table(("patch", "state", "detail"), rows)
+    shown = [entry for entry in found.patches if verbose or entry[1] == "drifted"]
+    if shown:
+        table(
+            ("patch", "state", "detail"), [(patch.id, state, detail or patch.target) for patch, state, detail in shown]
+        )
     problems = [finding for finding in found.findings if finding.level == "problem"]
     if problems:
         print(f"{len(problems)} problem{'s' if len(problems) != 1 else ''}, marked with !!")
