@@ -46,6 +46,11 @@ def test_every_renamed_function_is_named_in_an_error_or_in_a_warning_and_the_tra
     assert found["gating"]["warn"]["biases"] == ["torch.float32"]
     for seen in found.values():
         refused, warned = seen["raise"], seen["warn"]
+        if refused["error"] == "ImportError":
+            # Megatron itself imports it by this name, and says so before the plugin can.
+            assert f"cannot import name '{seen['target'].rpartition('.')[2]}'" in refused["message"], seen
+            assert not seen["trains"], seen
+            continue
         # Changed: a function that calls the renamed one is patched or relied on too, and was looked at before it.
         assert refused["error"] in ("TargetMissingError", "TargetChangedError"), seen
         what = seen["target"] if refused["error"] == "TargetMissingError" else f"check --megatron {tmp_path} --accept"
