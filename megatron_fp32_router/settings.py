@@ -65,7 +65,8 @@ VARIABLES: Final = (
         f"{PREFIX}_AGREE_TIMEOUT",
         ("300",),
         "How many seconds, before the first step, to wait for a slow rank to say that it runs the plugin alike. "
-        "A rank that says nothing in that time stops the program. `0`: ranks are not compared.",
+        "A rank that shares a process group of Megatron's with this one and says nothing in that time stops the "
+        "program. `0`: ranks are not compared.",
     ),
     Variable(
         f"{PREFIX}_MONITOR",
