@@ -1,4 +1,4 @@
-"""The command line: `run`, `check`, `doctor`, `demo`, `audit`, `report`, `patch`; see the help of each."""
+"""The command line: `run`, `check`, `doctor`, `demo`, `audit`, `predict`, `report`, `patch`; see the help of each."""
 
 from __future__ import annotations
 
@@ -48,6 +48,12 @@ def _audit(arguments: argparse.Namespace) -> int:
     return audit_command.main(arguments)
 
 
+def _predict(arguments: argparse.Namespace) -> int:
+    from megatron_fp32_router.serving import command
+
+    return command.main(arguments)
+
+
 def _patch(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
@@ -68,7 +74,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return compat_doctor.main(arguments)
 
 
-def _parser(with_demo: bool) -> argparse.ArgumentParser:
+def _parser(with_demo: bool, with_predict: bool = False) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megatron-fp32-router",
         description="Keeps everything that Megatron-LM's mixture-of-experts router decides with in fp32.",
@@ -108,13 +114,23 @@ def _parser(with_demo: bool) -> argparse.ArgumentParser:
         from megatron_fp32_router.lab import demo as laboratory_demo
 
         laboratory_demo.add_arguments(demo)
+    predict = commands.add_parser(
+        "predict",
+        help="say what share of balance updates a run without the plugin gets wrong; exit codes: 0 none, 1 some",
+    )
+    predict.set_defaults(action=_predict)
+    if with_predict:
+        # Nor what is about serving.
+        from megatron_fp32_router.serving import command as serving_command
+
+        serving_command.add_arguments(predict)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script. Returns the exit code."""
     given = sys.argv[1:] if argv is None else list(argv)
-    arguments = _parser(with_demo=given[:1] == ["demo"]).parse_args(given)
+    arguments = _parser(given[:1] == ["demo"], given[:1] == ["predict"]).parse_args(given)
     action: Callable[[argparse.Namespace], int] = arguments.action
     if action is _run:
         return _run(arguments)  # its streams are the user's program's

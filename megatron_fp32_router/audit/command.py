@@ -32,9 +32,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="all",
         help="buffers: router parameters in low precision are no problem (default: all)",
     )
+    parser.add_argument(
+        "--for",
+        dest="engines",
+        action="append",
+        default=[],
+        metavar="ENGINE==VERSION",
+        help="say what this engine will make of the routers of an export; repeat it, or separate several by commas",
+    )
     parser.add_argument("--json", action="store_true", help="everything, as JSON, instead of the table")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write one page that needs no network")
     parser.add_argument("--repair", type=Path, metavar="OUT", help="write what can be restored into a new folder")
+    parser.add_argument(
+        "--shift-bias",
+        action="store_true",
+        help="with --repair: also write expert biases shifted to where bf16 is finest; no choice changes",
+    )
     parser.add_argument(
         "--search-limit",
         type=_gigabytes,
@@ -81,7 +94,11 @@ def _refuse(why: str) -> int:
 
 def _main(arguments: argparse.Namespace) -> int:
     from megatron_fp32_router.audit import audit, open_checkpoint, report
+    from megatron_fp32_router.serving.contracts import find
 
+    engines = [find(asked) for option in arguments.engines for asked in option.split(",")]
+    if arguments.shift_bias and not arguments.repair:
+        return _refuse("--shift-bias goes with --repair OUT, which is where shifted biases are written")
     if len(arguments.path) > 1 and (arguments.repair or arguments.html):
         return _refuse("--html and --repair take one PATH")
     if arguments.html is not None:
@@ -107,7 +124,15 @@ def _main(arguments: argparse.Namespace) -> int:
             continue
         try:
             found = audit(checkpoint, against, rates=arguments.rate, protect=arguments.protect)
+            if engines:
+                from megatron_fp32_router.serving import export
+
+                found.findings += export.questions(checkpoint, against, engines, export.read_config(checkpoint))
             result = found.to_json()
+        except Fp32RouterError as error:
+            printed.append({"checkpoint": {"path": str(path)}, "verdict": "unknown", "error": str(error)})
+            codes.append(_refuse(str(error)))
+            continue
         except (MemoryError, ArithmeticError, ValueError, TypeError, LookupError, RecursionError) as error:
             why = f"{path}: its values cannot be judged: {type(error).__name__}: {str(error)[:200]}"
             printed.append({"checkpoint": {"path": str(path)}, "verdict": "unknown", "error": why})
@@ -124,7 +149,7 @@ def _main(arguments: argparse.Namespace) -> int:
         if arguments.repair is not None:
             from megatron_fp32_router.audit.repair import repair
 
-            result["repair"] = done = repair(found, arguments.repair)
+            result["repair"] = done = repair(found, arguments.repair, shift_bias=arguments.shift_bias)
             if not arguments.json:
                 _show_repair(done, arguments.repair)
         printed.append(result)
@@ -146,7 +171,11 @@ def _check_page(page: Path, path: Path) -> None:
 def _show_repair(done: dict[str, Any], out: Path) -> None:
     from megatron_fp32_router.audit.report import printable
 
-    count = len(done["restored"])
+    count, shifted = len(done["restored"]), len(done.get("shifted", ()))
     print(f"repair: {count} tensors restored exactly, in {out / 'router.safetensors'}" if count else "repair: nothing")
+    if shifted:
+        print(f"repair: {shifted} expert_bias tensors shifted, in {out / 'router.safetensors'}")
     for name, why in done["not_restored"].items():
         print(f"repair: not restored: {printable(name)}: {why}")
+    for name, why in done.get("not_shifted", {}).items():
+        print(f"repair: not shifted: {printable(name)}: {why}")

@@ -40,6 +40,10 @@ def questions(one: Checkpoint, other: Checkpoint, known: Sequence[float]) -> lis
             found.append(Finding(tensor.name, "against", "unknown", text))
         else:
             found.append(_moved(tensor, partner, between, known))
+            if one.format != other.format and None in (one.iteration, other.iteration) and identical(tensor, partner):
+                # An export does not say of which iteration it is: that nothing moved is what it is for.
+                text = f"the same {partner.values.size:,} values, bit for bit"
+                found[-1] = Finding(tensor.name, "against", "note", text, found[-1].data)
     found += [Finding(t.name, "against", "unknown", f"{one.path} has no such tensor") for t in others.values()]
     return found
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Verdict = Literal["good", "problem", "unknown", "note"]
 
 #: The audit's whole vocabulary of questions; docs/audit.md has a section on each.
-Check = Literal["dtype", "finite", "laundered", "updates", "room", "main copy", "against"]
+Check = Literal["dtype", "finite", "laundered", "updates", "room", "main copy", "against", "serving"]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_fp32_router.audit.pickles import ITEMSIZE
 from megatron_fp32_router.audit.source import Meter, inside, open_regular, read_small, unreadable
-from megatron_fp32_router.audit.tensors import Checkpoint, RouterTensor, kind_of
+from megatron_fp32_router.audit.tensors import Checkpoint, RouterTensor, kind_of, layer_of_an_expert
 from megatron_fp32_router.errors import CheckpointUnreadableError
 
 if TYPE_CHECKING:
@@ -36,13 +36,14 @@ def read_safetensors(folder: Path, files: list[Path], meter: Meter) -> Checkpoin
     """
     index = folder / "model.safetensors.index.json"
     expected: dict[Path, set[str]] = {file: set() for file in files}
+    checkpoint = Checkpoint(folder, "safetensors")
     if not files:
         for name, file in _index(index, meter).items():
+            _note_experts(name, checkpoint)
             if kind_of(name, hugging_face=True) is not None:
                 expected.setdefault(inside(folder, file, index), set()).add(name)
-    checkpoint = Checkpoint(folder, "safetensors")
     for file in sorted(expected):
-        tensors = _read_file(file, meter)
+        tensors = _read_file(file, meter, checkpoint)
         lacking = expected[file] - {tensor.name for tensor in tensors}
         if lacking:
             raise unreadable(file, f"{min(lacking)}, as {index.name} says", "a file without it")
@@ -61,7 +62,13 @@ def _index(path: Path, meter: Meter) -> dict[str, Any]:
     return weights
 
 
-def _read_file(path: Path, meter: Meter) -> list[RouterTensor]:
+def _note_experts(name: str, checkpoint: Checkpoint) -> None:
+    layer = layer_of_an_expert(name)
+    if layer is not None:
+        checkpoint.expert_layers.add(layer)
+
+
+def _read_file(path: Path, meter: Meter, checkpoint: Checkpoint) -> list[RouterTensor]:
     meter.file = path
     with open_regular(path) as file:
         header = file.read(8)
@@ -72,6 +79,7 @@ def _read_file(path: Path, meter: Meter) -> list[RouterTensor]:
             for name in file.keys():  # noqa: SIM118 - not a dictionary
                 kind = kind_of(name, hugging_face=True)
                 if kind is None:
+                    _note_experts(name, checkpoint)
                     continue
                 part = file.get_slice(name)
                 shape, dtype = tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype())

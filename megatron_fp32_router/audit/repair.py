@@ -44,7 +44,7 @@ def _holds_others(folder: Path) -> bool:
     return (folder / "latest_checkpointed_iteration.txt").exists() or any(folder.glob("iter_*"))
 
 
-def repair(found: Audit, out: Path) -> dict[str, Any]:
+def repair(found: Audit, out: Path, *, shift_bias: bool = False) -> dict[str, Any]:
     """Write `router.safetensors` and `repair.json` into a new folder; the checkpoint stays as it is.
 
     A tensor is written when its values on disk are rounded and the optimizer's main copy, fp32 and not itself
@@ -54,6 +54,9 @@ def repair(found: Audit, out: Path) -> dict[str, Any]:
         What repair.json says: {"restored": {name: how}, "not_restored": {name: why}, "untouched": [name],
         "routers": {name: {"stack": "decoder", "layer": 3, "kind": "weight"}}}. Layers count from 0 through the whole
         model, whatever pipeline stage wrote them; stack is "decoder", "encoder" or "mtp".
+
+        With `shift_bias`, also "shifted": {name: the constant taken off} and "not_shifted": {name: why}: expert biases
+        that serving.shift moved to where bf16 is finest.
 
     Raises:
         RepairRefusedError: see `check_target`.
@@ -84,6 +87,15 @@ def repair(found: Audit, out: Path) -> dict[str, Any]:
             restored[tensor.name] = f"from {tensor.main_from}"
         else:
             not_restored[tensor.name] = why
+    shifts: dict[str, Any] = {}
+    if shift_bias:
+        from megatron_fp32_router.serving.shift import shift_expert_bias
+
+        biases = {
+            t.name: t.values for t in found.checkpoint.tensors if t.kind == "expert_bias" and t.values is not None
+        }
+        moved, shifts = shift_expert_bias(biases)
+        tensors |= {name: moved[name] for name, shift in shifts.items() if not shift.why}
     out.mkdir(parents=True, exist_ok=True)
     if tensors:
         save_file(tensors, out / "router.safetensors", metadata={"format": "pt"})
@@ -95,9 +107,12 @@ def repair(found: Audit, out: Path) -> dict[str, Any]:
         "routers": {
             tensor.name: dict(zip(("stack", "layer", "kind"), tensor.key, strict=True))
             for tensor in found.checkpoint.tensors
-            if tensor.name in restored
+            if tensor.name in tensors
         },
     }
+    if shift_bias:
+        report["shifted"] = {name: shift.constant for name, shift in shifts.items() if not shift.why}
+        report["not_shifted"] = {name: shift.why for name, shift in shifts.items() if shift.why}
     (out / "repair.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 

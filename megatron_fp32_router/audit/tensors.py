@@ -47,6 +47,12 @@ def kind_of(name: str, hugging_face: bool = False) -> str | None:
     return None
 
 
+def layer_of_an_expert(name: str) -> int | None:
+    """The layer that a Hugging Face name of a routed expert's tensor stands in."""
+    layer = _LAYER.search(name) if ".experts." in name else None
+    return int(layer[1]) if layer else None
+
+
 @dataclass(frozen=True)
 class RouterTensor:
     """One router's tensor. `values` has the dtype on disk: float32 [experts, hidden] for a weight, or bfloat16, …"""
@@ -79,6 +85,8 @@ class Checkpoint:
     #: For people: "torch_dist (DCP)", "legacy torch", "safetensors".
     format: str
     tensors: list[RouterTensor] = field(default_factory=list)
+    #: safetensors: layers that have experts, and so must have a router.
+    expert_layers: set[int] = field(default_factory=set)
     #: Training steps, where the checkpoint or its folder says.
     iteration: int | None = None
     #: moe_router_bias_update_rate, where the checkpoint holds Megatron's arguments.

@@ -1,0 +1,158 @@
+"""What engines make of a router's tensors, as data: one file in contracts/ for each engine, and how to ask it.
+
+A contract holds for the versions it lists and for no other. Every line of an engine's source that it rests on is quoted
+in it: `scripts/contracts verify` looks whether a wheel still says so.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from megatron_fp32_router.errors import Fp32RouterError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class NoContractError(Fp32RouterError):
+    """What this engine, in this version, makes of this model has not been established."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an engine's source says it. `quote`: consecutive lines without indentation."""
+
+    file: str
+    quote: tuple[str, ...]
+    #: The first line; None where only the function is known.
+    line: int | None = None
+    function: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.file.rpartition('/')[2]}:{self.line or self.function}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One case of what a tensor becomes."""
+
+    #: "float32" or "bfloat16"; "model": the dtype the model is loaded in; "logits": that of the logits.
+    dtype: str
+    source: Source
+    #: Keys of config.json that must have these values; None also stands for an absent key.
+    config: Mapping[str, Any] = field(default_factory=dict)
+    #: The hardware or back end this case is for; "" for the usual one.
+    where: str = ""
+    #: What turns it into fp32, for people.
+    switch: str = ""
+
+    def applies(self, config: Mapping[str, Any]) -> bool:
+        """Whether this model's config.json leads here."""
+        return all(config.get(key) == value for key, value in self.config.items())
+
+
+@dataclass(frozen=True)
+class Model:
+    """What an engine makes of one architecture. `tensors`: entries by "weight", "bias", "expert_bias", "logits"."""
+
+    name: str
+    architectures: tuple[str, ...]
+    tensors: Mapping[str, tuple[Entry, ...]]
+    notes: str = ""
+    rests_on: tuple[str, ...] = ()
+
+    def usual(self, kind: str, config: Mapping[str, Any]) -> Entry | None:
+        """The case that a config.json leads to; None: this engine has no such tensor then."""
+        entries = self.tensors.get(kind, ())
+        return next((entry for entry in entries if not entry.where and entry.applies(config)), None)
+
+    def elsewhere(self, kind: str, config: Mapping[str, Any]) -> list[Entry]:
+        """What else it becomes on other hardware or back ends."""
+        return [entry for entry in self.tensors.get(kind, ()) if entry.where and entry.applies(config)]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One engine's contracts. `sources` holds every quoted place by its name in the file."""
+
+    engine: str
+    name: str
+    versions: tuple[str, ...]
+    established: str
+    models: tuple[Model, ...]
+    sources: Mapping[str, Source]
+    loading: Source
+
+    def model(self, architecture: str) -> Model:
+        """Raises NoContractError: nothing is known of this architecture."""
+        for model in self.models:
+            if architecture in model.architectures:
+                return model
+        known = ", ".join(name for model in self.models for name in model.architectures)
+        raise NoContractError(
+            f"no contract for {architecture} in {self.name} {', '.join(self.versions)}: what it makes of this router "
+            f"is not known; known are {known}"
+        )
+
+
+@lru_cache(maxsize=1)
+def engines() -> dict[str, Engine]:
+    """All engines by name."""
+    found = [_engine(json.loads(file.read_text(encoding="utf-8"))) for file in _files()]
+    return {engine.engine: engine for engine in sorted(found, key=lambda engine: engine.name.lower())}
+
+
+def _files() -> list[Any]:
+    folder = files(__package__) / "contracts"
+    return [file for file in folder.iterdir() if file.name.endswith(".json")]
+
+
+def _engine(root: dict[str, Any]) -> Engine:
+    sources = {
+        name: Source(said["file"], tuple(said["quote"]), said.get("line"), said.get("in", ""))
+        for name, said in root["sources"].items()
+    }
+    models = tuple(
+        Model(
+            said["name"],
+            tuple(said["architectures"]),
+            {
+                kind: tuple(Entry(**{**entry, "source": sources[entry["source"]]}) for entry in said[kind])
+                for kind in ("weight", "bias", "expert_bias", "logits")
+                if kind in said
+            },
+            said.get("notes", ""),
+            tuple(said.get("rests_on", ())),
+        )
+        for said in root["models"]
+    )
+    return Engine(
+        root["engine"],
+        root["name"],
+        tuple(root["versions"]),
+        root["established"],
+        models,
+        sources,
+        sources[root["loading"]],
+    )
+
+
+def find(asked: str) -> Engine:
+    """The engine that "vllm==0.33.0" names.
+
+    Raises:
+        NoContractError: an engine or version that nothing is known of; the message lists what is.
+    """
+    name, _, version = asked.partition("==")
+    engine = engines().get(name.strip().lower().replace("_", "-"))
+    if engine is not None and version.strip() in engine.versions:
+        return replace(engine, versions=(version.strip(),))
+    known = ", ".join(f"{known.engine}=={version}" for known in engines().values() for version in known.versions)
+    raise NoContractError(
+        f"no contract for {asked.strip() or 'an engine without a name'}: what it makes of a router is not known, and "
+        f"another version may differ; known are {known}"
+    )
