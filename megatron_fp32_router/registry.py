@@ -35,7 +35,7 @@ if not hasattr(wrapt, "unwrap_object"):
 
 State = Literal["armed", "applied", "native", "displaced", "drifted", "off"]
 
-#: Marks our replacements, so that an import of the plugin that lost its memory still knows its own work. The mark is
+#: Marks our replacements, so that a re-imported plugin recognises its own patches. The mark is
 #: the replacement itself: functools.wraps copies attributes, so somebody else's wrapper around ours carries it too.
 _MARK: Final = "__megatron_fp32_router__"
 
@@ -128,7 +128,7 @@ def apply_all(module: ModuleType, name: str) -> None:
     found = {patch.id: look(patch, megatron, registry.settings.accepted) for patch in patches}
     changed = {patch_id: finding.objection for patch_id, finding in found.items() if finding.objection is not None}
     if registry.settings.on_mismatch == "warn":
-        # What would do harm without a patch that is left out is left out with it.
+        # Also skip patches that are unsafe without a skipped one.
         for _ in patches:
             for patch in patches:
                 missing = next((needed for needed in patch.needs if needed in changed and _is_core(needed)), None)

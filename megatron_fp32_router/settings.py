@@ -30,7 +30,7 @@ class Variable:
     meaning: str
 
 
-#: The one table. README's table is generated from it (scripts/docs), and check_names() compares against it.
+#: The one table. README's table is generated from it (scripts/docs), and unknown_names() compares against it.
 VARIABLES: Final = (
     Variable(
         PREFIX,

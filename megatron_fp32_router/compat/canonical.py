@@ -87,7 +87,7 @@ def _without_docstring(body: list[ast.stmt]) -> list[ast.stmt]:
 def normalised(definitions: list[Definition]) -> ast.Module:
     """The definitions without what the fingerprint ignores. Line numbers stay those of the source.
 
-    They are changed in place, which a training that starts does not wait for twice: hand each over once.
+    Mutates its input; pass each node once.
     """
     module = ast.Module(body=definitions, type_ignores=[])
     for node in ast.walk(module):

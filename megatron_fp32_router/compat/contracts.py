@@ -1,4 +1,4 @@
-"""What each patch relies on beside its own target: methods it leaves to upstream, callees it stands in for.
+"""Upstream functions that a patch needs but does not replace.
 
 A change in any of these is reported as a drift of the patch that relies on it. Of a class named alone, the header
 counts: its bases and decorators. Some entries exist in no known release: a fork that adds one of them would go around

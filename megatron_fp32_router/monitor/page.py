@@ -220,9 +220,7 @@ def render(run: Run, found: list[Finding]) -> str:
             if metric in run.values:
                 drawings.append((title, _layered(run, metric, label), caption))
     problems = sum(finding.problem for finding in found)
-    verdict = (
-        f"{problems} thing{'' if problems == 1 else 's'} to look into." if problems else "Nothing that needs a hand."
-    )
+    verdict = f"{problems} thing{'' if problems == 1 else 's'} to look into." if problems else "No problems found."
     points = "".join(f"<li{' class=problem' if f.problem else ''}>{e(f.text)}</li>" for f in found)
     body = "".join(
         f"<h2>{e(title)}</h2><figure>{svg}<figcaption>{e(caption)}</figcaption></figure>"

@@ -51,7 +51,7 @@ _PATIENCE: Final = 10.0
 #: Seconds beyond the timeout that the verdict itself may take; reading from 4,096 ranks takes a few.
 _GRACE: Final = 30.0
 #: Seconds that rank 0, whose process may host the store, gives the others to read bad news before it raises.
-_LAST_WORDS: Final = 5.0
+_READ_FAILURE_GRACE_SECONDS: Final = 5.0
 
 #: As a set of ranks: all bits.
 _EVERYBODY: Final = -1
@@ -106,7 +106,7 @@ def _statement(at_optimizer: bool) -> dict[str, Any]:
     return {
         "peers": hex(peers | 1 << torch.distributed.get_rank()),
         "says": what_must_agree(),
-        # Told only beside a difference: paths themselves may differ.
+        # Not compared; printed only with a difference.
         "where": {_SOURCE: str(of_module(sys.modules["megatron.core"]).path or "place unknown")},
         "host": socket.gethostname(),
         "local world size": os.environ.get("LOCAL_WORLD_SIZE", ""),
@@ -233,7 +233,7 @@ def _leave(store: Any, rank: int, found: dict[str, Any]) -> None:
     _delete(store, str(rank), f"{_VERDICT}/{rank}")
     if found["problems"]:
         readers = store.add(_READ, 1)
-        end = time.monotonic() + _LAST_WORDS
+        end = time.monotonic() + _READ_FAILURE_GRACE_SECONDS
         while rank == 0 and readers < found["present"] and time.monotonic() < end:
             time.sleep(0.05)
             readers = store.add(_READ, 0)
