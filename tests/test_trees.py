@@ -27,7 +27,8 @@ def checkout(folder: Path) -> Path:
 
 
 def test_every_release_line_has_a_checkout_in_the_whole_run() -> None:
-    lines = {name.removeprefix("core_v").rpartition(".")[0] for name in TREES if name not in TREES_BY_HAND}
+    whole = [name for name in TREES if name not in TREES_BY_HAND]
+    lines = {name.removeprefix("core_v").rpartition(".")[0] for name in whole if name.startswith("core_v")}
     assert lines == {release.rpartition(".")[0] for release in RELEASES}
 
 
