@@ -13,8 +13,6 @@ import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
-from megatron_fp32_router import hooks as _hooks
-from megatron_fp32_router import registry as _registry
 from megatron_fp32_router import settings as _settings
 from megatron_fp32_router.errors import (
     CheckpointRefusedError,
@@ -28,13 +26,15 @@ from megatron_fp32_router.errors import (
     TargetMissingError,
     UnprotectedRouterError,
 )
-from megatron_fp32_router.registry import PatchStatus
-from megatron_fp32_router.say import say as _say
+from megatron_fp32_router.log import say as _say
+from megatron_fp32_router.patching import hooks as _hooks
+from megatron_fp32_router.patching import registry as _registry
+from megatron_fp32_router.patching.registry import PatchStatus
 from megatron_fp32_router.settings import Settings
 from megatron_fp32_router.version import __version__
 
 if TYPE_CHECKING:
-    from megatron_fp32_router.protect.effect import Survey
+    from megatron_fp32_router.wrapping.survey import Survey
 
 __all__ = [
     "CheckpointRefusedError",
@@ -108,7 +108,7 @@ def protect_model(model: Any) -> Survey:
     Raises:
         ModelInUseError: DDP has taken hold of the parameters.
     """
-    from megatron_fp32_router.protect.effect import protect_model
+    from megatron_fp32_router.wrapping.survey import protect_model
 
     return protect_model(model)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_fp32_router.errors import Fp32RouterError
-from megatron_fp32_router.upstream import read_version
+from megatron_fp32_router.patching.megatron import read_version
 
 if TYPE_CHECKING:
     from importlib.abc import Traversable  # importlib.resources.abc from Python 3.11 on

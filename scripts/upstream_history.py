@@ -19,14 +19,14 @@ from typing import Final
 
 from bootstrap import ROOT
 
-from megatron_fp32_router.compat import canonical, contracts, fingerprints, judge, source
-from megatron_fp32_router.records import USUAL
-from megatron_fp32_router.upstream import Megatron
+from megatron_fp32_router.patching import canonical, fingerprints, judge, records, source
+from megatron_fp32_router.patching.megatron import Megatron
+from megatron_fp32_router.patching.record import USUAL
 
 PAGE: Final = ROOT / "docs" / "commits.md"
 _DEV: Final = ("dev", "core_dev_r0.15.0", "core_dev_r0.16.0")
 _BRANCHES: Final = ("main", *_DEV, *(f"core_r0.{minor}.0" for minor in range(11, 20)))
-_MODULES: Final = {name.partition(":")[0].replace(".", "/") for name in contracts.relied_on()}
+_MODULES: Final = {name.partition(":")[0].replace(".", "/") for name in records.relied_on()}
 _PATHS: Final = {path for module in _MODULES for path in (f"{module}.py", f"{module}/__init__.py")}
 
 
@@ -132,7 +132,7 @@ def write(gitdir: Path, *, show: bool) -> dict[str, str]:
     texts: dict[str, str] = {}
     found = {branch: list(_walk(clone, branch)) for branch in _BRANCHES}
     for state in (state for states in found.values() for state in states):
-        for name in filter(contracts.has_body, contracts.relied_on()):
+        for name in filter(records.has_body, records.relied_on()):
             body = state.tree.body(name) if state.tree.has(name.partition(":")[0]) else source.Body(None)
             if body.digest is None or body.module is None or body.digest in in_releases:
                 continue
@@ -147,7 +147,7 @@ def write(gitdir: Path, *, show: bool) -> dict[str, str]:
     fingerprints.known.cache_clear()
     for state in (state for states in found.values() for state in states):
         judged = judge.Judge(state.tree, Megatron(None, None))
-        verdicts = (judged.one(*target, explain=False) for target in contracts.relied_on().items())
+        verdicts = (judged.one(*target, explain=False) for target in records.relied_on().items())
         state.unfit = [verdict for verdict in verdicts if not verdict.fits]
     PAGE.write_text("\n".join(_page(found)) + "\n", encoding="utf-8")
     return texts
@@ -166,7 +166,7 @@ _INTRODUCTION: Final = """# Which commits between releases fit
 
 Nothing in the tables is written by hand: `scripts/fingerprints --history GITDIR` makes them from a clone of
 [NVIDIA/Megatron-LM](https://github.com/NVIDIA/Megatron-LM). A commit *fits* where every function that the patches
-replace or rely on is a known one: a release's, or one that has been reviewed; `compat/history.json` has one sentence
+replace or rely on is a known one: a release's, or one that has been reviewed; `patching/history.json` has one sentence
 for each group of reviewed bodies, and [check.md](check.md#commits) says what has been run. Counted are all commits of
 the first-parent history since the branch point of 0.12; of a release branch, those since it left main. `usual` is what
 `check` looks at by default, `all` is every area.

@@ -8,6 +8,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from packaging.version import Version
+
+from megatron_fp32_router.patching.record import Patch
+from megatron_fp32_router.patching.records import PATCHES
+
 #: Release lines, oldest first; the patch releases of a line behave alike.
 LINES = ("0.11", "0.12", "0.13", "0.14", "0.15", "0.16", "0.17", "0.18", "0.19")
 
@@ -54,3 +59,16 @@ def defects_of(release: str) -> frozenset[str]:
     return frozenset(
         name for name, defect in DEFECTS.items() if LINES.index(defect.first) <= line <= LINES.index(defect.last)
     )
+
+
+def state_on(patch: Patch, release: str) -> str:
+    """`needed`, `native` (upstream does it by itself there) or `n/a` (there is no such function), on a release."""
+    version = Version(release)
+    if version < Version(patch.since):
+        return "n/a"
+    if patch.until is not None and version >= Version(patch.until):
+        return "n/a" if patch.gone else "native"
+    others = {other.id: other for other in PATCHES}
+    if patch.goes_with:
+        return "native" if state_on(others[patch.goes_with], release) == "native" else "needed"
+    return "needed" if set(patch.repairs) & defects_of(release) else "native"

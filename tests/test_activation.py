@@ -28,7 +28,7 @@ import megatron.core.distributed.finalize_model_grads
 VERDICT = """
 import sys
 import megatron_fp32_router
-from megatron_fp32_router.records import PATCHES
+from megatron_fp32_router.patching.records import PATCHES
 here = {patch.id for patch in PATCHES if patch.module in sys.modules}
 states = {record.id: record.state for record in megatron_fp32_router.status() if record.id in here}
 print(sorted(name for name, state in states.items() if state not in ("applied", "native")), "gating" in states)

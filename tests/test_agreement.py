@@ -26,12 +26,12 @@ from checking import FINALIZE, copier
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_fp32_router import lab
-from megatron_fp32_router.compat import gate
-from megatron_fp32_router.protect import agreement
-from megatron_fp32_router.protect.verdict import judge, ranks_text
-from megatron_fp32_router.registry import PatchStatus
+from megatron_fp32_router.patching import gate
+from megatron_fp32_router.patching.megatron import Megatron, read_version
+from megatron_fp32_router.patching.registry import PatchStatus
+from megatron_fp32_router.ranks import agreement
+from megatron_fp32_router.ranks.verdict import judge, ranks_text
 from megatron_fp32_router.settings import SettingsError, from_environment
-from megatron_fp32_router.upstream import Megatron, read_version
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ROOT / "tests" / "programs"

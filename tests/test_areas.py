@@ -21,7 +21,7 @@ import json, sys
 from pathlib import Path
 import megatron_fp32_router as plugin
 from megatron_fp32_router import lab
-from megatron_fp32_router.records import PATCHES
+from megatron_fp32_router.patching.records import PATCHES
 
 plugin.disable()
 lab.prepare(Path(sys.argv[1]))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from megatron_fp32_router.protect.balance import _counted, _held
-from megatron_fp32_router.protect.casts import COUNTER
-from megatron_fp32_router.protect.walk import modules_of
+from megatron_fp32_router.balance.update import _counted, _held
+from megatron_fp32_router.balance.walk import modules_of
+from megatron_fp32_router.casts.router import COUNTER
 
 
 class WithProperty(torch.nn.Module):

@@ -16,7 +16,8 @@ from checking import FINALIZE, INFO, MOE_UTILS, OFFLOAD, ROUTER, SCHEDULES, Copy
 
 from megatron_fp32_router.cli import main
 from megatron_fp32_router.compat import probe
-from megatron_fp32_router.records import AREAS, PATCHES
+from megatron_fp32_router.patching.record import AREAS
+from megatron_fp32_router.patching.records import PATCHES
 from megatron_fp32_router.version import __version__
 
 
@@ -283,7 +284,7 @@ def test_of_a_schedule_a_fact_counts_and_not_its_body(copy: Copy, capsys: Any) -
 
 def test_every_area_has_patches_and_what_handles_optimizers_is_not_needed_by_all() -> None:
     assert {patch.area for patch in PATCHES} == set(AREAS)
-    assert not [patch.id for patch in PATCHES if patch.factory.startswith("optim.") and patch.area == "router"]
+    assert not [patch.id for patch in PATCHES if patch.mechanism.startswith("optimizers.") and patch.area == "router"]
 
 
 def test_another_version_than_the_pinned_one_does_not_fit(capsys: Any) -> None:

@@ -302,12 +302,12 @@ def test_the_gate_costs_a_training_on_a_release_well_below_a_tenth_of_a_second()
     program = """
 import sys, time
 from pathlib import Path
-from megatron_fp32_router.records import PATCHES
-from megatron_fp32_router.upstream import Megatron, read_version
+from megatron_fp32_router.patching.records import PATCHES
+from megatron_fp32_router.patching.megatron import Megatron, read_version
 core = Path(sys.argv[1]) / "megatron" / "core"
 megatron = Megatron(core, read_version(core / "package_info.py"))
 begun = time.process_time()
-from megatron_fp32_router.compat.gate import digest, look
+from megatron_fp32_router.patching.gate import digest, look
 found = [look(patch, megatron, "").objection for patch in PATCHES]
 assert len(digest(megatron)) == 16
 print(time.process_time() - begun, {*found})

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from defects import DEFECTS
-from retirement import GOES_WITH, REPAIRS, needed_for, state_on
+from defects import DEFECTS, state_on
 
-from megatron_fp32_router.records import PATCHES
+from megatron_fp32_router.patching.records import PATCHES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -28,9 +27,9 @@ def test_every_generated_table_is_up_to_date() -> None:
 def test_every_patch_says_what_it_is_needed_for() -> None:
     ids = {patch.id for patch in PATCHES}
     for patch in PATCHES:
-        names = needed_for(patch)
-        assert set(names) <= ids or set(names) <= DEFECTS.keys(), patch.id
-    assert REPAIRS.keys() | GOES_WITH.keys() <= ids
+        assert bool(patch.repairs) != bool(patch.goes_with), patch.id
+        assert set(patch.repairs) <= DEFECTS.keys(), patch.id
+        assert patch.goes_with in ids | {""}, patch.id
 
 
 def test_a_patch_is_needed_native_or_has_nothing_to_patch() -> None:

@@ -16,8 +16,8 @@ from packaging.version import Version
 
 from megatron_fp32_router.cli import main
 from megatron_fp32_router.compat import environment, find
-from megatron_fp32_router.compat.fingerprints import known
-from megatron_fp32_router.records import PATCHES
+from megatron_fp32_router.patching.fingerprints import known
+from megatron_fp32_router.patching.records import PATCHES
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUTER = "megatron/core/transformer/moe/router.py"

@@ -47,7 +47,7 @@ def test_the_wheel_holds_all_that_an_installation_needs_and_no_more(wheel: Path)
     at_the_root = {name.split("/")[0] for name in names if not name.split("/")[0].endswith(".dist-info")}
     assert at_the_root == {"megatron_fp32_router", *STARTUP_FILES}
     assert "megatron_fp32_router/py.typed" in names
-    assert "megatron_fp32_router/compat/fingerprints.json" in names
+    assert "megatron_fp32_router/patching/fingerprints.json" in names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
@@ -62,7 +62,7 @@ def test_the_hooks_and_the_command_are_registered(installed: Environment) -> Non
     entry_points.optionxform = str  # type: ignore[assignment,method-assign]
     entry_points.read_string(found.read_text(encoding="utf-8"))
     assert entry_points["console_scripts"]["megatron-fp32-router"] == "_megatron_fp32_router_startup:command"
-    program = f"import json; from {HOOKS} import MODULES; print(json.dumps(sorted(MODULES)))"
+    program = "import json; from megatron_fp32_router.patching.hooks import MODULES; print(json.dumps(sorted(MODULES)))"
     done = installed.run(program)
     assert (sorted(entry_points[HOOKS]), done.stderr) == (json.loads(done.stdout), "")
 

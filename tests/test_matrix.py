@@ -13,10 +13,9 @@ from typing import Any
 import docs_resume
 import pytest
 from bootstrap import LAST_OF_LINE, RELEASES
-from defects import DEFECTS, defects_of
-from retirement import REPAIRS, state_on
+from defects import DEFECTS, defects_of, state_on
 
-from megatron_fp32_router.records import PATCHES
+from megatron_fp32_router.patching.records import PATCHES
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
@@ -100,6 +99,6 @@ if RUN is not None and not RUN["selected"]:
         unfounded = [
             patch.id
             for patch in PATCHES
-            if patch.id in REPAIRS and state_on(patch, release) == "needed" and not shown & set(REPAIRS[patch.id])
+            if patch.repairs and state_on(patch, release) == "needed" and not shown & set(patch.repairs)
         ]
         assert unfounded == []

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from megatron_fp32_router.monitor import collect, look, sinks, watch
-from megatron_fp32_router.registry import registry
+from megatron_fp32_router.patching.registry import registry
 from megatron_fp32_router.settings import OnMismatch, Settings
 
 

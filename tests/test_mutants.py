@@ -9,9 +9,9 @@ import pytest
 from bootstrap import NEWEST, ensure_release
 from checking import FINALIZE, MOE_UTILS, ROUTER, check, copier
 
-from megatron_fp32_router.compat.gate import look
-from megatron_fp32_router.records import PATCHES
-from megatron_fp32_router.upstream import Megatron, read_version
+from megatron_fp32_router.patching.gate import look
+from megatron_fp32_router.patching.megatron import Megatron, read_version
+from megatron_fp32_router.patching.records import PATCHES
 
 MODULE = "megatron/core/transformer/module.py"
 DDP = "megatron/core/distributed/distributed_data_parallel.py"

@@ -20,7 +20,7 @@ TRAINING = """
 import sys
 import megatron_fp32_router
 from megatron_fp32_router import lab
-from megatron_fp32_router.records import PATCHES
+from megatron_fp32_router.patching.records import PATCHES
 lab.prepare(sys.argv[1])
 recipe = lab.Recipe(seq_length=16, micro_batches=1)
 with lab.parallel(recipe):
@@ -113,7 +113,7 @@ def test_every_python_reads_the_data_from_a_zip(version: str, application: Path,
     made = Environment.make(tmp_path / "env", base=pythons()[version])
     made.borrow_packages("wrapt", "packaging")
     program = """
-from megatron_fp32_router.compat.fingerprints import known
+from megatron_fp32_router.patching.fingerprints import known
 from megatron_fp32_router.source_patches import lines
 print(len(known().releases), sum(bool((line.home / patch).read_bytes()) for line in lines() for patch in line.patches))
 """
@@ -199,11 +199,9 @@ def test_of_two_copies_in_a_process_the_one_that_does_not_run_is_displaced(
 def test_a_copy_below_another_one_is_displaced_and_cannot_be_lifted_out(
     environment: Environment, tmp_path: Path
 ) -> None:
-    # Where one version calls a thing otherwise than the other, each puts its own function there.
+    # Where one version marks its functions otherwise than the other, each puts its own function there.
     lower = copy_to(tmp_path / "lower")
-    upper = renamed(
-        tmp_path / "upper", "compute_in_fp32", "compute_otherwise", "protect/gating.py", "records/routers.py"
-    )
+    upper = renamed(tmp_path / "upper", "__megatron_fp32_router_factory__", "__made_by__", "patching/registry.py")
     arguments = ["-c", TWICE, str(lower), str(upper), "between"]
     done = run(environment, *arguments, PYTHONPATH=str(ensure_release("0.16.1")))
     file, below, above, disabled = done.stdout.splitlines()

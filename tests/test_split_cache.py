@@ -11,7 +11,7 @@ import torch
 import torch.utils.checkpoint
 from benchmarks import accuracy
 
-from megatron_fp32_router.protect import linear, split, split_cache
+from megatron_fp32_router.gating import linear, split, split_cache
 
 
 def operands() -> accuracy.Operands:

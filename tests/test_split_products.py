@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_fp32_router.protect import linear, split
-from megatron_fp32_router.protect.matmul import mm, true_fp32
+from megatron_fp32_router.gating import linear, split
+from megatron_fp32_router.gating.matmul import mm, true_fp32
 
 LARGEST = float(torch.finfo(torch.bfloat16).max)
 

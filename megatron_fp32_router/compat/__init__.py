@@ -1,7 +1,4 @@
-"""Does the plugin fit this Megatron? Source fingerprints, the behavioural probe, and the commands that report both.
+"""Does the plugin fit this Megatron? The commands that say so: check, doctor and the probe.
 
-Two halves. canonical, contracts, fingerprints, judge, accepted and gate read source text only; the gate runs inside a
-training, called by registry.py before it applies a patch, so that half imports nothing but the standard library,
-packaging, records and upstream. check, probe, doctor and what they print belong to the command line; only the probe
-touches the laboratory.
+Nothing of it is imported in a training. The probe alone touches the laboratory.
 """

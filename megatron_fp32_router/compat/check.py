@@ -16,17 +16,18 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from packaging.version import InvalidVersion, Version
 
-from megatron_fp32_router.compat import accepted as accepting
 from megatron_fp32_router.compat import find
-from megatron_fp32_router.compat.accepted import Accepted
-from megatron_fp32_router.compat.fingerprints import known
-from megatron_fp32_router.compat.judge import Judge, Target
 from megatron_fp32_router.compat.show import table
-from megatron_fp32_router.compat.source import Tree, UnreadableSourceError
 from megatron_fp32_router.errors import Fp32RouterError
-from megatron_fp32_router.records import AREAS, PATCHES, USUAL
+from megatron_fp32_router.patching import accepted as accepting
+from megatron_fp32_router.patching.accepted import Accepted
+from megatron_fp32_router.patching.fingerprints import known
+from megatron_fp32_router.patching.judge import Judge, Target
+from megatron_fp32_router.patching.megatron import Megatron
+from megatron_fp32_router.patching.record import AREAS, USUAL
+from megatron_fp32_router.patching.records import PATCHES
+from megatron_fp32_router.patching.source import Tree, UnreadableSourceError
 from megatron_fp32_router.settings import PREFIX
-from megatron_fp32_router.upstream import Megatron
 from megatron_fp32_router.version import __version__
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class Report:
     version: str | None = None
     known_release: bool = False
     targets: list[Target] = field(default_factory=list)
-    #: What the job uses, of records.patch.AREAS.
+    #: What the job uses, of patching.record.AREAS.
     areas: tuple[str, ...] = USUAL
     #: Sentences that stand against it, beside the targets that do not fit.
     problems: list[str] = field(default_factory=list)

@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
-from megatron_fp32_router.compat import accepted as accepting
 from megatron_fp32_router.compat import environment, find
-from megatron_fp32_router.compat.judge import Judge, Target
 from megatron_fp32_router.compat.show import table
-from megatron_fp32_router.compat.source import Tree, UnreadableSourceError
 from megatron_fp32_router.errors import Fp32RouterError, SettingsError
-from megatron_fp32_router.records import PATCHES, USUAL, Patch
+from megatron_fp32_router.patching import accepted as accepting
+from megatron_fp32_router.patching.judge import Judge, Target
+from megatron_fp32_router.patching.record import USUAL, Patch
+from megatron_fp32_router.patching.records import PATCHES
+from megatron_fp32_router.patching.source import Tree, UnreadableSourceError
 from megatron_fp32_router.settings import PREFIX, Settings, from_environment
 from megatron_fp32_router.version import __version__
 

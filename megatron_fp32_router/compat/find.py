@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 from megatron_fp32_router.errors import Fp32RouterError
-from megatron_fp32_router.upstream import Megatron, read_version
+from megatron_fp32_router.patching.megatron import Megatron, read_version
 
 
 class NoMegatronError(Fp32RouterError):

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_fp32_router.compat import accepted
-from megatron_fp32_router.compat.judge import Target
 from megatron_fp32_router.errors import Fp32RouterError
+from megatron_fp32_router.patching import accepted
+from megatron_fp32_router.patching.judge import Target
 from megatron_fp32_router.settings import PREFIX
 
 

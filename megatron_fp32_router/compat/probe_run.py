@@ -20,8 +20,8 @@ import torch
 from megatron_fp32_router import disable, enable
 from megatron_fp32_router.lab import Lab, Recipe, Routing, build, make_config, make_router, text_batches
 from megatron_fp32_router.lab.model import default_groups
-from megatron_fp32_router.records import PATCHES
-from megatron_fp32_router.registry import status
+from megatron_fp32_router.patching.records import PATCHES
+from megatron_fp32_router.patching.registry import status
 
 #: About 500 tokens an expert and step, which bf16 cannot count; a bias at 0.75 swallows a bf16 step whole.
 RECIPE: Final = Recipe(seq_length=256, micro_batch=4, micro_batches=2, bias_start=0.75)

@@ -21,7 +21,7 @@ from megatron_fp32_router.errors import Fp32RouterError
 from megatron_fp32_router.lab import demo_page as drawn
 from megatron_fp32_router.lab import demo_report as report
 from megatron_fp32_router.lab.recipe import LabError, Recipe
-from megatron_fp32_router.upstream import read_version
+from megatron_fp32_router.patching.megatron import read_version
 from megatron_fp32_router.version import __version__
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Final
 
 import torch
 
-from megatron_fp32_router.protect.balance import direction
+from megatron_fp32_router.balance.update import direction
 
 #: What a bias may be stored in or handed to.
 _FORMATS: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

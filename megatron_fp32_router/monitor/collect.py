@@ -22,12 +22,12 @@ from typing import Any, Final, TypedDict
 import torch
 import torch.distributed as dist
 
+from megatron_fp32_router.balance.update import group_of
+from megatron_fp32_router.log import rank
 from megatron_fp32_router.monitor.look import Seen, counted
 from megatron_fp32_router.monitor.sinks import NOT_FINITE, Entry, Layer
-from megatron_fp32_router.protect import agreement
-from megatron_fp32_router.protect.balance import group_of
-from megatron_fp32_router.protect.verdict import ranks_text
-from megatron_fp32_router.say import rank
+from megatron_fp32_router.ranks import agreement
+from megatron_fp32_router.ranks.verdict import ranks_text
 
 _ROOM: Final = "megatron_fp32_router/monitor"
 _ENDED: Final = "ended"

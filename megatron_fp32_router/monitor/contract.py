@@ -9,9 +9,9 @@ from typing import Any, Final
 
 import torch
 
-from megatron_fp32_router.protect.casts import below_fp32
-from megatron_fp32_router.protect.effect import tensors_of
-from megatron_fp32_router.registry import registry, replaces
+from megatron_fp32_router.casts.router import below_fp32
+from megatron_fp32_router.patching.registry import registry, replaces
+from megatron_fp32_router.wrapping.survey import tensors_of
 
 #: Rows of the arithmetic probe. As many as a small micro-batch has: a library may compute a few rows in another way.
 _ROWS: Final = 512

@@ -13,13 +13,13 @@ from typing import Any, Final
 
 import torch
 
+from megatron_fp32_router.casts.router import COUNTER
+from megatron_fp32_router.gating.logits import score_watchers
+from megatron_fp32_router.log import say
 from megatron_fp32_router.monitor import bias, contract, stability
 from megatron_fp32_router.monitor.load import load
 from megatron_fp32_router.monitor.sinks import NOT_FINITE, Entry, Layer
-from megatron_fp32_router.protect.casts import COUNTER
-from megatron_fp32_router.protect.effect import routers_of
-from megatron_fp32_router.protect.gating import score_watchers
-from megatron_fp32_router.say import say
+from megatron_fp32_router.wrapping.survey import routers_of
 
 #: Tokens of a router's first micro-batch that routing stability is computed for, evenly spread over it.
 SAMPLE: Final = 512

@@ -11,7 +11,7 @@ import torch
 
 from megatron_fp32_router.monitor import look, sinks, watch
 from megatron_fp32_router.monitor.sinks import Layer
-from megatron_fp32_router.registry import registry
+from megatron_fp32_router.patching.registry import registry
 
 #: By router, not by layer: a teacher has a layer 1 as well.
 _heard: WeakKeyDictionary[Any, look.Listener] = WeakKeyDictionary()

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypedDict
 
-from megatron_fp32_router.registry import registry
-from megatron_fp32_router.say import rank, say
+from megatron_fp32_router.log import rank, say
+from megatron_fp32_router.patching.registry import registry
 
 #: In front of every name in TensorBoard and W&B.
 PREFIX: Final = "moe_router"

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from megatron_fp32_router.gating.matmul import mm
 from megatron_fp32_router.monitor.contract import sharded
-from megatron_fp32_router.protect.matmul import mm
 
 
 @dataclass(frozen=True)

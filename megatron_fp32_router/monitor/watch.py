@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
+from megatron_fp32_router.balance import update
 from megatron_fp32_router.errors import UnprotectedRouterError
+from megatron_fp32_router.log import rank, say
 from megatron_fp32_router.monitor import collect, look, sinks
 from megatron_fp32_router.monitor.sinks import Entry, Layer
-from megatron_fp32_router.protect import balance
-from megatron_fp32_router.registry import mismatch, registry, replaces
-from megatron_fp32_router.say import rank, say
+from megatron_fp32_router.patching.registry import mismatch, registry, replaces
 from megatron_fp32_router.settings import PREFIX
 
 
@@ -117,8 +117,8 @@ class Monitor:
     def _take_open(self) -> dict[Layer, look.Seen]:
         """Wait for no balance update any more; what the open look has seen."""
         seen, self._open = self._open or {}, None
-        if self._after_update in balance.watchers:
-            balance.watchers.remove(self._after_update)
+        if self._after_update in update.watchers:
+            update.watchers.remove(self._after_update)
         return seen
 
     def _at_gradients(self, model: Any, config: Any) -> None:
@@ -161,7 +161,7 @@ class Monitor:
             # wait for this rank as long as it waited for them.
             self._close(meet=False)
         elif getattr(config, "moe_router_enable_expert_bias", False):
-            balance.watchers.append(self._after_update)  # also where this rank has no router: all meet there
+            update.watchers.append(self._after_update)  # also where this rank has no router: all meet there
         else:
             self._close()
 

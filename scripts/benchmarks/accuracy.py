@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_fp32_router.protect import split
-from megatron_fp32_router.protect.matmul import mm
+from megatron_fp32_router.gating import split
+from megatron_fp32_router.gating.matmul import mm
 
 WAYS = ("fp32", "split", "TF32", "bf16")
 TOPK = 8

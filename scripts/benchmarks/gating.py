@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from benchmarks.pairs import Report, clock
-from megatron_fp32_router.protect import split
-from megatron_fp32_router.protect.matmul import mm
+from megatron_fp32_router.gating import split
+from megatron_fp32_router.gating.matmul import mm
 
 #: tokens, hidden size, experts.
 SHAPES = {

@@ -12,8 +12,8 @@ from benchmarks import accuracy
 
 import megatron_fp32_router
 from megatron_fp32_router import lab
-from megatron_fp32_router.protect import split, split_cache
-from megatron_fp32_router.protect.linear import RouterLinear
+from megatron_fp32_router.gating import split, split_cache
+from megatron_fp32_router.gating.linear import RouterLinear
 
 SHAPE = (4096, 2048, 128)
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import megatron_fp32_router
-from megatron_fp32_router.protect.casts import is_protected
+from megatron_fp32_router.casts.router import is_protected
 
 # What is asked here is alike on the lines in between.
 pytestmark = pytest.mark.on_lines("0.11", "0.12", "0.13", "0.17", "0.19")

@@ -12,7 +12,7 @@ from bootstrap import ensure_transformer_engine
 
 from megatron_fp32_router import lab
 from megatron_fp32_router.lab import cpu, kernels, transformer_engine
-from megatron_fp32_router.optim.clipping import one_call_a_dtype
+from megatron_fp32_router.optimizers.clipping.repair import one_call_a_dtype
 
 # What is asked here is alike on the lines in between.
 pytestmark = pytest.mark.on_lines("0.11", "0.12", "0.16", "0.17", "0.18", "0.19")

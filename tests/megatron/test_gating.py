@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from megatron_fp32_router import lab
-from megatron_fp32_router.protect.casts import COUNTER
-from megatron_fp32_router.registry import replaces
+from megatron_fp32_router.casts.router import COUNTER
+from megatron_fp32_router.patching.registry import replaces
 
 # What is asked here is alike on the lines in between.
 pytestmark = pytest.mark.on_lines("0.11", "0.12", "0.13", "0.15", "0.18", "0.19")

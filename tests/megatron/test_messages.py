@@ -19,8 +19,8 @@ import torch
 
 import megatron_fp32_router
 from megatron_fp32_router import lab
-from megatron_fp32_router.protect import below
-from megatron_fp32_router.protect.casts import COUNTER
+from megatron_fp32_router.casts import below
+from megatron_fp32_router.casts.router import COUNTER
 
 # What is asked here is alike on the lines in between.
 pytestmark = pytest.mark.on_lines("0.11", "0.14", "0.19")
@@ -176,7 +176,7 @@ def test_a_healthy_training_works_nothing_out(build: Any, plugin: Any, monkeypat
         step(room)()
     finally:
         sys.setprofile(None)
-    assert any(file.endswith("protect/gating.py") for file in files)
+    assert any(file.endswith("gating/logits.py") for file in files)
     assert below.__file__ not in files
 
 

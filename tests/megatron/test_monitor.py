@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import megatron_fp32_router
 from megatron_fp32_router import lab, monitor
+from megatron_fp32_router.balance import update
+from megatron_fp32_router.gating.logits import score_watchers
 from megatron_fp32_router.monitor import contract, look
-from megatron_fp32_router.protect import balance
-from megatron_fp32_router.protect.gating import score_watchers
 
 # What is asked here is alike on the lines in between.
 pytestmark = pytest.mark.on_lines("0.11", "0.15", "0.19")
@@ -87,7 +87,7 @@ def test_steps_without_a_look_run_exactly_the_operations_that_they_run_with_the_
     room.step(batches)
     expected = operations(room, batches)
     assert not {status.id for status in megatron_fp32_router.status()} & set(PATCHES)
-    assert balance.watchers == []
+    assert update.watchers == []
 
     file = watched(4)
     states = {status.id: status.state for status in megatron_fp32_router.status()}
@@ -104,7 +104,7 @@ def test_steps_without_a_look_run_exactly_the_operations_that_they_run_with_the_
             assert done == expected
         assert file.exists() == (step >= 4)
     assert [record["layer"] for record in looks(file)] == [1, 2, "all"]
-    assert balance.watchers == []
+    assert update.watchers == []
     megatron_fp32_router.disable()
     assert finalize()._allreduce_conditional_embedding_grads is original
 
@@ -248,7 +248,7 @@ def test_a_third_partys_balance_update_is_judged_one_step_later(
     assert first["step"] == 2
     assert first["metrics"]["load/assignments"] == seen[0]
     assert first["metrics"]["update/gain"] == pytest.approx(0.5, rel=1e-3)
-    assert balance.watchers == []
+    assert update.watchers == []
 
 
 def test_where_every_step_is_a_look_every_look_has_tokens(build: Any, watched: Any) -> None:
@@ -276,7 +276,7 @@ def test_a_monitor_that_has_failed_leaves_no_hook_behind(
         room.step(batches)
     assert caplog.text.count("the monitor has ended, and the training goes on without it: on rank 0 it failed") == 1
     assert [len(router._forward_hooks) for _, router in room.routers()] == [0, 0]
-    assert balance.watchers == score_watchers == []
+    assert update.watchers == score_watchers == []
     assert {record["step"] for record in looks(file)} == {1}
 
 

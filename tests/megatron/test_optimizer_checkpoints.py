@@ -15,7 +15,7 @@ from programs import resume, unrepaired
 import megatron_fp32_router
 from megatron_fp32_router import lab
 from megatron_fp32_router.lab import checkpoint
-from megatron_fp32_router.registry import registry
+from megatron_fp32_router.patching.registry import registry
 
 DISTRIBUTED: dict[str, Any] = {"optimizer": "distributed", "fused_adam": True}
 CLASSES = {"distributed": "DistributedOptimizer", "plain": "Float16OptimizerWithFloat16Params"}

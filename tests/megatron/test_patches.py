@@ -18,7 +18,7 @@ import wrapt
 
 import megatron_fp32_router
 from megatron_fp32_router import cli
-from megatron_fp32_router.records import PATCHES
+from megatron_fp32_router.patching.records import PATCHES
 
 HOME = "megatron.core.transformer.moe.router"
 

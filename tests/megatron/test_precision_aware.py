@@ -14,7 +14,7 @@ from bootstrap import NEWEST, ensure_transformer_engine
 from packaging.version import Version
 from programs import resume, unrepaired
 
-from megatron_fp32_router import lab, say
+from megatron_fp32_router import lab, log
 from megatron_fp32_router.lab import checkpoint, cpu, kernels
 
 F32, BF16, F16, FP8 = torch.float32, torch.bfloat16, torch.float16, torch.uint8
@@ -170,7 +170,7 @@ def test_every_format_that_megatron_can_load_without_the_plugin_resumes_with_it(
         for name in checkpoint.formats("distributed"):
             upstream = resumed(this, "off", "off", name, tmp_path / f"{name} off")
             caplog.clear()
-            say._said.clear()  # each warning is said once in a process
+            log._said.clear()  # each warning is said once in a process
             ours = resumed(this, "on", "on", name, tmp_path / f"{name} on")
             warned = f"cannot load optimizer state that it saves in the format {name} " in caplog.text
             if upstream[0]:

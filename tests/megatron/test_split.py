@@ -13,7 +13,7 @@ import torch
 
 import megatron_fp32_router
 from megatron_fp32_router import lab
-from megatron_fp32_router.protect import linear, split, split_cache
+from megatron_fp32_router.gating import linear, split, split_cache
 
 # What is asked here is alike on the lines in between.
 pytestmark = pytest.mark.on_lines("0.11", "0.16", "0.19")

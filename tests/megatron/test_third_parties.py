@@ -157,7 +157,7 @@ def their_rule(tokens_per_expert: Any, expert_bias: Any, expert_bias_update_rate
 def test_a_replaced_balance_rule_is_the_one_that_runs_on_exact_counts(
     patched: Any, build: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_fp32_router.say._said", set())
+    monkeypatch.setattr("megatron_fp32_router.log._said", set())
     order = patched({f"{FINALIZE}:get_updated_expert_bias": their_rule})
     state, detail = states()["bias-rule-in-finalize"]
     assert state == "displaced"

@@ -82,7 +82,7 @@ def _train_alone(recipe: Any, gathered: list[Any], handed: bool) -> None:
 
 def scenes(recipe: Any, arguments: dict[str, Any]) -> dict[str, str]:
     """One build after the other, each as the first of its job; returns what each was stopped by."""
-    agreement = import_module("megatron_fp32_router.protect.agreement")
+    agreement = import_module("megatron_fp32_router.ranks.agreement")
     is_last = dist.get_rank() == dist.get_world_size() - 1
     outcome: dict[str, str] = {}
 

@@ -53,7 +53,7 @@ def train(recipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
 
 def emulate_split_products() -> list[bool]:
     """Use split products on this CPU; returns a list that tells of each one whether it is that of its weight."""
-    from megatron_fp32_router.protect import linear, split, split_cache
+    from megatron_fp32_router.gating import linear, split, split_cache
 
     fresh: list[bool] = []
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 import megatron_fp32_router
-from megatron_fp32_router import lab, say
+from megatron_fp32_router import lab, log
 from megatron_fp32_router.monitor import collect, look, sinks
 
 STEPS = 5
@@ -88,7 +88,7 @@ def play(recipe: Any, arguments: dict[str, Any]) -> list[dict[str, Any]]:
     outcomes = []
     for number, scene in enumerate(arguments["scenes"]):
         dist.barrier()
-        say._said.clear()
+        log._said.clear()
         collect._ROOM = f"scene {number}"
         os.environ["MEGATRON_FP32_ROUTER_MONITOR"] = "2" if scene["on_mismatch"] else "off"
         os.environ["MEGATRON_FP32_ROUTER_MONITOR_DIR"] = scene["folder"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_fp32_router import lab
-from megatron_fp32_router.protect.below import place
+from megatron_fp32_router.casts.below import place
 
 
 def say(recipe: Any, arguments: dict[str, Any]) -> list[str]:

@@ -22,11 +22,12 @@ import torch
 
 import megatron_fp32_router
 from megatron_fp32_router import lab
-from megatron_fp32_router.compat.gate import look
-from megatron_fp32_router.protect import effect
-from megatron_fp32_router.records import PATCHES, Patch
-from megatron_fp32_router.registry import registry
-from megatron_fp32_router.upstream import Megatron, read_version
+from megatron_fp32_router.patching.gate import look
+from megatron_fp32_router.patching.megatron import Megatron, read_version
+from megatron_fp32_router.patching.record import Patch
+from megatron_fp32_router.patching.records import PATCHES
+from megatron_fp32_router.patching.registry import registry
+from megatron_fp32_router.wrapping import survey
 
 #: Functions that torch or Python itself calls by these very names: nobody can rename them and go on training.
 CALLED_BY_NAME = ("forward", "__init__")
@@ -124,7 +125,7 @@ def use(patch: Patch) -> None:
     """Call what is in the place of a function that only some jobs use, in a process with a protected model."""
     model = torch.nn.Linear(1, 1)
     model.weight.kept_in_fp32_router = True  # type: ignore[assignment]
-    effect.seen.add(model)
+    survey.seen.add(model)
     if patch.area != "router" and patch.id in registry.replacements:  # of a function of a module, the import tells
         registry.replacements[patch.id]()
 

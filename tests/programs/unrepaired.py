@@ -10,21 +10,21 @@ from collections.abc import Iterator
 import wrapt
 
 import megatron_fp32_router
-from megatron_fp32_router.records import PATCHES
-from megatron_fp32_router.registry import registry
+from megatron_fp32_router.patching.records import PATCHES
+from megatron_fp32_router.patching.registry import registry
 
 
 @contextlib.contextmanager
 def only_casts() -> Iterator[None]:
-    """Everything on but what `optim/` holds; everything off afterwards."""
+    """Everything on but what `optimizers/` holds; everything off afterwards."""
     megatron_fp32_router.disable()
     # What is imported only later would be patched then.
-    for name in {patch.module for patch in PATCHES if patch.factory.startswith("optim.")}:
+    for name in {patch.module for patch in PATCHES if patch.mechanism.startswith("optimizers.")}:
         with contextlib.suppress(ModuleNotFoundError):  # older releases lack some
             importlib.import_module(name)
     megatron_fp32_router.enable()
     for patch in reversed(PATCHES):  # of two that share a target, the later one lies on the other
-        if patch.factory.startswith("optim.") and patch.id in registry.replacements:
+        if patch.mechanism.startswith("optimizers.") and patch.id in registry.replacements:
             wrapt.unwrap_object(sys.modules[patch.module], patch.path, registry.replacements[patch.id])
     try:
         yield

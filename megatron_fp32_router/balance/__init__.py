@@ -1,0 +1,1 @@
+"""The balance update of expert_bias, in integers."""

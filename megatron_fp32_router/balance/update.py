@@ -1,0 +1,209 @@
+"""The balance update of auxiliary-loss-free load balancing (arXiv:2408.15664), exact.
+
+Counts are integers through the all-reduce and the comparison, so every reduction order and every way of splitting
+the same tokens over ranks gives the same bits. On the device, without a host synchronisation, with no shape that
+depends on data. Shapes: L layers, E experts.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_fp32_router.balance.walk import modules_of
+from megatron_fp32_router.casts.below import refuse, refuse_handed
+from megatron_fp32_router.casts.router import COUNTER, below_fp32
+from megatron_fp32_router.patching.registry import replaces, somebody_elses
+from megatron_fp32_router.ranks.agreement import agree
+
+
+def direction(counts_LE: torch.Tensor) -> torch.Tensor:
+    """Which way each expert's bias moves: sign(total - E·count).
+
+    Upstream compares with the mean, total / E, in floating point: inexact, and the sign is lost where 1/E is below
+    the spacing at the mean (E = 256: a mean above 131,072 in fp32).
+
+    Args:
+        counts_LE: int64 [L, E] (or [E]), tokens per expert summed over all ranks; E·count must stay below 2^63.
+
+    Returns:
+        int64 of the same shape: 1 for an expert with fewer tokens than the mean, -1 with more, 0 on it.
+    """
+    total = counts_LE.sum(dim=-1, keepdim=True)
+    return torch.sub(total, counts_LE, alpha=counts_LE.shape[-1]).sign_()
+
+
+#: Called after the biases have moved, with [(routers, their counts [L, E] over all ranks, int64), …]. Empty unless the
+#: monitor looks at this very step.
+watchers: list[Callable[[list[tuple[list[Any], torch.Tensor]]], None]] = []
+
+
+def group_of(given: Any) -> Any:
+    """The group that shares a balance update: tensor x data x context parallel, as upstream takes it."""
+    if given is not None:
+        return given
+    from megatron.core import parallel_state
+
+    return parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+
+
+def exact_rule(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """get_updated_expert_bias: for whoever calls it, third parties' own update functions included.
+
+    As upstream's, it leaves the reduced counts in `tokens_per_expert`.
+    """
+
+    @replaces(original)
+    def get_updated_expert_bias(
+        tokens_per_expert: torch.Tensor,
+        expert_bias: torch.Tensor,
+        expert_bias_update_rate: float,
+        tp_dp_cp_group: Any = None,
+    ) -> torch.Tensor:
+        if below_fp32(tokens_per_expert.dtype):
+            refuse_handed("tokens_per_expert", tokens_per_expert.dtype, COUNTER)
+        if below_fp32(expert_bias.dtype):
+            refuse_handed("expert_bias", expert_bias.dtype, "expert_bias")
+        with torch.no_grad():
+            counts = tokens_per_expert.to(torch.int64)
+            torch.distributed.all_reduce(counts, group=group_of(tp_dp_cp_group))
+            if counts is not tokens_per_expert:
+                tokens_per_expert.copy_(counts)
+            step = direction(counts).to(expert_bias.dtype)
+            return torch.add(expert_bias, step, alpha=expert_bias_update_rate)
+
+    return get_updated_expert_bias
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """What upstream's own update function does in this release, read off its code.
+
+    Attributes:
+        training_only: routers in eval mode (a distillation teacher) are left alone (0.17 and later).
+        respects_frozen: so are routers with frozen_expert_bias (0.19 and later).
+        zeroes: counters are zeroed here (to 0.14; later by reset_model_temporary_tensors).
+        takes_group: the function, and the rule that it calls, take the group to reduce over (0.19 and later).
+    """
+
+    training_only: bool
+    respects_frozen: bool
+    zeroes: bool
+    takes_group: bool
+
+
+def _rules(original: Callable[..., Any]) -> _Rules:
+    code = inspect.unwrap(original).__code__
+    return _Rules(
+        training_only="training" in code.co_names,
+        respects_frozen="frozen_expert_bias" in code.co_consts,
+        zeroes="zero_" in code.co_names,
+        takes_group="tp_dp_cp_group" in code.co_varnames,
+    )
+
+
+def _held(module: Any, name: str) -> Any:
+    """What `module` has under `name`, or None.
+
+    torch's own look-up comes last: a miss, as in nearly every module of a model, costs it microseconds.
+    """
+    found = module._buffers.get(name)
+    if found is None and (name in module.__dict__ or name in module._parameters or hasattr(type(module), name)):
+        return getattr(module, name, None)
+    return found
+
+
+def _counted(module: Any) -> bool:
+    """Whether `module` has a bias to update. A router without one (dense layers' stand-ins) has None there."""
+    return _held(module, "expert_bias") is not None and _held(module, COUNTER) is not None
+
+
+def exact_update(original: Callable[..., None]) -> Callable[..., None]:
+    """_update_router_expert_bias: all layers at once, one collective for each number of experts.
+
+    Which routers take part, and where counters are zeroed, is upstream's rule of the release at hand. Where somebody
+    else has put a rule of their own in the name that upstream calls, get_updated_expert_bias, theirs is called.
+    """
+    rules = _rules(original)
+    names = inspect.unwrap(original).__globals__
+
+    @replaces(original)
+    def _update_router_expert_bias(model: Any, config: Any, tp_dp_cp_group: Any = None) -> None:
+        agree()  # a training that uses neither Megatron's DDP nor its optimizers has not been asked before
+        batches: dict[tuple[int, torch.dtype, torch.dtype, torch.device], list[Any]] = {}
+        for module in modules_of(model):
+            if not _counted(module):
+                continue
+            if rules.training_only and not module.training:
+                continue
+            if rules.respects_frozen and _held(module, "frozen_expert_bias"):
+                continue
+            bias, counter = _held(module, "expert_bias"), _held(module, COUNTER)
+            for name, tensor in (("expert_bias", bias), (COUNTER, counter)):
+                if below_fp32(tensor.dtype):
+                    refuse(module, name, "at the balance update")
+            batches.setdefault((bias.shape[-1], bias.dtype, counter.dtype, bias.device), []).append(module)
+        rate, theirs = config.moe_router_bias_update_rate, names.get("get_updated_expert_bias")
+        with torch.no_grad():
+            updated = []
+            for modules in batches.values():
+                if theirs is not None and somebody_elses(theirs):
+                    group = {"tp_dp_cp_group": tp_dp_cp_group} if rules.takes_group else {}
+                    _update_by(theirs, modules, rate, group, rules.zeroes)
+                else:
+                    updated.append((modules, _update(modules, rate, group_of(tp_dp_cp_group), rules.zeroes)))
+        for watcher in list(watchers):
+            watcher(updated)
+
+    return _update_router_expert_bias
+
+
+def _update(modules: list[Any], rate: float, group: Any, zero: bool) -> torch.Tensor:
+    counters = [_held(module, COUNTER) for module in modules]
+    biases = [_held(module, "expert_bias") for module in modules]
+    counts_LE = torch.stack(counters).to(torch.int64)
+    torch.distributed.all_reduce(counts_LE, group=group)
+    step_LE = direction(counts_LE).to(biases[0].dtype)
+    torch._foreach_add_(biases, step_LE.unbind(0), alpha=rate)
+    if zero:
+        torch._foreach_zero_(counters)
+    return counts_LE
+
+
+def _update_by(rule: Callable[..., torch.Tensor], modules: list[Any], rate: float, group: Any, zero: bool) -> None:
+    """As upstream calls a rule, with exact counts [L, E] and fp32 biases [L, E]."""
+    counters = [getattr(module, COUNTER) for module in modules]
+    biases = [module.expert_bias for module in modules]
+    torch._foreach_copy_(biases, list(rule(torch.stack(counters), torch.stack(biases), rate, **group).unbind(0)))
+    if zero:
+        torch._foreach_zero_(counters)
+
+
+def reset_in_one_go(original: Callable[..., None]) -> Callable[..., None]:
+    """reset_model_temporary_tensors (0.15 and later): the same tensors, zeroed together."""
+
+    @replaces(original)
+    def reset_model_temporary_tensors(config: Any, model: Any) -> None:
+        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+
+        def zero(tensor: torch.Tensor) -> None:
+            by_dtype.setdefault(tensor.dtype, []).append(tensor)
+
+        balancing = config.moe_router_load_balancing_type
+        for module in modules_of(model):
+            if config.moe_router_enable_expert_bias and _counted(module):
+                zero(_held(module, COUNTER))
+            if "global_aux_loss" in balancing and hasattr(module, "reset_global_aux_loss_tracker"):
+                module.reset_global_aux_loss_tracker()
+            if _held(module, "qb_beta_accum") is not None:
+                zero(module.qb_beta_accum)
+                zero(module.qb_beta_count)
+        with torch.no_grad():
+            for tensors in by_dtype.values():
+                torch._foreach_zero_(tensors)
+
+    return reset_model_temporary_tensors

@@ -1,0 +1,86 @@
+"""Patches that keep router tensors out of casts."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from megatron_fp32_router.patching.record import MODULE, ROUTER, UPSTREAM, Function, Patch
+
+
+def initialise_in_fp32(original: Function) -> Function:
+    from megatron_fp32_router.casts import router
+
+    return router.initialise_in_fp32(original)
+
+
+def reset_in_fp32(original: Function) -> Function:
+    from megatron_fp32_router.casts import router
+
+    return router.reset_in_fp32(original)
+
+
+def keep_fp32(original: Function) -> Function:
+    from megatron_fp32_router.casts import router
+
+    return router.keep_fp32(original)
+
+
+#: Which parameters and buffers a router has, and that reset_parameters alone casts them at construction.
+_CONSTRUCTION: Final = f"{ROUTER}:Router Router.__init__ TopKRouter TopKRouter.__init__ InferenceTopKRouter.__init__"
+
+PATCHES: Final = (
+    Patch(
+        id="router-init",
+        module=ROUTER,
+        path="Router.__init__",
+        factory=initialise_in_fp32,
+        why="the router weight is cast to params_dtype as soon as it is initialised",
+        issue=f"{UPSTREAM}/pull/683",
+        remove_when="Router.__init__ no longer casts (from 0.13 reset_parameters does)",
+        repairs=("D12",),
+        until="0.13",
+        native_where=("Router.__init__ lacks params_dtype",),
+        parameters=("self", "config"),
+        relies_on=(_CONSTRUCTION,),
+        needs=("gating",),
+    ),
+    Patch(
+        id="router-reset",
+        module=ROUTER,
+        path="Router.reset_parameters",
+        factory=reset_in_fp32,
+        why="router weight and bias are cast to params_dtype as soon as they are initialised",
+        issue=f"{UPSTREAM}/pull/683",
+        remove_when="reset_parameters leaves the router's parameters in fp32",
+        repairs=("D12", "D13", "D18"),
+        since="0.13",
+        absent_where=("Router.__init__ uses params_dtype",),
+        parameters=("self",),
+        # No subclass has a reset_parameters of its own.
+        relies_on=(_CONSTRUCTION, f"{ROUTER}:TopKRouter.reset_parameters InferenceTopKRouter.reset_parameters"),
+        needs=("gating",),
+    ),
+    Patch(
+        id="router-casts",
+        module=ROUTER,
+        path="TopKRouter._apply",
+        factory=keep_fp32,
+        why="bfloat16(), half() and to(dtype) round the router's weight, biases and token counts",
+        issue=f"{UPSTREAM}/issues/1482",
+        remove_when="every router tensor carries main's keep_in_fp32 mark (#5929) through device moves",
+        repairs=("D1", "D2", "D3", "D4", "D5", "D6", "D7", "D8", "D9", "D10", "D11", "D12", "D13", "D18"),
+        parameters=("self", "fn"),
+        relies_on=(
+            _CONSTRUCTION,
+            # Every cast of a router goes through TopKRouter._apply.
+            f"{ROUTER}:Router._apply InferenceTopKRouter._apply InferenceTopKRouter",
+            # Whole-model casts are torch's own and reach Module._apply of every child.
+            f"{MODULE}:MegatronModule._apply MegatronModule.bfloat16 MegatronModule.half MegatronModule.to "
+            "convert_module_to_dtype_except_fp32_marked",
+            # Upstream widens expert_bias before it is read, and does nothing to tensors that are fp32.
+            f"{ROUTER}:TopKRouter._maintain_float32_expert_bias TopKRouter._load_from_state_dict "
+            "TopKRouter._save_to_state_dict",
+        ),
+        inherited=True,
+    ),
+)

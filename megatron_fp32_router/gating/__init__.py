@@ -1,0 +1,1 @@
+"""Logits in true fp32, forward and backward."""

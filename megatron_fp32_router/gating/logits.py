@@ -1,0 +1,74 @@
+"""Gating: logits in fp32 from the fp32 weight, forward and backward; the dispatcher gets upstream's dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_fp32_router.casts.below import refuse
+from megatron_fp32_router.casts.router import COUNTER, below_fp32, protects_parameters
+from megatron_fp32_router.gating.linear import RouterLinear
+from megatron_fp32_router.patching.registry import replaces
+
+#: Called with a router and its scores (those of the chosen experts), in the dtype upstream computed them in. Empty
+#: unless the monitor listens to this very step.
+score_watchers: list[Callable[[Any, torch.Tensor], None]] = []
+
+
+def compute_dtype(config: Any, weight: torch.Tensor) -> torch.dtype:
+    """What a router's products are computed in: fp32, or fp64 where the weight or moe_router_dtype is."""
+    if getattr(config, "moe_router_dtype", None) == "fp64":
+        return torch.float64
+    return torch.promote_types(torch.float32, weight.dtype)
+
+
+def compute_in_fp32(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Router.gating: fp32 logits (fp64 where moe_router_dtype says so) for a model in bf16 or fp16.
+
+    A model that trains in fp32 throughout has nothing to fix and keeps upstream's own gating, bit for bit.
+    """
+
+    @replaces(original)
+    def gating(self: Any, input: torch.Tensor) -> torch.Tensor:
+        config = self.config
+        mixed = config.bf16 or config.fp16 or below_fp32(input.dtype)
+        if not (mixed and isinstance(self, original.__globals__["TopKRouter"])):
+            return original(self, input)
+        weight, bias = self.weight, getattr(self, "bias", None)
+        if protects_parameters() and below_fp32(weight.dtype):
+            refuse(self, "weight", "at the forward")
+        # As upstream does: a router initialised on the CPU follows its input to the GPU.
+        if weight.device != input.device:
+            weight.data = weight.data.to(input.device)
+        if bias is not None and bias.device != input.device:
+            bias.data = bias.data.to(input.device)
+        dtype = compute_dtype(config, weight)
+        logits: torch.Tensor = RouterLinear.apply(input, weight, bias, dtype)  # type: ignore[no-untyped-call]
+        return logits
+
+    return gating
+
+
+def hand_on_upstream_dtype(original: Callable[..., Any]) -> Callable[..., Any]:
+    """TopKRouter.forward: choose experts in fp32, hand on the probabilities in the dtype upstream would.
+
+    With moe_router_dtype unset that is the input's. The input of the first forward is also where a router that
+    slipped through is noticed, before upstream quietly widens a bias that has lost its bits.
+    """
+
+    @replaces(original)
+    def forward(self: Any, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        for name in ("expert_bias", COUNTER):
+            buffer = getattr(self, name, None)
+            if buffer is not None and below_fp32(buffer.dtype):
+                refuse(self, name, "at the forward")
+        probs, *rest = original(self, input, *args, **kwargs)
+        for watcher in score_watchers:
+            watcher(self, probs)
+        if getattr(self.config, "moe_router_dtype", None) is None and below_fp32(input.dtype):
+            probs = probs.to(input.dtype)
+        return (probs, *rest)
+
+    return forward

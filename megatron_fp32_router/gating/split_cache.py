@@ -1,0 +1,93 @@
+"""One split of a router's weight for all micro-batches of a step, and never a stale one.
+
+Nothing that torch can be asked tells whether a weight has changed: fused optimizers, NCCL and `.data` write through
+the pointer, without a trace in `_version`. So a split is kept only where the weight cannot change: inside one call
+of Megatron's own schedule, which runs all micro-batches of a step, forward and backward, and returns before the
+optimizer, a parameter gather, a load or anything of the user's comes. (A gather that overlaps with the first
+forward ends before the router that reads its weight runs.) When the call returns, what was kept is let go.
+Everywhere else, in a schedule that the plugin does not know, in evaluation and inference outside of it, the weight
+is split anew each time. Two things could still find an old split, and nobody is known to do either: a schedule inside
+which a fused optimizer steps, and a thread that trains without a schedule while another one is in one.
+
+Backward takes what forward kept and keeps nothing itself: hooks on saved tensors (non-reentrant checkpointing,
+save_on_cpu) hand it a new tensor object each time, and one split for each of those would be kept.
+
+What is kept takes 6 bytes an element of every router weight of the model chunks on the device, until the step ends.
+
+Inside, a change that shows in the tensor is respected all the same: another storage, another `_version`. A CUDA graph
+that captures one layer splits inside the graph, each time it is replayed; one that captures the whole schedule
+splits once in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from megatron_fp32_router.gating.split import split_weight
+from megatron_fp32_router.patching.registry import replaces
+
+
+class _Step:
+    """What is kept during one call of a schedule."""
+
+    def __init__(self, captured: bool) -> None:
+        #: Whether the whole call is being captured into a CUDA graph.
+        self.captured = captured
+        #: key -> the weight (held, so that no other can take its id), its version, its parts.
+        self.kept: dict[tuple[Any, ...], tuple[torch.Tensor, int, torch.Tensor]] = {}
+
+
+#: The innermost schedule that runs now. One for the process: autograd's threads work for the schedule as well.
+_now: list[_Step] = []
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+@contextmanager
+def one_step() -> Iterator[None]:
+    """Weights do not change inside: splits are kept, and let go at the end."""
+    step = _Step(_capturing())
+    _now.append(step)
+    try:
+        yield
+    finally:
+        _now.remove(step)
+
+
+def parts_of(weight: torch.Tensor, *, keep: bool = True) -> torch.Tensor:
+    """`split_weight(weight)`, made once in a step; kept for the rest of it if `keep`."""
+    step = _now[-1] if _now else None
+    if step is None or weight.is_inference():
+        return split_weight(weight)
+    stream = 0
+    if weight.device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing() and not step.captured:
+            # What a graph reads must be made in the graph: a replay would find this step's numbers.
+            return split_weight(weight)
+        # Another stream would have to wait for the one that makes the split.
+        stream = torch.cuda.current_stream(weight.device).cuda_stream
+    # The object as well as the address: sharded training lets layers take turns at one address.
+    key = (id(weight), weight.data_ptr(), weight.device, weight.dtype, weight.shape, weight.stride(), stream)
+    found = step.kept.get(key)
+    if found is None or found[1] != weight._version:
+        found = (weight, weight._version, split_weight(weight))
+        if keep:
+            step.kept[key] = found
+    return found[2]
+
+
+def keep_splits(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A schedule of megatron.core.pipeline_parallel.schedules: one call of it is one step."""
+
+    @replaces(original)
+    def schedule(*args: Any, **kwargs: Any) -> Any:
+        with one_step():
+            return original(*args, **kwargs)
+
+    return schedule

@@ -1,1 +1,0 @@
-"""fp32 router parameters inside Megatron's optimizers and checkpoints."""

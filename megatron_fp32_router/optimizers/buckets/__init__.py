@@ -1,0 +1,1 @@
+"""Gradient buckets of a virtual pipeline, cut by dtype."""

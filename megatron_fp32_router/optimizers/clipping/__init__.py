@@ -1,0 +1,1 @@
+"""Norms and clipping over gradients of several dtypes."""

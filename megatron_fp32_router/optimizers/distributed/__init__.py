@@ -1,0 +1,1 @@
+"""The distributed optimizer: its groups, and its checkpoints in every format."""

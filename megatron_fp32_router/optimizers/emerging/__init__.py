@@ -1,0 +1,1 @@
+"""Emerging optimizers: which of them nobody has run."""

@@ -1,0 +1,1 @@
+"""Checkpoints of Float16OptimizerWithFloat16Params."""

@@ -1,0 +1,58 @@
+"""Checkpoints of Float16OptimizerWithFloat16Params."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Final
+
+from megatron_fp32_router.patching.record import OPTIMIZER, UPSTREAM, Function, Patch
+
+
+def state_with_every_main_copy(original: Function) -> Function:
+    from megatron_fp32_router.optimizers.float16 import repair
+
+    return repair.state_with_every_main_copy(original)
+
+
+def sharded_state_with_every_main_copy(original: Function) -> Function:
+    from megatron_fp32_router.optimizers.float16 import repair
+
+    return repair.sharded_state_with_every_main_copy(original)
+
+
+def load_every_main_copy(original: Function) -> Function:
+    from megatron_fp32_router.optimizers.float16 import repair
+
+    return repair.load_every_main_copy(original)
+
+
+_patch: Final = partial(
+    Patch,
+    module=OPTIMIZER,
+    why="with fp32 router parameters, main copies are saved and loaded as another parameter's, or not at all",
+    issue=f"{UPSTREAM}/pull/5929",
+    remove_when="fp32 parameters have an fp32_param in checkpoints too, to turn the plugin on and off",
+    goes_with="router-casts",
+    area="optimizer",
+)
+
+PATCHES: Final = (
+    _patch(
+        id="float16-state",
+        path="Float16OptimizerWithFloat16Params.state_dict",
+        factory=state_with_every_main_copy,
+        parameters=("self",),
+    ),
+    _patch(
+        id="float16-sharded-state",
+        path="Float16OptimizerWithFloat16Params.sharded_state_dict",
+        factory=sharded_state_with_every_main_copy,
+        parameters=("self", "model_sharded_state_dict", "is_loading"),
+    ),
+    _patch(
+        id="float16-load",
+        path="Float16OptimizerWithFloat16Params.load_state_dict",
+        factory=load_every_main_copy,
+        parameters=("self", "state_dict"),
+    ),
+)

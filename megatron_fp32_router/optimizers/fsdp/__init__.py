@@ -1,0 +1,1 @@
+"""FSDP: torch's and Megatron's."""

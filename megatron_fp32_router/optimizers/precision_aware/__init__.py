@@ -1,0 +1,1 @@
+"""Checkpoints of the precision-aware optimizer."""

@@ -1,0 +1,65 @@
+"""Checkpoints of the precision-aware optimizer."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Final
+
+from megatron_fp32_router.patching.record import DISTRIBUTED_OPTIMIZER, UPSTREAM, Function, Patch
+
+
+def save_the_parameter(original: Function) -> Function:
+    from megatron_fp32_router.optimizers.precision_aware import repair
+
+    return repair.save_the_parameter(original)
+
+
+def load_the_parameter(original: Function) -> Function:
+    from megatron_fp32_router.optimizers.precision_aware import repair
+
+    return repair.load_the_parameter(original)
+
+
+def warn_before_a_save_in_vain(original: Function) -> Function:
+    from megatron_fp32_router.optimizers.precision_aware import repair
+
+    return repair.warn_before_a_save_in_vain(original)
+
+
+_patch: Final = partial(Patch, module=DISTRIBUTED_OPTIMIZER, goes_with="router-casts", area="distributed")
+
+_main_copy: Final = partial(
+    _patch,
+    issue=f"{UPSTREAM}/issues/7338",
+    remove_when="an fp32 parameter is its own main copy there too",
+)
+
+_formats: Final = partial(
+    _patch,
+    factory=warn_before_a_save_in_vain,
+    why="Megatron saves a precision-aware optimizer in formats that it cannot load, and nobody is told",
+    issue="not reported upstream",
+    remove_when="every format that can be saved can be loaded",
+    whole=False,
+    parameters=("self",),
+    essential=False,
+)
+
+PATCHES: Final = (
+    _main_copy(
+        id="precision-aware-save",
+        path="DistributedOptimizer._get_main_param_and_optimizer_states",
+        factory=save_the_parameter,
+        why="with the precision-aware optimizer, checkpoints hold the router weight of the first step as its main copy",
+        parameters=("self", "model_param"),
+    ),
+    _main_copy(
+        id="precision-aware-load",
+        path="DistributedOptimizer._set_main_param_and_optimizer_states",
+        factory=load_the_parameter,
+        why="with the precision-aware optimizer, a loaded main copy never reaches an fp32 router weight",
+        parameters=("self", "model_param", "tensors"),
+    ),
+    _formats(id="precision-aware-formats", path="DistributedOptimizer.sharded_state_dict"),
+    _formats(id="precision-aware-formats-legacy", path="DistributedOptimizer.save_parameter_state"),
+)

@@ -1,0 +1,1 @@
+"""Refit: weights handed from a training to the model that generates."""

@@ -1,0 +1,1 @@
+"""Padding tokens are not counted."""

@@ -1,0 +1,135 @@
+"""Arming: which Megatron module wakes which patches, whenever and however often it is imported.
+
+Which modules these are is read off the records. `on_import` is the entry point, in the group
+`megatron_fp32_router.hooks`, of each of them. Neither torch nor Megatron is imported here; a hook runs when the user's
+own program has imported the module.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Final
+
+import wrapt
+
+from megatron_fp32_router.log import say
+from megatron_fp32_router.patching.records import PATCHES
+from megatron_fp32_router.patching.registry import apply_all, initializing, registry, settle
+from megatron_fp32_router.settings import Settings
+
+GROUP: Final = "megatron_fp32_router.hooks"
+
+#: The Megatron modules that patches wait for.
+MODULES: Final = tuple(dict.fromkeys(patch.module for patch in PATCHES))
+
+#: Hooks that wrapt holds and has not fired yet.
+_waiting: set[str] = set()
+#: True while hooks are being registered: one that fires now was handed a module as it is, maybe half imported.
+_arming = False
+_discovered = False
+
+
+def on_import(module: ModuleType) -> None:
+    """Every entry point of the group: apply the patches of a Megatron module that has been imported."""
+    name = module.__name__
+    _waiting.discard(name)
+    if not registry.active:
+        return
+    if _arming and initializing(module):
+        registry.pending.add(name)
+        return
+    apply_all(module, name)
+
+
+class _Watcher:
+    """Sits first on sys.meta_path and finds nothing; it only sees what is about to be imported.
+
+    wrapt fires a hook once. A module that is deleted and imported again, reloaded, or was half imported when the
+    plugin was armed would otherwise stay unpatched without anybody noticing.
+    """
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if registry.active:
+            settle()
+            if fullname in MODULES:
+                if fullname in sys.modules:
+                    registry.reloaded.add(fullname)
+                elif fullname not in _waiting:
+                    _register(fullname)
+        return None
+
+
+_watcher: Final = _Watcher()
+
+
+def _register(name: str) -> None:
+    _waiting.add(name)
+    wrapt.register_post_import_hook(on_import, name)
+
+
+def _discover() -> None:
+    """Register the hooks that the installed metadata names.
+
+    Metadata is absent in a checkout on PYTHONPATH and stale after an edit in an editable install, so what it names
+    is compared with the records, and what is missing or stale is registered from there.
+    """
+    global _discovered
+    if _discovered:
+        return
+    _discovered = True
+    try:
+        wrapt.discover_post_import_hooks(GROUP)
+    except (ImportError, AttributeError) as error:
+        say(
+            logging.WARNING,
+            f"the installed metadata of megatron-fp32-router is stale ({error}); its records are used instead. "
+            "Reinstall the package to be rid of this line.",
+        )
+        return
+    for entry in importlib.metadata.entry_points(group=GROUP):
+        if entry.name in MODULES and entry.value == f"{__name__}:{on_import.__name__}":
+            _waiting.add(entry.name)
+
+
+def arm(settings: Settings) -> None:
+    """Turn the plugin on: patch what is imported, and everything else when it is. Idempotent.
+
+    Raises:
+        TargetMissingError: a Megatron that is imported already does not fit (under on_mismatch="raise").
+    """
+    global _arming
+    registry.settings = settings
+    registry.active = True
+    _arming = True
+    try:
+        _discover()
+        for name in MODULES:
+            module = sys.modules.get(name)
+            if module is None:
+                if name not in _waiting:
+                    _register(name)
+            elif initializing(module):
+                registry.pending.add(name)
+            else:
+                _waiting.discard(name)
+                apply_all(module, name)
+    finally:
+        _arming = False
+    # After wrapt's own finder exists, so that ours is asked before it and can register in time.
+    if _watcher not in sys.meta_path:
+        sys.meta_path.insert(0, _watcher)
+
+
+def disarm() -> None:
+    """Take everything back: patches, and the watcher on sys.meta_path. wrapt's waiting hooks stay and do nothing."""
+    registry.active = False
+    registry.reloaded.clear()
+    if _watcher in sys.meta_path:
+        sys.meta_path.remove(_watcher)

@@ -1,0 +1,1 @@
+"""Ranks compare what they run, before the first step."""

@@ -1,0 +1,56 @@
+"""Patches at which ranks compare what they run, before any collective that a difference could hang."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Final
+
+from megatron_fp32_router.patching.record import DDP, OPTIMIZER, UPSTREAM, Function, Patch
+
+
+def publish_when_wrapping(original: Function) -> Function:
+    from megatron_fp32_router.ranks import agreement
+
+    return agreement.publish_when_wrapping(original)
+
+
+def agree_first(original: Function) -> Function:
+    from megatron_fp32_router.ranks import agreement
+
+    return agreement.agree_first(original)
+
+
+_compare: Final = partial(
+    Patch,
+    issue=f"{UPSTREAM}/issues/1482",
+    remove_when="router-casts goes",
+    goes_with="router-casts",
+    whole=False,
+)
+
+PATCHES: Final = (
+    _compare(
+        id="ranks-speak",
+        module=DDP,
+        path="DistributedDataParallel.__init__",
+        factory=publish_when_wrapping,
+        why="a rank without the plugin would be noticed by nobody",
+        parameters=("self", "config", "ddp_config", "module"),
+    ),
+    _compare(
+        id="ranks-agree-before-broadcast",
+        module=DDP,
+        path="DistributedDataParallel.broadcast_params",
+        factory=agree_first,
+        why="parameters of different dtypes would be broadcast into each other where a rank lacks the plugin",
+        parameters=("self",),
+    ),
+    _compare(
+        id="ranks-agree",
+        module=OPTIMIZER,
+        path="MegatronOptimizer.__init__",
+        factory=agree_first,
+        why="the first step would hang or mix up gradients where a rank lacks the plugin",
+        parameters=("self", "optimizer", "config"),
+    ),
+)

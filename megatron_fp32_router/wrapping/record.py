@@ -1,0 +1,44 @@
+"""Patches that look at the router tensors of a model that has just been wrapped."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Final
+
+from megatron_fp32_router.patching.record import MODULE, UPSTREAM, Function, Patch
+
+
+def look_after_wrapping(original: Function) -> Function:
+    from megatron_fp32_router.wrapping import survey
+
+    return survey.look_after_wrapping(original)
+
+
+_check: Final = partial(
+    Patch,
+    path="Float16Module.__init__",
+    factory=look_after_wrapping,
+    issue=f"{UPSTREAM}/issues/1482",
+    goes_with="router-casts",
+)
+
+PATCHES: Final = (
+    _check(
+        id="wrap-check",
+        module=MODULE,
+        why="nobody would see whether the routers really stayed fp32",
+        remove_when="router-casts goes",
+        parameters=("self", "config", "module"),
+        # The wrapped model is `self.module` when the constructor has ended.
+        relies_on=(f"{MODULE}:Float16Module MegatronModule.__init__",),
+    ),
+    _check(
+        id="legacy-wrap-check",
+        module="megatron.legacy.model.module",
+        why="0.11's own training wraps with this class; nobody would see whether the routers stayed fp32",
+        remove_when="0.11 is no longer supported",
+        absent_where=("no Float16Module",),  # its file stays to 0.17, the class does not
+        whole=False,
+        parameters=("self", "module"),
+    ),
+)
