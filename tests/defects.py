@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from bootstrap import RELEASES
 from packaging.version import Version
 
 from megatron_fp32_router.patching.record import Patch
 from megatron_fp32_router.patching.records import PATCHES
 
 #: Release lines, oldest first; the patch releases of a line behave alike.
-LINES = ("0.11", "0.12", "0.13", "0.14", "0.15", "0.16", "0.17", "0.18", "0.19")
+LINES = tuple(dict.fromkeys(release.rpartition(".")[0] for release in RELEASES))
 
 
 class Defect(NamedTuple):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_fp32_router import lab
-from megatron_fp32_router.monitor import collect, page, report
+from megatron_fp32_router.monitor import collect, page, runs
 
 PROGRAMS = Path(__file__).parent / "programs"
 EDGES = [bootstrap.RELEASES[0], bootstrap.NEWEST]
@@ -131,8 +131,8 @@ def test_two_pipeline_ranks_make_one_report_and_its_numbers_are_those_of_numpy(r
         assert metrics["flips/actual"] == 0
     assert sum(record["metrics"].get("flips/bf16_bias", 0) for record in found) > 0
 
-    read = report.read(tmp_path)
-    text = page.render(read, report.findings(read))
+    read = runs.read(tmp_path)
+    text = page.render(read, runs.findings(read))
     for layer in (1, 2, 3, 4):
         assert f"<th scope=row>{layer}</th>" in text
     for title in ("Load: MaxVio of every layer", "Drift of the expert biases", "Flips with a bf16 weight, every layer"):

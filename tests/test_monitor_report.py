@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_fp32_router.monitor import bias, page, report
+from megatron_fp32_router.monitor import bias, page, report, runs
 
 
 def look(step: int, layer: int | str, violations: tuple[str, ...] = (), **metrics: float) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def write(path: Path, records: list[dict[str, Any]]) -> Path:
     return path
 
 
-def a_run(path: Path, layers: int = 12) -> report.Run:
+def a_run(path: Path, layers: int = 12) -> runs.Run:
     records = []
     for step in range(100, 1100, 100):
         for layer in range(1, layers + 1):
@@ -47,25 +47,25 @@ def a_run(path: Path, layers: int = 12) -> report.Run:
                 )
             )
         records.append(look(step, "all"))
-    return report.read(write(path / "run.jsonl", records))
+    return runs.read(write(path / "run.jsonl", records))
 
 
 def test_an_experts_death_is_dated(tmp_path: Path) -> None:
-    problems = [finding.text for finding in report.findings(a_run(tmp_path)) if finding.problem]
+    problems = [finding.text for finding in runs.findings(a_run(tmp_path)) if finding.problem]
     assert problems == ["layer 12: 3 dead experts since step 400"]
 
 
 def test_an_expert_that_came_back_is_dated_from_its_second_death(tmp_path: Path) -> None:
     records = [look(step, 1, load__dead_experts=float(step != 30)) for step in (10, 20, 30, 40, 50)]
-    run = report.read(write(tmp_path / "run.jsonl", records))
-    assert report.findings(run)[0].text == "layer 1: 1 dead expert since step 40"
+    run = runs.read(write(tmp_path / "run.jsonl", records))
+    assert runs.findings(run)[0].text == "layer 1: 1 dead expert since step 40"
 
 
 def test_violations_come_first_and_once(tmp_path: Path) -> None:
     records = [look(10, 1), look(20, 1, ("weight is bfloat16; it was float32 10 steps before",))]
     records += [look(30, 1, ("weight is bfloat16",), update__swallowed=0.5)]
-    run = report.read(write(tmp_path / "run.jsonl", records))
-    texts = [finding.text for finding in report.findings(run)]
+    run = runs.read(write(tmp_path / "run.jsonl", records))
+    texts = [finding.text for finding in runs.findings(run)]
     assert texts == [
         "layer 1: weight is bfloat16, at steps 20 to 30",
         "layer 1: up to 50.0% of the bias updates that were due changed nothing (1 of 3 looks, first at step 30)",
@@ -78,8 +78,8 @@ def test_what_is_not_finite_is_dated_and_layers_that_show_it_together_share_a_se
         for layer in (1, 2, 3):
             bad = float(step >= 20 and layer < 3) * layer
             records.append(look(step, layer, not_finite__weight=bad, not_finite__bias=float(step == 30 and layer == 3)))
-    run = report.read(write(tmp_path / "run.jsonl", records))
-    assert [finding.text for finding in report.findings(run) if finding.problem] == [
+    run = runs.read(write(tmp_path / "run.jsonl", records))
+    assert [finding.text for finding in runs.findings(run) if finding.problem] == [
         "layers 1, 2: weight is not finite, at steps 20 to 30",
         "layer 3: bias is not finite, at step 30",
     ]
@@ -87,7 +87,7 @@ def test_what_is_not_finite_is_dated_and_layers_that_show_it_together_share_a_se
 
 def test_steps_that_a_restart_repeated_count_as_they_were_written_last(tmp_path: Path) -> None:
     records = [look(step, 1, load__max_vio=value) for step, value in ((10, 1.0), (20, 2.0), (20, 3.0), (30, 4.0))]
-    assert report.read(write(tmp_path / "run.jsonl", records)).series("load/max_vio", 1) == [1, 3, 4]
+    assert runs.read(write(tmp_path / "run.jsonl", records)).series("load/max_vio", 1) == [1, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -207,8 +207,8 @@ def test_a_run_is_never_written_over_by_its_own_page(tmp_path: Path, capsys: pyt
 
 
 def test_the_page_escapes_what_it_is_given_and_takes_a_single_look(tmp_path: Path) -> None:
-    run = report.read(write(tmp_path / "run.jsonl", [look(1, "<b>", ("<i>",), load__max_vio=1.0)]))
-    text = page.render(run, report.findings(run))
+    run = runs.read(write(tmp_path / "run.jsonl", [look(1, "<b>", ("<i>",), load__max_vio=1.0)]))
+    text = page.render(run, runs.findings(run))
     assert "<b>" not in text
     assert "<i>" not in text
     _loads_nothing(text)

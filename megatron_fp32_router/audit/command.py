@@ -86,7 +86,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _refuse(why: str) -> int:
-    from megatron_fp32_router.audit.report import printable
+    from megatron_fp32_router.log import printable
 
     print(f"megatron-fp32-router audit: {printable(why)}", file=sys.stderr)
     return 2
@@ -169,7 +169,7 @@ def _check_page(page: Path, path: Path) -> None:
 
 
 def _show_repair(done: dict[str, Any], out: Path) -> None:
-    from megatron_fp32_router.audit.report import printable
+    from megatron_fp32_router.log import printable
 
     count, shifted = len(done["restored"]), len(done.get("shifted", ()))
     print(f"repair: {count} tensors restored exactly, in {out / 'router.safetensors'}" if count else "repair: nothing")

@@ -6,6 +6,8 @@ import re
 import time
 from typing import TYPE_CHECKING, Final, TextIO
 
+from megatron_fp32_router.log import printable
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -121,11 +123,6 @@ def show(found: Audit, out: TextIO) -> None:
         print(f"… and {len(table) - len(shown)} more rows: see --json or --html", file=out)
     for line in summary(found):
         print(printable(line), file=out)
-
-
-def printable(text: str) -> str:
-    """Without control characters: names in a file may hold what a terminal obeys."""
-    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def progress(out: TextIO) -> Callable[[int, str], None]:

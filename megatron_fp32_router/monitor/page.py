@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from megatron_fp32_router.drawing import COLOURS, CSS, as_svg, new_figure, style
 
 if TYPE_CHECKING:
-    from megatron_fp32_router.monitor.report import Finding, Run
+    from megatron_fp32_router.monitor.runs import Finding, Run
 
 #: Up to so many layers get a line of their own; more are drawn as a map of layers and steps.
 _LINES: Final = 6

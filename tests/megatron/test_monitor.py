@@ -329,9 +329,9 @@ def test_a_restart_goes_on_in_the_same_file_and_a_line_that_was_cut_off_harms_no
             room.step(batches)
         with file.open("a") as stream:
             stream.write('{"step": 3, "lay')
-    from megatron_fp32_router.monitor import report
+    from megatron_fp32_router.monitor import runs
 
-    run = report.read(file)
+    run = runs.read(file)
     assert run.steps == [2, 4]
     assert run.notes == ["2 lines of the file are cut off and left out"]
 

@@ -12,7 +12,7 @@ import torch
 
 import megatron_fp32_router
 from megatron_fp32_router import lab, monitor
-from megatron_fp32_router.monitor import report
+from megatron_fp32_router.monitor import runs
 
 pytestmark = pytest.mark.on_lines("0.11", "0.19")
 
@@ -21,7 +21,7 @@ TINY: dict[str, Any] = {"hidden": 32, "heads": 2, "moe_ffn": 32, "seq_length": 3
 
 def train(
     spoil: Callable[[Any], None], build: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, *, after: bool = True
-) -> tuple[str, report.Run]:
+) -> tuple[str, runs.Run]:
     """Four steps with a look every second one, under `raise`; what stopped them, and the report.
 
     `spoil` is given the router of layer 2 in step 4, `after` its backward pass or before its forward.
@@ -46,11 +46,11 @@ def train(
         stopped = str(error)
     finally:
         megatron_fp32_router.disable()
-    return stopped, report.read(folder)
+    return stopped, runs.read(folder)
 
 
-def problems(run: report.Run) -> list[str]:
-    return [finding.text for finding in report.findings(run) if finding.problem]
+def problems(run: runs.Run) -> list[str]:
+    return [finding.text for finding in runs.findings(run) if finding.problem]
 
 
 def _nan_in_the_weight(router: Any) -> None:
@@ -106,7 +106,7 @@ def test_a_layer_that_has_diverged_is_uneven_and_its_arithmetic_is_not_doubted(
     stopped, run = train(diverge, build, tmp_path, monkeypatch, after=False)
     assert stopped == ""
     assert run.last("margin/p50")[2] == 0
-    texts = [finding.text for finding in report.findings(run)]
+    texts = [finding.text for finding in runs.findings(run)]
     assert any("the busiest expert gets 4.00 times its fair share in layer 2" in text for text in texts)
     assert not any(word in text for text in texts for word in ("not finite", "significant bits", "chose other experts"))
     assert run.last("precision/arithmetic_bits") == {1: 24, 2: 24}

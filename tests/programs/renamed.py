@@ -27,7 +27,6 @@ from megatron_fp32_router.patching.megatron import Megatron, read_version
 from megatron_fp32_router.patching.record import Patch
 from megatron_fp32_router.patching.records import PATCHES
 from megatron_fp32_router.patching.registry import registry
-from megatron_fp32_router.wrapping import survey
 
 #: Functions that torch or Python itself calls by these very names: nobody can rename them and go on training.
 CALLED_BY_NAME = ("forward", "__init__")
@@ -125,7 +124,7 @@ def use(patch: Patch) -> None:
     """Call what is in the place of a function that only some jobs use, in a process with a protected model."""
     model = torch.nn.Linear(1, 1)
     model.weight.kept_in_fp32_router = True  # type: ignore[assignment]
-    survey.seen.add(model)
+    registry.models.add(model)
     if patch.area != "router" and patch.id in registry.replacements:  # of a function of a module, the import tells
         registry.replacements[patch.id]()
 
