@@ -17,7 +17,8 @@ import torch
 from megatron_fp32_router.balance.walk import modules_of
 from megatron_fp32_router.casts.below import refuse, refuse_handed
 from megatron_fp32_router.casts.router import COUNTER, below_fp32
-from megatron_fp32_router.patching.registry import replaces, somebody_elses
+from megatron_fp32_router.patching.owner import somebody_elses
+from megatron_fp32_router.patching.registry import replaces
 from megatron_fp32_router.ranks.agreement import agree
 
 

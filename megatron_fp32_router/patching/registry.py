@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import ModuleType
 from typing import Any, Final, Literal
 
 import wrapt
@@ -25,6 +25,7 @@ from megatron_fp32_router.errors import DisplacedPatchError, Fp32RouterError, Ta
 from megatron_fp32_router.log import say
 from megatron_fp32_router.patching.gate import look
 from megatron_fp32_router.patching.megatron import Megatron, of_module
+from megatron_fp32_router.patching.owner import HOME, MADE_BY, MARK, PLACE, home, is_ours, name_of, somebody_elses
 from megatron_fp32_router.patching.record import Function, Needless, Patch
 from megatron_fp32_router.patching.records import PATCHES
 from megatron_fp32_router.settings import PREFIX, Settings
@@ -37,21 +38,8 @@ if not hasattr(wrapt, "unwrap_object"):
 
 State = Literal["armed", "applied", "native", "displaced", "drifted", "off"]
 
-#: Marks our replacements, so that a re-imported plugin recognises its own patches. The mark is
-#: the replacement itself: functools.wraps copies attributes, so somebody else's wrapper around ours carries it too.
-_MARK: Final = "__megatron_fp32_router__"
-
-#: The name of its factory: two patches may share a target, and then lie one upon the other.
-_MADE_BY: Final = "__megatron_fp32_router_factory__"
-
-#: Where a replacement sits in its module.
-_PLACE: Final = "__megatron_fp32_router_place__"
-
 #: Set on every parameter that is kept in fp32, for those who meet it without its model: optimizers.
 KEPT: Final = "kept_in_fp32_router"
-
-#: This copy of the package. There may be two in a process.
-_HOME: Final = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -73,6 +61,21 @@ class PatchStatus:
     detail: str
 
 
+@dataclass(frozen=True)
+class Problem:
+    """Why a patch does not fit.
+
+    Attributes:
+        says: the end of a sentence about its target.
+        error: what is raised.
+        missing: whether there is no such function.
+    """
+
+    says: str
+    error: type[Fp32RouterError] = TargetMissingError
+    missing: bool = False
+
+
 @dataclass
 class _Registry:
     """The one piece of mutable state. Patched functions read `settings` at call time."""
@@ -82,7 +85,7 @@ class _Registry:
     #: patch id -> our replacement, as installed.
     replacements: dict[str, Any] = field(default_factory=dict)
     #: patch id -> why it does not fit.
-    problems: dict[str, str] = field(default_factory=dict)
+    problems: dict[str, Problem] = field(default_factory=dict)
     #: patch id -> why this Megatron needs no such patch: seen in its source, or by a patch that is in place.
     needless: dict[str, str] = field(default_factory=dict)
     #: patch id -> what its replacement has to add to status().
@@ -165,27 +168,31 @@ def _not_asked_for(patch: Patch) -> bool:
     return patch.monitor and not registry.settings.monitor and patch.id not in registry.replacements
 
 
-def _problem(patch: Patch, module: ModuleType, megatron: Megatron) -> str | None:
-    """What about the target is not as the patch expects, or None."""
+def _problem(patch: Patch, module: ModuleType, changed: str | None) -> Problem | None:
+    """What about the target is not as the patch expects, or None.
+
+    Args:
+        changed: what the gate has against its source.
+    """
     parts = patch.path.split(".")
     owner: Any = module
     for part in parts[:-1]:
         owner = getattr(owner, part, None)
     own = vars(owner) if owner is not None else {}
     if not (patch.inherited and owner is not None) and parts[-1] not in own:
-        return "does not exist"
+        return Problem("does not exist", missing=True)
     target = wrapt.resolve_path(module, patch.path)[2]
     try:
         signature = inspect.signature(target).parameters.values()
     except (TypeError, ValueError):
-        return "has no readable signature"
+        return Problem("has no readable signature")
     found = [parameter.name for parameter in signature]
     # Somebody else's wrapper may take (self, *args, **kwargs) and hand on what it gets.
     named = list(itertools.takewhile(lambda parameter: parameter.kind is not parameter.VAR_POSITIONAL, signature))
     needed = patch.parameters[: len(named)] if len(named) < len(found) else patch.parameters
     if tuple(found[: len(needed)]) != needed:
-        return f"takes ({', '.join(found)}) where ({', '.join(patch.parameters)}, …) was expected"
-    return None
+        return Problem(f"takes ({', '.join(found)}) where ({', '.join(patch.parameters)}, …) was expected")
+    return None if changed is None else Problem(changed, TargetChangedError)
 
 
 def _apply(
@@ -197,14 +204,12 @@ def _apply(
         return
     if _left_to_somebody_else(patch, module):
         return  # status() says so, and a line in the log when a model is wrapped
-    problem = _problem(patch, module, megatron)
-    if problem == "does not exist" and needless == "absent":
+    problem = _problem(patch, module, changed)
+    if problem is not None and problem.missing and needless == "absent":
         registry.needless[patch.id] = f"{megatron} {patch.why_needless(needless)}"
         return
-    error, accepting = TargetMissingError, ""
-    if problem is None and changed is not None:
-        problem, error = changed, TargetChangedError
-    if error is TargetChangedError and megatron.path is not None:
+    accepting = ""
+    if problem is not None and problem.error is TargetChangedError and megatron.path is not None:
         file = str(Path(registry.settings.accepted or "megatron_fp32_router.accepted.json").absolute())
         tree = str(megatron.path).removesuffix("/megatron/core")
         command = [sys.executable, "-m", "megatron_fp32_router", "check", "--megatron", tree, "--accept", file]
@@ -218,29 +223,29 @@ def _apply(
             # Nothing is wrong without it: that is no reason to stop a training.
             say(
                 logging.WARNING,
-                f"{patch.target} {problem} in {megatron}; without the patch {patch.id!r} {patch.why}.",
+                f"{patch.target} {problem.says} in {megatron}; without the patch {patch.id!r} {patch.why}.",
                 threshold=registry.settings.log,
                 once=True,
             )
             return
         message = (
-            f"{patch.target} {problem} in {megatron} ({megatron.path}); the patch {patch.id!r} was written for it. "
-            f"Without that patch {patch.why}. {accepting or 'Either '}use a release that the plugin knows, or set "
+            f"{patch.target} {problem.says} in {megatron} ({megatron.path}); the patch {patch.id!r} was written for "
+            f"it. Without that patch {patch.why}. {accepting or 'Either '}use a release that the plugin knows, or set "
             f"{PREFIX}_ON_MISMATCH=warn to train with this unprotected, or {PREFIX}=0 to train without the plugin."
         )
         place = patch.path if patch.area != "router" else None
-        if place is not None and problem == "does not exist":
+        if place is not None and problem.missing:
             # The function may have another name now; whoever builds its class meets the error there.
             owner = getattr(module, patch.path.partition(".")[0], None)
             place = f"{owner.__name__}.__init__" if isinstance(owner, type) and "__init__" in vars(owner) else None
         if place is None:
-            mismatch(error, message)
+            mismatch(problem.error, message)
         elif registry.replacements.get(patch.id) not in wrapt.wrapper_chain(wrapt.resolve_path(module, place)[2]):
-            _install(patch, module, place, functools.partial(_refuse_where_used, error=error, message=message))
+            _install(patch, module, place, functools.partial(_refuse_where_used, error=problem.error, message=message))
         return
     current = wrapt.resolve_path(module, patch.path)[2]
     for entry in wrapt.wrapper_chain(current):
-        if is_ours(entry) and getattr(entry, _MADE_BY, None) == patch.made_by:
+        if is_ours(entry) and getattr(entry, MADE_BY, None) == patch.made_by:
             # In place already, maybe below somebody else's: the hook fired twice, or the name was imported from a
             # module that is patched.
             _remember(patch, entry)
@@ -253,9 +258,9 @@ def _install(patch: Patch, module: ModuleType, path: str, factory: Callable[[Fun
 
     def make(original: Function) -> Function:
         replacement = factory(original)
-        setattr(replacement, _MARK, replacement)
-        setattr(replacement, _MADE_BY, patch.made_by if factory is patch.factory else "")
-        setattr(replacement, _PLACE, path)
+        setattr(replacement, MARK, replacement)
+        setattr(replacement, MADE_BY, patch.made_by if factory is patch.factory else "")
+        setattr(replacement, PLACE, path)
         return replacement
 
     # A plain closure, not a FunctionWrapper: torch.compile silently skips the latter.
@@ -266,10 +271,10 @@ def _install(patch: Patch, module: ModuleType, path: str, factory: Callable[[Fun
 def _remember(patch: Patch, replacement: Any) -> None:
     """Keep what is in place for a patch; say so when it is another copy of the plugin that made it."""
     registry.replacements[patch.id] = replacement
-    if _home(replacement) != _HOME:
+    if home(replacement) != HOME:
         say(
             logging.WARNING,
-            f"{_name(replacement)} patches this Megatron too, and its functions run, not those in {_HOME}. "
+            f"{name_of(replacement)} patches this Megatron too, and its functions run, not those in {HOME}. "
             f"Remove one of the two: `{sys.executable} -m megatron_fp32_router doctor` names them.",
             threshold=registry.settings.log,
             once=True,
@@ -296,47 +301,18 @@ def _position(patch: Patch, module: ModuleType) -> tuple[Literal["outermost", "b
     """Where our replacement sits now, and who sits in its place. Another one of this copy on it does not count."""
     replacement = registry.replacements[patch.id]
     try:
-        current = wrapt.resolve_path(module, getattr(replacement, _PLACE, patch.path))[2]
+        current = wrapt.resolve_path(module, getattr(replacement, PLACE, patch.path))[2]
     except wrapt.PathResolutionError:
         return "gone", "nothing"
-    above = _name(current)
+    above = name_of(current)
     for entry in wrapt.wrapper_chain(current):
         if entry is replacement:
             return "outermost", ""
-        if not is_ours(entry) or _home(entry) != _HOME:
+        if not is_ours(entry) or home(entry) != HOME:
             break
     if any(entry is replacement for entry in wrapt.wrapper_chain(current)):
         return "below", above
     return "gone", above
-
-
-def is_ours(function: Any) -> bool:
-    """Whether `function` is a replacement of ours, and not somebody else's wrapper around one."""
-    return getattr(function, _MARK, None) is function
-
-
-def _home(replacement: Any) -> Path:
-    """The copy of the package that a replacement of ours was made by."""
-    file = Path(replacement.__globals__["__file__"]).resolve()
-    return next((folder for folder in file.parents if folder.name == _HOME.name), file)
-
-
-def _megatrons_own(function: Any) -> bool:
-    """Whether Megatron itself defines `function`, asked of its globals: functools.wraps copies everything else.
-
-    Torch's own decorators (no_grad) around Megatron's function are Megatron's doing.
-    """
-    if not isinstance(function, FunctionType):
-        return False
-    home = str(function.__globals__.get("__name__"))
-    if home.startswith("torch.") and hasattr(function, "__wrapped__"):
-        return _megatrons_own(function.__wrapped__)
-    return home.startswith("megatron.core.")
-
-
-def somebody_elses(function: Any) -> bool:
-    """Whether `function` is neither ours nor Megatron's."""
-    return not (is_ours(function) or _megatrons_own(function))
 
 
 def _left_to_somebody_else(patch: Patch, module: ModuleType) -> bool:
@@ -346,12 +322,6 @@ def _left_to_somebody_else(patch: Patch, module: ModuleType) -> bool:
     except wrapt.PathResolutionError:
         return False
     return patch.supersedes and not any(is_ours(f) for f in wrapt.wrapper_chain(current)) and somebody_elses(current)
-
-
-def _name(function: Any) -> str:
-    if is_ours(function):
-        return f"the copy of the plugin in {_home(function)}"
-    return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__name__)}"
 
 
 def undo_all() -> None:
@@ -374,7 +344,7 @@ def undo_all() -> None:
     # Backwards: of two that share a target, the later one lies on the other.
     for patch, module in reversed(placed):
         replacement = registry.replacements[patch.id]
-        wrapt.unwrap_object(module, getattr(replacement, _PLACE, patch.path), replacement)
+        wrapt.unwrap_object(module, getattr(replacement, PLACE, patch.path), replacement)
     registry.replacements.clear()
     registry.problems.clear()
     registry.needless.clear()
@@ -390,25 +360,35 @@ def _status(patch: Patch) -> tuple[State, str]:
         return "armed", "waits for the import"
     if patch.id in registry.problems:
         at_use = "; refused where it is used" if patch.id in registry.replacements else ""
-        return "drifted", f"the target {registry.problems[patch.id]}{at_use}"
+        return "drifted", f"the target {registry.problems[patch.id].says}{at_use}"
     if patch.module in registry.pending:
         return "armed", "the module is half imported"
     if patch.id not in registry.replacements:
         if patch.id in registry.needless:
             return "native", registry.needless[patch.id]
         if _left_to_somebody_else(patch, module):
-            name = _name(wrapt.resolve_path(module, patch.path)[2])
+            name = name_of(wrapt.resolve_path(module, patch.path)[2])
             return "displaced", f"replaced by {name} before the plugin was active"
         return "drifted", "was not applied"
     position, above = _position(patch, module)
-    if position == "outermost" and _home(registry.replacements[patch.id]) != _HOME:
-        return "displaced", f"what runs is of {_name(registry.replacements[patch.id])}"
+    if position == "outermost" and home(registry.replacements[patch.id]) != HOME:
+        return "displaced", f"what runs is of {name_of(registry.replacements[patch.id])}"
     if position == "outermost":
         if patch.id in registry.needless:
             return "native", registry.needless[patch.id]
         return "applied", "; ".join(sorted(registry.notes.get(patch.id, ())))
     verb = "wrapped" if position == "below" else "replaced"
     return "displaced", f"{verb} by {above}"
+
+
+def runs(patch_id: str) -> bool:
+    """Whether our function runs in that patch's target: in place, or below somebody else's wrapper."""
+    patch = next(patch for patch in PATCHES if patch.id == patch_id)
+    module = sys.modules.get(patch.module)
+    replacement = registry.replacements.get(patch_id)
+    if module is None or replacement is None or home(replacement) != HOME:
+        return False
+    return _position(patch, module)[0] != "gone"
 
 
 def status() -> tuple[PatchStatus, ...]:

@@ -33,7 +33,7 @@ import torch
 from megatron_fp32_router.errors import RanksDisagreeError
 from megatron_fp32_router.log import say
 from megatron_fp32_router.patching.megatron import of_module
-from megatron_fp32_router.patching.registry import mismatch, registry, replaces, status
+from megatron_fp32_router.patching.registry import mismatch, registry, replaces, runs, status
 from megatron_fp32_router.ranks import verdict
 from megatron_fp32_router.ranks.verdict import ranks_text
 from megatron_fp32_router.settings import PREFIX
@@ -82,7 +82,7 @@ def what_must_agree() -> dict[str, str]:
 
     settings, megatron = registry.settings, of_module(sys.modules["megatron.core"])
     patches = {
-        f"patch {record.id!r}": "applied" if record.detail.startswith("wrapped") else record.state
+        f"patch {record.id!r}": "applied" if record.state == "displaced" and runs(record.id) else record.state
         for record in status()
         if record.state != "armed"
     }

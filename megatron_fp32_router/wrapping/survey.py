@@ -21,7 +21,7 @@ from megatron_fp32_router.gating.linear import in_words
 from megatron_fp32_router.gating.logits import compute_dtype
 from megatron_fp32_router.log import say
 from megatron_fp32_router.patching.megatron import of_module
-from megatron_fp32_router.patching.registry import mismatch, registry, replaces, settle, status
+from megatron_fp32_router.patching.registry import mismatch, registry, replaces, runs, settle, status
 from megatron_fp32_router.settings import PREFIX
 from megatron_fp32_router.version import __version__
 
@@ -91,7 +91,7 @@ def survey(module: torch.nn.Module) -> Survey:
 def _products(routers: Iterable[Any], config: Any) -> str:
     """How these TopKRouters will multiply, as far as can be told before the first forward."""
     gating = next(record for record in status() if record.id == "gating")
-    if gating.state != "applied" and not gating.detail.startswith("wrapped"):  # below a wrapper ours still runs
+    if not runs("gating"):
         return f"the products of others: {gating.detail or gating.state}"
     activations = torch.float16 if getattr(config, "fp16", False) else torch.bfloat16
     ways = set()
