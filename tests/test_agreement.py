@@ -194,6 +194,7 @@ def test_a_patch_that_only_one_rank_has_wrapped_or_not_imported_is_no_difference
         PatchStatus("three", "a.d", "armed", "waits for the import"),
     ]
     monkeypatch.setattr(agreement, "status", lambda: records)
+    monkeypatch.setattr(agreement, "runs", lambda patch_id: patch_id == "one")
     monkeypatch.setitem(sys.modules, "megatron.core", ModuleType("megatron.core"))
     says = agreement.what_must_agree()
     patches = {label: value for label, value in says.items() if label.startswith("patch ")}

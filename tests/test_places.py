@@ -201,7 +201,7 @@ def test_a_copy_below_another_one_is_displaced_and_cannot_be_lifted_out(
 ) -> None:
     # Where one version marks its functions otherwise than the other, each puts its own function there.
     lower = copy_to(tmp_path / "lower")
-    upper = renamed(tmp_path / "upper", "__megatron_fp32_router_factory__", "__made_by__", "patching/registry.py")
+    upper = renamed(tmp_path / "upper", "__megatron_fp32_router_factory__", "__made_by__", "patching/owner.py")
     arguments = ["-c", TWICE, str(lower), str(upper), "between"]
     done = run(environment, *arguments, PYTHONPATH=str(ensure_release("0.16.1")))
     file, below, above, disabled = done.stdout.splitlines()
