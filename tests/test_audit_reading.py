@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -269,7 +270,7 @@ def test_what_was_repaired_finds_its_layer_on_every_stage_by_the_documented_line
         }
     )
     monkeypatch.chdir(tmp_path)
-    exec(lines, {"safetensors": safetensors, "json": json, "model": [stage]})
+    exec(lines, {"safetensors": safetensors, "json": json, "re": re, "model": [stage]})
     parameters = dict(stage.named_parameters())
     for name, source in (
         ("decoder.layers.0.mlp.router.weight", "decoder.layers.2.mlp.router.weight"),

@@ -53,7 +53,8 @@ def repair(found: Audit, out: Path, *, shift_bias: bool = False) -> dict[str, An
     Returns:
         What repair.json says: {"restored": {name: how}, "not_restored": {name: why}, "untouched": [name],
         "routers": {name: {"stack": "decoder", "layer": 3, "kind": "weight"}}}. Layers count from 0 through the whole
-        model, whatever pipeline stage wrote them; stack is "decoder", "encoder" or "mtp".
+        model, whatever pipeline stage wrote them; stack is "decoder", "encoder" or "mtp", and "mtp.0" for the first
+        depth of a HybridModel, whose layers count from 0 in each depth.
 
         With `shift_bias`, also "shifted": {name: the constant taken off} and "not_shifted": {name: why}: expert biases
         that serving.shift moved to where bf16 is finest.

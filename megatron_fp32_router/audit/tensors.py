@@ -70,11 +70,13 @@ class RouterTensor:
     @property
     def key(self) -> tuple[str, int, str]:
         """The same for one router in a Megatron and in a Hugging Face checkpoint: (stack, layer, kind)."""
-        layer = _LAYER.search(self.name)
+        layer, *inner = _LAYER.findall(self.name) or ["-1"]
         stack = (
             "mtp" if re.search(r"(?:^|\.)mtp\.", self.name) else "encoder" if ".encoder." in self.name else "decoder"
         )
-        return stack, int(layer[1]) if layer else -1, self.kind
+        if stack == "mtp" and inner:  # HybridModel: a depth has layers of its own
+            stack, layer = f"mtp.{layer}", inner[-1]
+        return stack, int(layer), self.kind
 
 
 @dataclass

@@ -6,6 +6,7 @@ references.
 
 from __future__ import annotations
 
+import re
 import sys
 import weakref
 from typing import Any, Final
@@ -33,12 +34,25 @@ def remember(name: str, router: torch.nn.Module) -> None:
     _wrapped[router] = (name, {key: weakref.ref(tensor) for key, tensor in tensors if not below_fp32(tensor.dtype)})
 
 
-def place(router: Any) -> str:
-    """For example "layer 61, pipeline stage 3 (the first is 0), rank 24"."""
+def layer_of(router: Any, name: str) -> int | str | None:
+    """Megatron's layer number; of multi-token prediction "mtp 1", or "mtp 1.2" where depths have several layers.
+
+    `name`: of the router in its model, "" if it is not known. HybridModel numbers the layers of each depth from 1.
+    """
+    number: int | None = getattr(router, "layer_number", None)
+    depth = re.search(r"(?:^|\.)mtp\.layers\.(\d+)\..*\blayers\.", name)
+    if number is not None and depth is not None:
+        return f"mtp {int(depth[1]) + 1}.{number}"
+    in_mtp = getattr(router, "is_mtp_layer", False) or "mtp" in name.split(".")
+    return f"mtp {number}" if in_mtp and number is not None else number
+
+
+def place(router: Any, name: str = "") -> str:
+    """For example "layer 61, pipeline stage 3 (the first is 0), rank 24". `name`: if it was not wrapped yet."""
     facts, state = [], sys.modules.get("megatron.core.parallel_state")
-    number = getattr(router, "layer_number", None)
-    if number is not None:
-        facts.append(f"MTP layer {number}" if getattr(router, "is_mtp_layer", False) else f"layer {number}")
+    layer = layer_of(router, name or _wrapped.get(router, ("",))[0])
+    if layer is not None:
+        facts.append(f"layer {layer}".replace("layer mtp", "MTP layer"))
     if state is not None and state.model_parallel_is_initialized():
         facts.append(f"pipeline stage {state.get_pipeline_model_parallel_rank()} (the first is 0)")
     return ", ".join([*facts, f"rank {rank()}"])

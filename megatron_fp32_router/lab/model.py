@@ -1,4 +1,4 @@
-"""A Megatron, its process groups, its configuration and a GPT of it, whichever release it is."""
+"""A Megatron, its process groups, its configuration and a model of it, whichever release it is."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import weakref
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -214,7 +215,7 @@ def make_config(recipe: Recipe) -> Any:
     known = {f.name for f in dataclasses.fields(config_class)}
     dtype = _DTYPES[recipe.precision]
     wanted: dict[str, Any] = {
-        "num_layers": recipe.layers,
+        "num_layers": recipe.layers * (2 if recipe.model == "hybrid" else 1),
         "hidden_size": recipe.hidden,
         "num_attention_heads": recipe.heads,
         # 0.11's SequentialMLP takes its size from here.
@@ -252,6 +253,8 @@ def make_config(recipe: Recipe) -> Any:
     }
     if recipe.router_dtype is not None:
         wanted["moe_router_dtype"] = recipe.router_dtype
+    if recipe.model == "hybrid":
+        wanted |= {"is_hybrid_model": True, "mtp_num_layers": recipe.mtp or None}
     if recipe.recompute:
         wanted |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     unknown = (set(wanted) | set(recipe.extra)) - known
@@ -303,38 +306,83 @@ class LabLayerNorm(torch.nn.LayerNorm):
             param.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def make_gpt(recipe: Recipe, config: Any, stage: int | None) -> Any:
+def make_model(recipe: Recipe, config: Any, stage: int | None) -> Any:
     """One model chunk, in fp32 and unwrapped, on the laboratory's device. `stage`: virtual pipeline stage."""
     state = import_module("megatron.core.parallel_state")
     specs = import_module("megatron.core.models.gpt.gpt_layer_specs")
-    block = import_module("megatron.core.transformer.transformer_block")
-    gpt = import_module("megatron.core.models.gpt.gpt_model").GPTModel
-
     if stage is not None:
         state.set_virtual_pipeline_model_parallel_rank(stage)
     virtual = compat.signature_kwargs(state.is_pipeline_first_stage, ignore_virtual=False, vp_stage=stage)
     layer = specs.get_gpt_layer_local_spec(num_experts=recipe.experts, moe_grouped_gemm=False)
     layer.submodules.input_layernorm = LabLayerNorm
     layer.submodules.pre_mlp_layernorm = LabLayerNorm
-    count = block.get_num_layers_to_build(
-        config, **compat.signature_kwargs(block.get_num_layers_to_build, vp_stage=stage)
-    )
-    spec = block.TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=LabLayerNorm)
-    model = gpt(
+    make = _hybrid if recipe.model == "hybrid" else _gpt
+    model = make(
+        recipe,
+        layer,
+        stage,
         config=config,
-        transformer_layer_spec=spec,
         vocab_size=recipe.vocab,
         max_sequence_length=recipe.seq_length,
         pre_process=state.is_pipeline_first_stage(**virtual),
         post_process=state.is_pipeline_last_stage(**virtual),
         share_embeddings_and_output_weights=False,
         position_embedding_type="rope",
-        **compat.signature_kwargs(gpt.__init__, vp_stage=stage),
     )
     compat.fill_router_biases(model)
     if recipe.linear_bias:
         _let_expert_biases_be_added(model)
     return model.to(device())
+
+
+def _gpt(recipe: Recipe, layer: Any, stage: int | None, *, config: Any, **kwargs: Any) -> Any:
+    """GPTModel: every layer is `layer`."""
+    block = import_module("megatron.core.transformer.transformer_block")
+    gpt = import_module("megatron.core.models.gpt.gpt_model").GPTModel
+    count = block.get_num_layers_to_build(
+        config, **compat.signature_kwargs(block.get_num_layers_to_build, vp_stage=stage)
+    )
+    spec = block.TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=LabLayerNorm)
+    kwargs |= compat.signature_kwargs(gpt.__init__, vp_stage=stage)
+    return gpt(config=config, transformer_layer_spec=spec, **kwargs)
+
+
+def _hybrid(recipe: Recipe, layer: Any, stage: int | None, **kwargs: Any) -> Any:
+    """HybridModel: attention and experts are layers of their own, made of the two halves of `layer`.
+
+    Megatron's own specifications of it take everything from TransformerEngine.
+    """
+    block = import_module("megatron.core.models.hybrid.hybrid_block")
+    transformer = import_module("megatron.core.transformer.transformer_layer")
+    mtp = import_module("megatron.core.transformer.multi_token_prediction")
+    spec = type(layer)
+    half, parts = transformer.TransformerLayerSubmodules, layer.submodules
+    attention = half(
+        input_layernorm=LabLayerNorm, self_attention=parts.self_attention, self_attn_bda=parts.self_attn_bda
+    )
+    experts = half(pre_mlp_layernorm=LabLayerNorm, mlp=parts.mlp, mlp_bda=parts.mlp_bda)
+    linear = import_module("megatron.core.tensor_parallel").ColumnParallelLinear
+    depth = mtp.MultiTokenPredictionLayerSubmodules(
+        enorm=LabLayerNorm, hnorm=LabLayerNorm, eh_proj=linear, layer_norm=LabLayerNorm
+    )
+    depths = mtp.MultiTokenPredictionBlockSubmodules([spec(mtp.MultiTokenPredictionLayer, submodules=depth)])
+    layers = block.HybridStackSubmodules(
+        attention_layer=spec(transformer.TransformerLayer, submodules=attention),
+        moe_layer=spec(layer.module, submodules=experts),
+        mtp_block_spec=spec(mtp.MultiTokenPredictionBlock, submodules=depths),
+    )
+    with contextlib.ExitStack() as stack:
+        # The norm after the last layer, which no specification has.
+        stack.enter_context(mock.patch.object(block, "TENorm", LabLayerNorm))
+        # Main asks each depth whether its class is one that without TransformerEngine is no class at all.
+        if hasattr(mtp, "is_inference_column_parallel_linear"):
+            stack.enter_context(mock.patch.object(mtp, "is_inference_column_parallel_linear", return_value=False))
+        return import_module("megatron.core.models.hybrid.hybrid_model").HybridModel(
+            hybrid_stack_spec=spec(block.HybridStack, submodules=layers),
+            hybrid_layer_pattern=recipe.hybrid_pattern,
+            vp_stage=stage,
+            **kwargs,
+        )
 
 
 def _let_expert_biases_be_added(model: Any) -> None:

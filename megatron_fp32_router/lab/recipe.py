@@ -15,7 +15,11 @@ class LabError(Fp32RouterError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """A tiny GPT with mixture-of-experts layers, and the layout to train it in. Sizes are counts, not bytes."""
+    """A tiny model with mixture-of-experts layers, and the layout to train it in. Sizes are counts, not bytes."""
+
+    #: "hybrid": HybridModel, in which attention and mixture of experts are layers of their own and take turns. Mamba
+    #: layers have no kernels for a CPU.
+    model: Literal["gpt", "hybrid"] = "gpt"
 
     #: Sizes of the parallel dimensions. Experts are spread inside the data-parallel ranks.
     tensor_parallel: int = 1
@@ -26,7 +30,10 @@ class Recipe:
     #: None: on when `tensor_parallel` > 1, which is what Megatron asks of a mixture of experts.
     sequence_parallel: bool | None = None
 
+    #: Those that have experts. A hybrid model has as many attention layers between them.
     layers: int = 2
+    #: Depths of multi-token prediction, each of an attention layer and two with experts. Hybrid models only.
+    mtp: int = 0
     hidden: int = 64
     heads: int = 4
     experts: int = 8
@@ -87,6 +94,8 @@ class Recipe:
         stages = self.pipeline_parallel * (self.virtual_pipeline or 1)
         if self.layers % stages:
             raise LabError(f"layers={self.layers} must be a multiple of the {stages} pipeline stages")
+        if self.mtp and self.model != "hybrid":
+            raise LabError(f"mtp={self.mtp} needs model='hybrid', found {self.model!r}")
 
     @property
     def world_size(self) -> int:
@@ -102,6 +111,12 @@ class Recipe:
     def tokens_per_step(self) -> int:
         """Tokens that every router sees in one step, over all ranks."""
         return self.seq_length * self.micro_batch * self.micro_batches * self.data_parallel
+
+    @property
+    def hybrid_pattern(self) -> str:
+        """HybridModel's hybrid_layer_pattern: "*" is attention, "E" experts, "|" ends a pipeline stage, "/" is MTP."""
+        stages = self.pipeline_parallel * (self.virtual_pipeline or 1)
+        return "|".join(["*E" * (self.layers // stages)] * stages) + "/*EE" * self.mtp
 
     def to_json(self) -> dict[str, Any]:
         """As plain values; the `extra` fields must hold only what JSON can."""

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_fp32_router.lab import compat
-from megatron_fp32_router.lab.model import chunks_in_training, device, make_config, make_gpt
+from megatron_fp32_router.lab.model import chunks_in_training, device, make_config, make_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -141,14 +141,14 @@ def build(recipe: Recipe) -> Lab:
 
 
 def build_model(recipe: Recipe) -> list[Any]:
-    """The GPTModels of this rank as constructed: in params_dtype, without wrappers, without an optimizer.
+    """The models of this rank as constructed: in params_dtype, without wrappers, without an optimizer.
 
     One, or as many as there are virtual pipeline stages. All share one config, `model.config`.
     """
     compat.after_import()
     config = make_config(recipe)
     stages = [None] if recipe.virtual_pipeline is None else list(range(recipe.virtual_pipeline))
-    return [make_gpt(recipe, config, stage) for stage in stages]
+    return [make_model(recipe, config, stage) for stage in stages]
 
 
 def wrap(recipe: Recipe, models: list[Any]) -> Lab:

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import torch
 
+from megatron_fp32_router.casts.below import layer_of
 from megatron_fp32_router.casts.router import COUNTER
 from megatron_fp32_router.gating.logits import score_watchers
 from megatron_fp32_router.log import say
@@ -26,7 +27,7 @@ SAMPLE: Final = 512
 
 
 def layers_of(model: Any) -> dict[Layer, tuple[str, Any]]:
-    """Layer -> (module name, router): Megatron's layer number, "mtp 1" for multi-token prediction, else the name.
+    """Layer -> (module name, router): see layer_of; where Megatron has given it no number, the name.
 
     Args:
         model: a module, or a list of model chunks.
@@ -35,9 +36,8 @@ def layers_of(model: Any) -> dict[Layer, tuple[str, Any]]:
     found: dict[Layer, tuple[str, Any]] = {}
     for chunk in chunks:
         for name, router in routers_of(chunk)[0]:
-            number = getattr(router, "layer_number", None)
-            in_mtp = getattr(router, "is_mtp_layer", False) or "mtp" in name.split(".")
-            layer: Layer = name if number is None else f"mtp {number}" if in_mtp else int(number)
+            number = layer_of(router, name)
+            layer: Layer = name if number is None else number
             while layer in found:  # two models in one training, say a student and its teacher
                 layer = f"{layer} again"
             found[layer] = (name, router)

@@ -31,7 +31,7 @@ class Entry(TypedDict):
     violations: list[str]
 
 
-#: Megatron's layer number, or "mtp 1" and the like.
+#: Megatron's layer number, or "mtp 1" and the like (casts.below.layer_of).
 Layer = int | str
 
 Entries = Mapping[Layer, Entry]

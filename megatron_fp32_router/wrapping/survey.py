@@ -84,7 +84,7 @@ def survey(module: torch.nn.Module) -> Survey:
         for name, tensor, is_parameter in tensors_of(router):
             dtypes[name, tensor.dtype] += 1
             if below_fp32(tensor.dtype) and (protects_parameters() or not is_parameter):
-                below.append(f"{router_name}.{name} ({tensor.dtype}; {place(router)})")
+                below.append(f"{router_name}.{name} ({tensor.dtype}; {place(router, router_name)})")
     return Survey(len(routers), dict(dtypes), tuple(below), foreign)
 
 

@@ -26,7 +26,10 @@ from megatron_fp32_router.casts.router import COUNTER
 pytestmark = pytest.mark.on_lines("0.11", "0.14", "0.19")
 
 SMALL = {"seq_length": 16, "micro_batches": 1, "layers": 2}
-SECOND = "decoder.layers.1.mlp.router (layer 2, pipeline stage 0 (the first is 0), rank 0)"
+
+
+def named(layer: int) -> str:
+    return f"decoder.layers.{layer - 1}.mlp.router (layer {layer}, pipeline stage 0 (the first is 0), rank 0)"
 
 
 def raised(action: Callable[[], Any]) -> str:
@@ -75,28 +78,34 @@ CAUSES: dict[str, tuple[Callable[[Any], None], str, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("cause", CAUSES)
-def test_the_forward_names_the_router_and_what_has_changed_it(cause: str, build: Any, plugin: Any) -> None:
+def test_the_forward_names_the_router_and_what_has_changed_it(
+    cause: str, build: Any, expert_layers: Any, plugin: Any
+) -> None:
     change, tensor, said = CAUSES[cause]
     room = build(**SMALL)
     change(second(room))
     message = raised(step(room))
-    assert f"router tensor {tensor!r} is torch.bfloat16 at the forward, and should be fp32: {SECOND}" in message
+    whose = named(expert_layers[1])
+    assert f"router tensor {tensor!r} is torch.bfloat16 at the forward, and should be fp32: {whose}" in message
     for part in (*said, "MEGATRON_FP32_ROUTER_ON_MISMATCH=warn"):
         assert part in message
     assert all(other not in message for other in {OTHER, SAME, BEFORE} - set(said))
 
 
 @pytest.mark.parametrize("name", ["expert_bias", COUNTER])
-def test_the_update_names_the_router_and_what_has_changed_it(name: str, build: Any, plugin: Any) -> None:
+def test_the_update_names_the_router_and_what_has_changed_it(
+    name: str, build: Any, expert_layers: Any, plugin: Any
+) -> None:
     room = build(**SMALL)
     setattr(second(room), name, getattr(second(room), name).bfloat16())
     finalize = import_module("megatron.core.distributed.finalize_model_grads")
     message = raised(lambda: finalize._update_router_expert_bias(room.chunks, room.config))
-    assert f"router tensor {name!r} is torch.bfloat16 at the balance update, and should be fp32: {SECOND}" in message
+    whose = named(expert_layers[1])
+    assert f"router tensor {name!r} is torch.bfloat16 at the balance update, and should be fp32: {whose}" in message
     assert OTHER in message
 
 
-def test_the_rule_names_the_router_whose_bias_it_was_handed(build: Any, plugin: Any) -> None:
+def test_the_rule_names_the_router_whose_bias_it_was_handed(build: Any, expert_layers: Any, plugin: Any) -> None:
     room = build(**SMALL)
     rule = import_module("megatron.core.transformer.moe.moe_utils").get_updated_expert_bias
     counts, bias = second(room).local_tokens_per_expert, second(room).expert_bias
@@ -105,16 +114,16 @@ def test_the_rule_names_the_router_whose_bias_it_was_handed(build: Any, plugin: 
     assert "No model that the plugin saw wrapped has such a tensor now" in message
     second(room).expert_bias = bias.bfloat16()
     message = raised(lambda: rule(counts, second(room).expert_bias, 1e-3))
-    assert SECOND in message
+    assert named(expert_layers[1]) in message
     assert OTHER in message
 
 
-def test_a_router_that_was_not_seen_is_named_by_its_layer(build: Any) -> None:
+def test_a_router_that_was_not_seen_is_named_by_its_layer(build: Any, expert_layers: Any) -> None:
     room = build(**SMALL)
     megatron_fp32_router.enable()
     try:
         message = raised(step(room))
-        assert ": a TopKRouter (layer 1, pipeline stage 0 (the first is 0), rank 0)" in message
+        assert f": a TopKRouter (layer {expert_layers[0]}, pipeline stage 0 (the first is 0), rank 0)" in message
         assert BEFORE in message
         assert "load_state_dict(assign=True) has put a torch.bfloat16 tensor of the state there" in message
     finally:
@@ -145,7 +154,7 @@ def test_the_layer_the_pipeline_stage_and_the_rank_are_those_of_the_process(requ
 
 
 def test_under_warn_one_router_speaks_for_all_and_the_training_goes_on(
-    build: Any, plugin: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    build: Any, expert_layers: Any, plugin: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(below, "_warned", set())
     room = build(**SMALL)
@@ -157,7 +166,7 @@ def test_under_warn_one_router_speaks_for_all_and_the_training_goes_on(
             for _, router in room.routers():
                 router(torch.randn(4, 1, 64).bfloat16())
     (warning,) = [record.message for record in caplog.records if "router tensor" in record.message]
-    assert "decoder.layers.0.mlp.router (layer 1" in warning
+    assert named(expert_layers[0]) in warning
     assert "names one router only" in warning
 
 

@@ -79,7 +79,7 @@ def operations(room: lab.Lab, batches: Any) -> list[str]:
 
 
 def test_steps_without_a_look_run_exactly_the_operations_that_they_run_with_the_monitor_off(
-    build: Any, plugin: Any, watched: Any
+    build: Any, expert_layers: Any, plugin: Any, watched: Any
 ) -> None:
     original = finalize()._allreduce_conditional_embedding_grads
     room = build(**TINY)
@@ -103,7 +103,7 @@ def test_steps_without_a_look_run_exactly_the_operations_that_they_run_with_the_
         elif step > 1:  # DDP does something else in the first
             assert done == expected
         assert file.exists() == (step >= 4)
-    assert [record["layer"] for record in looks(file)] == [1, 2, "all"]
+    assert [record["layer"] for record in looks(file)] == [*expert_layers, "all"]
     assert update.watchers == []
     megatron_fp32_router.disable()
     assert finalize()._allreduce_conditional_embedding_grads is original
@@ -117,7 +117,9 @@ CASTS = {
 
 
 @pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS.keys())
-def test_a_cast_in_the_middle_of_a_run_stops_it_at_the_next_look(cast: Any, build: Any, watched: Any) -> None:
+def test_a_cast_in_the_middle_of_a_run_stops_it_at_the_next_look(
+    cast: Any, build: Any, expert_layers: Any, watched: Any
+) -> None:
     file = watched(2)
     room = build(**TINY)
     batches = lab.text_batches(room.recipe, seed=1)
@@ -128,10 +130,10 @@ def test_a_cast_in_the_middle_of_a_run_stops_it_at_the_next_look(cast: Any, buil
     room.on_counts.append(lambda _: cast(router))
     with pytest.raises(megatron_fp32_router.UnprotectedRouterError) as raised:
         room.step(batches)
-    assert f"layer 2, {name}: " in str(raised.value)
+    assert f"layer {expert_layers[1]}, {name}: " in str(raised.value)
     assert "; it was float32 2 steps before" in str(raised.value)
     assert looks(file)[-1]["step"] == 4
-    assert any("layer 2" in text for text in looks(file)[-1]["violations"])
+    assert any(f"layer {expert_layers[1]}" in text for text in looks(file)[-1]["violations"])
 
 
 def _narrow_gradient(router: Any) -> None:
@@ -155,7 +157,7 @@ def _narrow_moment(router: Any) -> None:
     ids=["gradient", "moment"],
 )
 def test_a_gradient_or_moment_below_fp32_stops_the_run_by_its_name(
-    narrow: Any, what: str, build: Any, watched: Any
+    narrow: Any, what: str, build: Any, expert_layers: Any, watched: Any
 ) -> None:
     file = watched(2)
     room = build(**TINY)
@@ -168,11 +170,11 @@ def test_a_gradient_or_moment_below_fp32_stops_the_run_by_its_name(
     room.on_counts.append(lambda _: narrow(router))
     with pytest.raises(megatron_fp32_router.UnprotectedRouterError) as raised:
         room.step(batches)
-    assert f"layer 2, {name}: {what} is bfloat16; it was float32 2 steps before" in str(raised.value)
+    assert f"layer {expert_layers[1]}, {name}: {what} is bfloat16; it was float32 2 steps before" in str(raised.value)
 
 
 def test_scores_below_fp32_stop_the_run_by_their_name(
-    build: Any, watched: Any, monkeypatch: pytest.MonkeyPatch
+    build: Any, expert_layers: Any, watched: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = watched(2)
     room = build(**TINY)
@@ -192,8 +194,8 @@ def test_scores_below_fp32_stop_the_run_by_their_name(
     room.step(batches)
     with pytest.raises(megatron_fp32_router.UnprotectedRouterError) as raised:
         room.step(batches)
-    assert f"layer 2, {name}: scores is bfloat16; it was float32 2 steps before" in str(raised.value)
-    assert "layer 1" not in str(raised.value)
+    assert f"layer {expert_layers[1]}, {name}: scores is bfloat16; it was float32 2 steps before" in str(raised.value)
+    assert f"layer {expert_layers[0]}" not in str(raised.value)
 
 
 def test_a_router_that_was_listened_to_can_be_let_go(router: Any, plugin: Any) -> None:
@@ -208,7 +210,7 @@ def test_a_router_that_was_listened_to_can_be_let_go(router: Any, plugin: Any) -
 
 
 def test_under_warn_a_cast_is_written_down_and_the_training_goes_on(
-    build: Any, watched: Any, caplog: pytest.LogCaptureFixture
+    build: Any, expert_layers: Any, watched: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = watched(1, on_mismatch="warn")
     room = build(**TINY)
@@ -219,8 +221,8 @@ def test_under_warn_a_cast_is_written_down_and_the_training_goes_on(
     for _ in range(2):
         room.step(batches)
     _, first, second = (record["violations"] for record in looks(file)[2::3])
-    assert first == [f"layer 1: {name}: expert_bias is bfloat16; it was float32 1 step before"]
-    assert second == [f"layer 1: {name}: expert_bias is bfloat16"]
+    assert first == [f"layer {expert_layers[0]}: {name}: expert_bias is bfloat16; it was float32 1 step before"]
+    assert second == [f"layer {expert_layers[0]}: {name}: expert_bias is bfloat16"]
     assert "no longer in fp32" in caplog.text
 
 
@@ -336,7 +338,7 @@ def test_a_restart_goes_on_in_the_same_file_and_a_line_that_was_cut_off_harms_no
     assert run.notes == ["2 lines of the file are cut off and left out"]
 
 
-def test_a_loop_of_ones_own_gets_a_flat_dict(build: Any, plugin: Any) -> None:
+def test_a_loop_of_ones_own_gets_a_flat_dict(build: Any, expert_layers: Any, plugin: Any) -> None:
     room = build(bias_start=0.75, **TINY)
     batches = lab.text_batches(room.recipe, seed=1)
     counted: dict[str, float] = {}
@@ -345,11 +347,11 @@ def test_a_loop_of_ones_own_gets_a_flat_dict(build: Any, plugin: Any) -> None:
         room.step(batches)
     assert all(type(value) is float for value in counted.values())
     assert counted["violations"] == 0
-    assert counted["layer_1/flips/actual"] == 0
-    assert counted["layer_2/precision/weight_bits"] == 32
+    assert counted[f"layer_{expert_layers[0]}/flips/actual"] == 0
+    assert counted[f"layer_{expert_layers[1]}/precision/weight_bits"] == 32
     assert counted["all/load/assignments/min"] == room.recipe.tokens_per_step * room.recipe.topk
     after = monitor.metrics(room.chunks)
-    assert after["layer_1/bias/mean"] == pytest.approx(0.75, abs=2e-3)
+    assert after[f"layer_{expert_layers[0]}/bias/mean"] == pytest.approx(0.75, abs=2e-3)
     assert monitor.latest() == {}
 
 

@@ -24,7 +24,7 @@ def train(
 ) -> tuple[str, runs.Run]:
     """Four steps with a look every second one, under `raise`; what stopped them, and the report.
 
-    `spoil` is given the router of layer 2 in step 4, `after` its backward pass or before its forward.
+    `spoil` is given the second layer's router in step 4, `after` its backward pass or before its forward.
     """
     monkeypatch.setenv("MEGATRON_FP32_ROUTER_MONITOR", "2")
     monkeypatch.setenv("MEGATRON_FP32_ROUTER_MONITOR_DIR", str(folder))
@@ -78,54 +78,60 @@ def test_a_value_that_is_not_finite_is_named_with_its_layer_and_step_and_stops_n
     name: str,
     values: int,
     build: Any,
+    expert_layers: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    first, second = expert_layers
     stopped, run = train(spoil, build, tmp_path, monkeypatch)
     assert stopped == ""
-    assert problems(run) == [f"layer 2: {name} is not finite, at step 4"]
-    assert run.last(f"not_finite/{name}") == {1: 0, 2: values}
-    said = f"the monitor found values that are not finite, since step 4: layer 2, {name}: {values}; nothing is stopped"
+    assert problems(run) == [f"layer {second}: {name} is not finite, at step 4"]
+    assert run.last(f"not_finite/{name}") == {first: 0, second: values}
+    which = f"layer {second}, {name}: {values}"
+    said = f"the monitor found values that are not finite, since step 4: {which}; nothing is stopped"
     assert caplog.text.count(said) == 1
     assert "no longer in fp32" not in caplog.text
     # What such numbers would choose says nothing; what is counted does.
-    assert 2 not in run.last("flips/bf16_weight")
-    assert 2 in run.last("load/max_vio")
-    assert (2 in run.last("precision/arithmetic_bits")) == (name != "weight")
+    assert second not in run.last("flips/bf16_weight")
+    assert second in run.last("load/max_vio")
+    assert (second in run.last("precision/arithmetic_bits")) == (name != "weight")
 
 
 def test_a_layer_that_has_diverged_is_uneven_and_its_arithmetic_is_not_doubted(
-    build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    build: Any, expert_layers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def diverge(router: Any) -> None:
         router.weight.data.mul_(1e5)  # every score is 0 or 1: most choices are between equals
         router.expert_bias.zero_()
         router.expert_bias[0] = 10
 
+    first, second = expert_layers
     stopped, run = train(diverge, build, tmp_path, monkeypatch, after=False)
     assert stopped == ""
-    assert run.last("margin/p50")[2] == 0
+    assert run.last("margin/p50")[second] == 0
     texts = [finding.text for finding in runs.findings(run)]
-    assert any("the busiest expert gets 4.00 times its fair share in layer 2" in text for text in texts)
+    assert any(f"the busiest expert gets 4.00 times its fair share in layer {second}" in text for text in texts)
     assert not any(word in text for text in texts for word in ("not finite", "significant bits", "chose other experts"))
-    assert run.last("precision/arithmetic_bits") == {1: 24, 2: 24}
+    assert run.last("precision/arithmetic_bits") == {first: 24, second: 24}
     assert run.violations == {}
 
 
 def test_a_cast_to_bf16_is_no_longer_fp32_and_stops_the_training(
-    build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    build: Any, expert_layers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def cast(router: Any) -> None:
         router.weight.data = router.weight.data.bfloat16()
 
     stopped, run = train(cast, build, tmp_path, monkeypatch)
-    assert "no longer in fp32: layer 2, module.module.decoder.layers.1.mlp.router: weight is bfloat16" in stopped
-    assert problems(run) == ["layer 2: module.module.decoder.layers.1.mlp.router: weight is bfloat16, at step 4"]
+    second = expert_layers[1]
+    name = f"module.module.decoder.layers.{second - 1}.mlp.router"
+    assert f"no longer in fp32: layer {second}, {name}: weight is bfloat16" in stopped
+    assert problems(run) == [f"layer {second}: {name}: weight is bfloat16, at step 4"]
 
 
 def test_a_choice_that_no_fp32_arithmetic_makes_is_still_a_wrong_one(
-    build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    build: Any, expert_layers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def round_logits(router: Any) -> None:
         routing = router.routing
@@ -136,7 +142,8 @@ def test_a_choice_that_no_fp32_arithmetic_makes_is_still_a_wrong_one(
         monkeypatch.setattr(router, "routing", coarse)
 
     _, run = train(round_logits, build, tmp_path, monkeypatch, after=False)
-    assert run.last("flips/actual")[1] == 0 < run.last("flips/actual")[2]
+    first, second = expert_layers
+    assert run.last("flips/actual")[first] == 0 < run.last("flips/actual")[second]
     assert any("the router chose other experts than fp32 arithmetic does" in text for text in problems(run))
 
 

@@ -76,6 +76,15 @@ def cases(usable: dict[str, list[str]], release: Version) -> list[dict[str, Any]
             case("VPP=2, plain", plain[-1:], "on", "on", pipeline_parallel=2, virtual_pipeline=2, layers=4, **rough),
             case("EP=2", few, "on", "on", data_parallel=2, expert_parallel=2, **DISTRIBUTED),
         ]
+    if release >= Version("0.19"):  # where Megatron calls GPTModel deprecated
+        model: dict[str, Any] = {"model": "hybrid", "mtp": 1}
+        some += [
+            case("hybrid, DP=2", all_of_them, "on", "on", data_parallel=2, **model, **DISTRIBUTED),
+            case("hybrid, EP=2", few, "on", "on", data_parallel=2, expert_parallel=2, **model, **DISTRIBUTED),
+            case("hybrid, VPP=2, plain", plain, "on", "on", **model, pipeline_parallel=2, virtual_pipeline=2, layers=4),
+            case("hybrid, off, plain", plain, "off", "on", data_parallel=2, **model, **NO_BIAS),
+            case("hybrid, on", by_name, "on", "off", data_parallel=2, **model, **DISTRIBUTED, **NO_BIAS),
+        ]
     some.append(case("VPP=2", by_name, "on", "on", pipeline_parallel=2, virtual_pipeline=2, layers=4, **DISTRIBUTED))
     return some
 
