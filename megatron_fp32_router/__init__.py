@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_fp32_router import settings as _settings
 from megatron_fp32_router.errors import (
+    CannotMirrorError,
     CheckpointRefusedError,
     CombinationRefusedError,
     DisplacedPatchError,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from megatron_fp32_router.wrapping.survey import Survey
 
 __all__ = [
+    "CannotMirrorError",
     "CheckpointRefusedError",
     "CombinationRefusedError",
     "DisplacedPatchError",

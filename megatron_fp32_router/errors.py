@@ -27,6 +27,10 @@ class UnprotectedRouterError(Fp32RouterError):
     """A router tensor is below fp32 although the plugin was asked to keep it there."""
 
 
+class CannotMirrorError(Fp32RouterError):
+    """MEGATRON_FP32_ROUTER_LIKE names an engine whose roundings this training cannot do."""
+
+
 class RanksDisagreeError(Fp32RouterError):
     """Some rank of this job runs without the plugin, or with another version, setting or Megatron."""
 

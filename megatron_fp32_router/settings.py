@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Literal, cast
@@ -69,6 +70,12 @@ VARIABLES: Final = (
         "program. `0`: ranks are not compared.",
     ),
     Variable(
+        f"{PREFIX}_LIKE",
+        ("", "ENGINE==VERSION/ARCHITECTURE"),
+        "For reinforcement learning: the forward rounds where that engine does (docs/serving.md), for example "
+        "`vllm==0.33.0/deepseek_v3`. An engine, version or architecture without a contract is an error.",
+    ),
+    Variable(
         f"{PREFIX}_MONITOR",
         ("off", "N"),
         "A number of steps: every N-th step the routers are looked at (docs/monitor.md).",
@@ -99,6 +106,7 @@ class Settings:
         monitor: look at the routers every so many steps; 0: never.
         monitor_dir: the folder that monitor.jsonl goes to.
         accepted: path of the file with accepted changes in Megatron's source, or "".
+        like: the engine whose roundings the forward does, or "".
     """
 
     protect: Protect = "all"
@@ -109,6 +117,7 @@ class Settings:
     monitor: int = 0
     monitor_dir: str = "fp32_router_monitor"
     accepted: str = ""
+    like: str = ""
 
     def updated(self, protect: str | None = None, on_mismatch: str | None = None) -> Settings:
         """These settings with the given fields replaced (None leaves a field as it is).
@@ -166,6 +175,18 @@ def _interval(environ: Mapping[str, str]) -> int:
     raise SettingsError(f"{name} has the value {value!r}; accepted are 'off' and a whole number of steps, at least 1")
 
 
+def _like(environ: Mapping[str, str]) -> str:
+    """The form only. What is known of it is looked up when Megatron's router is patched."""
+    name = _table("_LIKE").name
+    value = environ.get(name, "").strip()
+    if value and not re.fullmatch(r"[\w-]+==[^/?\s]+/\w+(\?\w+=[^&\s]+(&\w+=[^&\s]+)*)?", value):
+        raise SettingsError(
+            f"{name} has the value {value!r}; accepted is ENGINE==VERSION/ARCHITECTURE, for example "
+            "vllm==0.33.0/deepseek_v3, with ?KEY=VALUE for a key of config.json that the engine looks at"
+        )
+    return value
+
+
 def switch(environ: Mapping[str, str] = os.environ) -> bool | None:
     """What MEGATRON_FP32_ROUTER says: True for `1`, False for `0`, None when unset.
 
@@ -191,6 +212,7 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
         monitor_dir=environ.get(_table("_MONITOR_DIR").name, "").strip() or _table("_MONITOR_DIR").values[0],
         # Any path. It is read, and refused if it is not such a file, when the first module is patched.
         accepted=environ.get(f"{PREFIX}_ACCEPTED", "").strip(),
+        like=_like(environ),
     )
 
 

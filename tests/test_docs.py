@@ -42,6 +42,27 @@ def test_a_patch_is_needed_native_or_has_nothing_to_patch() -> None:
     assert states["refuse-custom-fsdp"] == ["n/a", "needed", "needed", "n/a"]
 
 
+def test_serving_says_first_whether_fp32_weights_help_and_what_to_do_for_each_pair() -> None:
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    assert page.splitlines()[2].startswith("**Does an fp32 router weight help with your engine at all?")
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in page.splitlines() if "|" in line]
+    (vllm,) = (row for row in rows if row[0].startswith("vLLM ") and len(row) == 5)
+    yes, switch, hardware, no = vllm[1:]
+    assert "GLM-4.5" in yes
+    assert "Ling 2.0" in switch
+    assert hardware == "Nemotron-H"
+    assert "DeepSeek-V3" in no
+
+    pairs = {(name, row[1].split()[0]): row[2:] for row in rows if len(row) == 5 for name in row[0].split(", ")}
+    weight, bias, advice = pairs["slime", "SGLang"]
+    assert "Is rounded: Qwen3-MoE; Qwen3-Next; Kimi-Linear" in weight
+    assert bias.endswith("Is rounded: Kimi-Linear")
+    assert advice == "1, 2, 3, 5"
+    assert pairs["Megatron's `tools/checkpoint`", "vLLM"] == ["is rounded by the sender", "is not sent", "4, 6"]
+    assert ("verl to vLLM", "vLLM") in pairs
+    assert ("verl to vLLM", "SGLang") not in pairs
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_file_that_is_linked_or_named_exists(page: Path) -> None:
     text = page.read_text(encoding="utf-8")

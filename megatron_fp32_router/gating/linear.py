@@ -85,6 +85,29 @@ def _(
     )
 
 
+def product(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """[T, E]: `tokens @ weight.T + bias` in `dtype`, in eager code or a traced program."""
+    compute = _logits_operator if torch.compiler.is_compiling() else _logits
+    logits: torch.Tensor = compute(tokens, weight, bias, dtype)
+    return logits
+
+
+def gradients(
+    ctx: Any, input: torch.Tensor, weight: torch.Tensor, grad_output: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    """Of input, weight and bias, in the dtypes these have; `ctx` holds `dtype` and `bias_dtype`."""
+    needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    grad_TE = grad_output.reshape(-1, weight.shape[0]).to(ctx.dtype)
+    compute = _gradients_operator if torch.compiler.is_compiling() else _gradients
+    tokens_TH = input.reshape(-1, input.shape[-1])
+    grad_input, grad_weight = compute(grad_TE, tokens_TH, weight, needs_input, needs_weight)
+    return (
+        grad_input.view(input.shape) if needs_input and grad_input is not None else None,
+        grad_weight if needs_weight else None,
+        grad_TE.sum(dim=0).to(ctx.bias_dtype) if needs_bias else None,
+    )
+
+
 class RouterLinear(torch.autograd.Function):
     """`input @ weight.T + bias` computed in `dtype`. What is saved for backward is the input, in its own dtype."""
 
@@ -95,22 +118,11 @@ class RouterLinear(torch.autograd.Function):
         ctx.save_for_backward(input, weight)
         ctx.dtype = dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        tokens_TH = input.reshape(-1, input.shape[-1])
-        compute = _logits_operator if torch.compiler.is_compiling() else _logits
-        return compute(tokens_TH, weight, bias, dtype).view(*input.shape[:-1], weight.shape[0])
+        logits_TE = product(input.reshape(-1, input.shape[-1]), weight, bias, dtype)
+        return logits_TE.view(*input.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         input, weight = ctx.saved_tensors
-        needs_input, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        grad_TE = grad_outputs[0].reshape(-1, weight.shape[0]).to(ctx.dtype)
-        tokens_TH = input.reshape(-1, input.shape[-1])
-        compute = _gradients_operator if torch.compiler.is_compiling() else _gradients
-        grad_input, grad_weight = compute(grad_TE, tokens_TH, weight, needs_input, needs_weight)
-        return (
-            grad_input.view(input.shape) if needs_input and grad_input is not None else None,
-            grad_weight if needs_weight else None,
-            grad_TE.sum(dim=0).to(ctx.bias_dtype) if needs_bias else None,
-            None,
-        )
+        return (*gradients(ctx, input, weight, grad_outputs[0]), None)

@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from megatron_fp32_router.casts.below import refuse
 from megatron_fp32_router.casts.router import COUNTER, below_fp32, protects_parameters
 from megatron_fp32_router.gating.linear import RouterLinear
-from megatron_fp32_router.patching.registry import replaces
+from megatron_fp32_router.patching.registry import registry, replaces
+
+if TYPE_CHECKING:
+    from megatron_fp32_router.gating.like import Mirror
 
 #: Called with a router and its scores (those of the chosen experts), in the dtype upstream computed them in. Empty
 #: unless the monitor listens to this very step.
 score_watchers: list[Callable[[Any, torch.Tensor], None]] = []
+
+
+#: What MEGATRON_FP32_ROUTER_LIKE said -> the engine that it names. A traced forward looks up, and reads no contract.
+_mirrors: Final[dict[str, Mirror]] = {}
+
+
+def mirrored() -> Mirror | None:
+    """The engine that this training rounds like; None: it rounds nothing, and nothing is imported for it.
+
+    Raises:
+        NoContractError: nothing is known of the engine that was asked for.
+        CannotMirrorError: not enough is.
+    """
+    asked = registry.settings.like
+    if asked and asked not in _mirrors:
+        from megatron_fp32_router.gating import like
+
+        _mirrors[asked] = like.mirror(asked)
+    return _mirrors.get(asked)
 
 
 def compute_dtype(config: Any, weight: torch.Tensor) -> torch.dtype:
@@ -29,12 +51,16 @@ def compute_in_fp32(original: Callable[..., torch.Tensor]) -> Callable[..., torc
 
     A model that trains in fp32 throughout has nothing to fix and keeps upstream's own gating, bit for bit.
     """
+    mirrored()  # an engine that nothing is known of is refused now, not in the first forward
 
     @replaces(original)
     def gating(self: Any, input: torch.Tensor) -> torch.Tensor:
+        mirror = mirrored()
         config = self.config
         mixed = config.bf16 or config.fp16 or below_fp32(input.dtype)
         if not (mixed and isinstance(self, original.__globals__["TopKRouter"])):
+            if mirror is not None:
+                mirror.refuse(self, input)
             return original(self, input)
         weight, bias = self.weight, getattr(self, "bias", None)
         if protects_parameters() and below_fp32(weight.dtype):
@@ -45,6 +71,8 @@ def compute_in_fp32(original: Callable[..., torch.Tensor]) -> Callable[..., torc
         if bias is not None and bias.device != input.device:
             bias.data = bias.data.to(input.device)
         dtype = compute_dtype(config, weight)
+        if mirror is not None:
+            return mirror.logits(self, input, dtype)
         logits: torch.Tensor = RouterLinear.apply(input, weight, bias, dtype)  # type: ignore[no-untyped-call]
         return logits
 
@@ -64,7 +92,11 @@ def hand_on_upstream_dtype(original: Callable[..., Any]) -> Callable[..., Any]:
             buffer = getattr(self, name, None)
             if buffer is not None and below_fp32(buffer.dtype):
                 refuse(self, name, "at the forward")
-        probs, *rest = original(self, input, *args, **kwargs)
+        if (mirror := mirrored()) is None:
+            probs, *rest = original(self, input, *args, **kwargs)
+        else:
+            with mirror.chooses(self):
+                probs, *rest = original(self, input, *args, **kwargs)
         for watcher in score_watchers:
             watcher(self, probs)
         if getattr(self.config, "moe_router_dtype", None) is None and below_fp32(input.dtype):

@@ -63,7 +63,8 @@ def one_step() -> Iterator[None]:
 def parts_of(weight: torch.Tensor, *, keep: bool = True) -> torch.Tensor:
     """`split_weight(weight)`, made once in a step; kept for the rest of it if `keep`."""
     step = _now[-1] if _now else None
-    if step is None or weight.is_inference():
+    # A bf16 weight is its own split.
+    if step is None or weight.is_inference() or weight.dtype == torch.bfloat16:
         return split_weight(weight)
     stream = 0
     if weight.device.type == "cuda":

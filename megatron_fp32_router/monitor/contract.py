@@ -171,6 +171,8 @@ def promised(name: str, mixed: bool) -> bool:
         name: as facts() has it, or "logits", "scores" or "arithmetic".
         mixed: whether the model trains in bf16 or fp16. One in fp32 keeps upstream's own gating.
     """
+    if name == "arithmetic" and registry.settings.like:
+        return False  # the user asked for an engine's
     if name in ("logits", "scores", "arithmetic"):
         return mixed
     if name in _BUFFERS:

@@ -115,6 +115,8 @@ def append(step: int, entries: Entries) -> bool:
     ]
     violations = [f"layer {layer}: {text}" for layer, entry in entries.items() for text in entry["violations"]]
     records.append({"step": step, "layer": "all", "metrics": aggregate(entries), "violations": violations})
+    if registry.settings.like:
+        records[-1]["like"] = registry.settings.like
     text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
     file = path()
     try:

@@ -13,6 +13,8 @@ import torch
 
 from megatron_fp32_router.gating.matmul import mm
 from megatron_fp32_router.monitor.contract import sharded
+from megatron_fp32_router.patching.registry import registry
+from megatron_fp32_router.settings import PREFIX
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Probe:
 
 def obstacle(router: Any) -> str | None:
     """Why the choices of `router` cannot be computed anew, or None."""
+    if registry.settings.like:
+        return f"{PREFIX}_LIKE is set, and what it compares is computed without an engine's roundings"
     config = router.config
     kinds = config.moe_router_load_balancing_type
     if "sinkhorn" in ([kinds] if isinstance(kinds, str) else kinds):

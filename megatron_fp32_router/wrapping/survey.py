@@ -18,7 +18,7 @@ from megatron_fp32_router.casts.router import below_fp32, mark_parameters, prote
 from megatron_fp32_router.errors import ModelInUseError, UnprotectedRouterError
 from megatron_fp32_router.gating import split
 from megatron_fp32_router.gating.linear import in_words
-from megatron_fp32_router.gating.logits import compute_dtype
+from megatron_fp32_router.gating.logits import compute_dtype, mirrored
 from megatron_fp32_router.log import say
 from megatron_fp32_router.patching.megatron import of_module
 from megatron_fp32_router.patching.registry import mismatch, registry, replaces, runs, settle, status
@@ -164,12 +164,16 @@ def _report(module: torch.nn.Module, config: Any) -> None:
     elif found.routers:
         routers = [router for _, router in routers_of(module)[0]]
         protected = "all" if protects_parameters() else "buffers"
+        like = f", rounded like {registry.settings.like}" if registry.settings.like else ""
         say(
             logging.INFO,
             f"megatron-fp32-router {__version__} on {release}{chunk}: {found} (protect={protected}); "
-            f"gating in {_products(routers, config)}",
+            f"gating in {_products(routers, config)}{like}",
             threshold=registry.settings.log,
         )
+        if (mirror := mirrored()) is not None:
+            owners = {owner for router in routers for name, owner in _own_functions(router) if name != "_apply"}
+            mirror.announce(routers, owners)
         _say_what_is_displaced()
         _say_whose_functions_run(routers)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
@@ -121,8 +122,10 @@ def scenes(recipe: Any, arguments: dict[str, Any]) -> dict[str, str]:
     ask("user buffers ask", lambda: wrapping(None, None, SimpleNamespace(nccl_ub=True), built.chunks[0]))
 
     if is_last:
+        os.environ["MEGATRON_FP32_ROUTER_LIKE"] = "vllm==0.33.0/deepseek_v3"
         megatron_fp32_router.enable(protect="buffers")
     play("other settings")
+    os.environ.pop("MEGATRON_FP32_ROUTER_LIKE", None)
     megatron_fp32_router.enable(protect="all")
 
     version = agreement.__version__
