@@ -73,6 +73,8 @@ def independent(session: nox.Session) -> None:
         "--ignore",
         "tests/trees",
         "--ignore",
+        "tests/downstream",
+        "--ignore",
         "tests/test_matrix.py",
         "--ignore",
         "tests/gpu",

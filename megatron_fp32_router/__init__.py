@@ -55,6 +55,7 @@ __all__ = [
     "disable",
     "enable",
     "protect_model",
+    "protect_router_class",
     "status",
 ]
 
@@ -113,6 +114,32 @@ def protect_model(model: Any) -> Survey:
     from megatron_fp32_router.wrapping.survey import protect_model
 
     return protect_model(model)
+
+
+def protect_router_class(cls: type[Any]) -> None:
+    """Protect routers of a class that is not derived from Megatron's TopKRouter, as far as that is generic.
+
+    Call it once, before a model is built, after enable(); disable() takes it back. Its floating-point parameters and
+    buffers then stay out of casts, a buffer `local_tokens_per_expert` beside an `expert_bias` counts exactly, and the
+    line in the log and its errors speak of it. What the class computes, and in which dtype its constructor makes its
+    tensors, is its own. A TopKRouter needs no such call.
+
+    Args:
+        cls: a subclass of torch.nn.Module.
+
+    Raises:
+        TypeError: it is none.
+    """
+    import torch
+
+    if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
+        raise TypeError(f"protect_router_class() takes a subclass of torch.nn.Module; found {cls!r}")
+    if not _registry.registry.active:
+        _say(logging.WARNING, f"the plugin is off: {cls.__module__}.{cls.__qualname__} is not protected", once=True)
+        return
+    from megatron_fp32_router.casts.router import protect_class
+
+    protect_class(cls)
 
 
 def _is_command() -> bool:

@@ -50,6 +50,9 @@ TORCH = "torch==2.13.0" if sys.version_info[:2] == (3, 11) else "torch>=2.4"
 #: Its FusedAdam is tested with; the wheel of that name holds Python only.
 TRANSFORMER_ENGINE = "2.20.2"
 
+#: What tests/downstream runs of it.
+MEGATRON_BRIDGE = "0.6.2"
+
 #: A release has wheels for some Pythons only (0.11 to 0.13: up to 3.11). The parts that are used here are not
 #: compiled, so the first wheel found serves every Python.
 WHEEL_PYTHONS = ("3.12", "3.11", "3.10")
@@ -127,6 +130,24 @@ def ensure_transformer_engine() -> Path:
     """Return a folder that holds TransformerEngine's Python, and no compiled part, as `transformer_engine/`."""
     folder = f"transformer-engine/{TRANSFORMER_ENGINE}"
     return ensure_wheel("transformer-engine", TRANSFORMER_ENGINE, holds="transformer_engine", folder=folder)
+
+
+def ensure_consumers(python: Path) -> tuple[Path, Path]:
+    """Return the folders that hold the frameworks of tests/downstream; `python` installs them there once."""
+    # It asks for a newer Python than the oldest that it runs on, which pip would refuse.
+    bridge = ensure_wheel(
+        "megatron-bridge", MEGATRON_BRIDGE, holds="megatron", folder=f"downstream/megatron-bridge-{MEGATRON_BRIDGE}"
+    )
+    requirements = ROOT / "tests" / "downstream" / "requirements.txt"
+    digest = hashlib.sha256(requirements.read_bytes() + sys.version.encode()).hexdigest()[:12]
+    folder = _cache("downstream") / digest
+    if (folder / "mbridge").is_dir():
+        return bridge, folder
+    say("Installing the frameworks of tests/downstream (a minute) ...")
+    with _beside(folder, "mbridge") as work:
+        target = ("--target", str(work / "tree"))
+        _pip(python, "install", "--no-deps", *target, "--requirement", str(requirements))
+    return bridge, folder
 
 
 def ensure_tree(name: str, *, fetch: bool = True) -> Path:

@@ -30,9 +30,20 @@ def below_fp32(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and dtype.itemsize < 4
 
 
-def _is_topk_router(module: Any) -> bool:
+def _is_ours(module: Any) -> bool:
     """Asked of the module as it is now: the function that we wrap may be somebody else's, with other globals."""
-    return isinstance(module, sys.modules["megatron.core.transformer.moe.router"].TopKRouter)
+    kind = sys.modules["megatron.core.transformer.moe.router"].TopKRouter
+    return isinstance(module, (kind, *registry.router_classes))
+
+
+def protect_class(cls: type[torch.nn.Module]) -> None:
+    """See megatron_fp32_router.protect_router_class."""
+    upstream = sys.modules.get("megatron.core.transformer.moe.router")
+    if cls in registry.router_classes or (upstream is not None and issubclass(cls, upstream.TopKRouter)):
+        return
+    ours = keep_fp32(cls._apply)
+    registry.router_classes[cls] = (vars(cls).get("_apply"), ours)
+    cls._apply = ours  # type: ignore[method-assign]
 
 
 def protects_parameters() -> bool:
@@ -56,7 +67,7 @@ def initialise_in_fp32(original: Callable[..., None]) -> Callable[..., None]:
 
     @replaces(original)
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        if not (protects_parameters() and _is_topk_router(self)):
+        if not (protects_parameters() and _is_ours(self)):
             original(self, config, *args, **kwargs)
             return
         original(self, _fp32_view(config), *args, **kwargs)
@@ -70,7 +81,7 @@ def reset_in_fp32(original: Callable[..., None]) -> Callable[..., None]:
 
     @replaces(original)
     def reset_parameters(self: Any) -> None:
-        if not (protects_parameters() and _is_topk_router(self)):
+        if not (protects_parameters() and _is_ours(self)):
             original(self)
             return
         config = self.config

@@ -94,6 +94,8 @@ class _Registry:
     models: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
     #: modules that were half imported when the plugin was armed.
     pending: set[str] = field(default_factory=set)
+    #: a class that protect_router_class was given -> (its own `_apply`, or None where it inherits one; ours).
+    router_classes: dict[type, tuple[Any, Any]] = field(default_factory=dict)
     #: modules that were reloaded: their classes are new objects, so they are looked at whenever a model is built.
     reloaded: set[str] = field(default_factory=set)
 
@@ -330,6 +332,12 @@ def undo_all() -> None:
     Raises:
         DisplacedPatchError: somebody else's patch sits on one of ours; nothing has been changed then.
     """
+    for cls, (_, ours) in registry.router_classes.items():
+        if vars(cls).get("_apply") is not ours:
+            raise DisplacedPatchError(
+                f"{cls.__module__}.{cls.__qualname__}._apply has been replaced since protect_router_class(); put back "
+                "what was there, then disable()"
+            )
     placed = []
     for patch in PATCHES:
         module = sys.modules.get(patch.module)
@@ -345,6 +353,12 @@ def undo_all() -> None:
     for patch, module in reversed(placed):
         replacement = registry.replacements[patch.id]
         wrapt.unwrap_object(module, getattr(replacement, PLACE, patch.path), replacement)
+    for cls, (own, _) in registry.router_classes.items():
+        if own is None:
+            del cls._apply  # type: ignore[attr-defined]
+        else:
+            cls._apply = own  # type: ignore[attr-defined]
+    registry.router_classes.clear()
     registry.replacements.clear()
     registry.problems.clear()
     registry.needless.clear()

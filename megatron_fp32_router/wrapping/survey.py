@@ -33,7 +33,7 @@ class Survey:
     """What a look at a model's routers found.
 
     Attributes:
-        routers: how many TopKRouters there are.
+        routers: how many TopKRouters there are, and routers of a class that protect_router_class was given.
         dtypes: (tensor name, dtype) -> how many such tensors, over all routers.
         below: full names of floating-point tensors that ought to be fp32 and are below it.
         foreign: names of routers that are no TopKRouter, which the plugin does not reach.
@@ -62,7 +62,7 @@ def tensors_of(router: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, boo
 
 
 def routers_of(module: torch.nn.Module) -> tuple[list[tuple[str, Any]], tuple[str, ...]]:
-    """The TopKRouters in `module`, and the names of routers of other kinds."""
+    """The TopKRouters in `module`, and the names of routers of other kinds that are not protected."""
     upstream = sys.modules.get(_ROUTER_MODULE)
     if upstream is None:
         return [], ()
@@ -70,14 +70,23 @@ def routers_of(module: torch.nn.Module) -> tuple[list[tuple[str, Any]], tuple[st
     for name, child in module.named_modules():
         if isinstance(child, upstream.TopKRouter):
             found.append((name, child))
+        elif isinstance(child, tuple(registry.router_classes)):
+            continue
         elif isinstance(child, upstream.Router) or getattr(child, "expert_bias", None) is not None:
             foreign.append(f"{name} ({type(child).__module__}.{type(child).__qualname__})")
     return found, tuple(foreign)
 
 
+def _protected(module: torch.nn.Module) -> list[tuple[str, Any]]:
+    """The TopKRouters in `module`, and the routers of classes that protect_router_class was given."""
+    classes = tuple(registry.router_classes)
+    theirs = [(name, child) for name, child in module.named_modules() if isinstance(child, classes)]
+    return routers_of(module)[0] + theirs
+
+
 def survey(module: torch.nn.Module) -> Survey:
     """Look at every router tensor of `module` as it is now."""
-    routers, foreign = routers_of(module)
+    routers, foreign = _protected(module), routers_of(module)[1]
     dtypes: Counter[tuple[str, torch.dtype]] = Counter()
     below = []
     for router_name, router in routers:
@@ -96,6 +105,9 @@ def _products(routers: Iterable[Any], config: Any) -> str:
     activations = torch.float16 if getattr(config, "fp16", False) else torch.bfloat16
     ways = set()
     for router in routers:
+        if isinstance(router, tuple(registry.router_classes)):
+            ways.add(f"the products of {type(router).__module__}.{type(router).__qualname__}")
+            continue
         weight, owner = router.weight, dict(_own_functions(router)).get("gating")
         if owner:
             ways.add(f"the products of {owner}")
@@ -140,7 +152,7 @@ def _say_whose_functions_run(routers: Iterable[Any]) -> None:
 def _report(module: torch.nn.Module, config: Any) -> None:
     """Say what is there; raise or warn when it is not what was promised."""
     found = survey(module)
-    for name, router in routers_of(module)[0]:
+    for name, router in _protected(module):
         remember(name, router)
     stage = getattr(config, "virtual_pipeline_model_parallel_size", None) and getattr(module, "vp_stage", None)
     chunk = f" (model chunk {stage})" if stage is not None else ""
@@ -149,7 +161,9 @@ def _report(module: torch.nn.Module, config: Any) -> None:
         mismatch(
             UnprotectedRouterError,
             f"these routers are not built on Megatron's TopKRouter and are not protected{chunk}: "
-            f"{', '.join(found.foreign[:3])}. Derive them from TopKRouter, or set {PREFIX}_ON_MISMATCH=warn.",
+            f"{', '.join(found.foreign[:3])}. Derive them from TopKRouter, call "
+            "megatron_fp32_router.protect_router_class(cls) before the model is built (docs/limits.md), or set "
+            f"{PREFIX}_ON_MISMATCH=warn.",
         )
     if found.below:
         listed = ", ".join(found.below[:3]) + (" …" if len(found.below) > 3 else "")
@@ -162,7 +176,7 @@ def _report(module: torch.nn.Module, config: Any) -> None:
             f"{PREFIX}_ON_MISMATCH=warn trains on as it is.",
         )
     elif found.routers:
-        routers = [router for _, router in routers_of(module)[0]]
+        routers = [router for _, router in _protected(module)]
         protected = "all" if protects_parameters() else "buffers"
         like = f", rounded like {registry.settings.like}" if registry.settings.like else ""
         say(
@@ -175,7 +189,7 @@ def _report(module: torch.nn.Module, config: Any) -> None:
             owners = {owner for router in routers for name, owner in _own_functions(router) if name != "_apply"}
             mirror.announce(routers, owners)
         _say_what_is_displaced()
-        _say_whose_functions_run(routers)
+        _say_whose_functions_run(router for _, router in routers_of(module)[0])
 
 
 def _say_what_is_displaced() -> None:
@@ -205,8 +219,8 @@ def look_after_wrapping(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def totals() -> tuple[int, int]:
-    """Over all models seen: how many TopKRouters there are, and how many of their tensors are fp32 or better."""
-    routers = {id(router): router for module in registry.models for _, router in routers_of(module)[0]}
+    """Over all models seen: how many protected routers there are, and how many of their tensors are fp32 or better."""
+    routers = {id(router): router for module in registry.models for _, router in _protected(module)}
     tensors = [tensor for router in routers.values() for _, tensor, _ in tensors_of(router)]
     return len(routers), sum(not below_fp32(tensor.dtype) for tensor in tensors)
 
@@ -220,13 +234,13 @@ def protect_model(model: Any) -> Survey:
     """See megatron_fp32_router.protect_model."""
     total = Survey(0, {}, (), ())
     for chunk in _chunks(model):
-        for _, router in routers_of(chunk)[0]:
+        for _, router in _protected(chunk):
             if any(hasattr(parameter, "main_grad") for parameter in router.parameters()):
                 raise ModelInUseError(
                     "protect_model() came after DDP: the parameters are views of its buffers now. "
                     "Call it on the bare or Float16Module-wrapped model, before DDP and the optimizer."
                 )
-        for _, router in routers_of(chunk)[0]:
+        for _, router in _protected(chunk):
             _widen(router)
         found = survey(chunk)
         dtypes = Counter(total.dtypes)

@@ -1,0 +1,82 @@
+"""Megatron-Bridge and mbridge: Hugging Face checkpoints in and out, and the routers that are trained between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+BRIDGES = {
+    # What the index has, and the release that it installs with.
+    "run_megatron_bridge": ("0.19.2", "cpu_program", ("qwen3-moe", "glm-4.5", "deepseek-v3")),
+    # The newest with ModelType.encoder_and_decoder is 0.13; mbridge names it only for models of that type from 0.14.
+    "run_mbridge": ("0.16.1", "cpu", ("qwen3-moe", "glm-4.5")),
+}
+FAMILIES = [(program, family) for program, (_, _, families) in BRIDGES.items() for family in families]
+
+
+@pytest.fixture
+def bridge(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`bridge(program, plugin)`: the run of one of them."""
+
+    def start(program: str, plugin: bool) -> Any:
+        megatron, pretence, _ = BRIDGES[program]
+        return run(program, megatron, plugin, PRETENCE=pretence)
+
+    return start
+
+
+@pytest.mark.parametrize(("program", "family"), FAMILIES)
+def test_routers_are_fp32_and_come_out_as_they_went_in(program: str, family: str, bridge: Any) -> None:
+    on = bridge(program, True)
+    seen = on.seen["models"][family]
+    assert seen["dtypes"]["weight"] == ["float32"]
+    assert all(seen["exported"].values()), seen["exported"]
+    assert all(seen["saved"].values()), seen["saved"]
+    assert seen["gradients"] == ["torch.float32"]
+    assert on.displaced() == set()
+    assert {on.state(name) for name in ("router-casts", "gating", "bias-update", "wrap-check")} == {"applied"}
+    routers = len([key for key in seen["saved"] if key.endswith("weight")])
+    assert on.said(f"{routers} router{'s' if routers > 1 else ''}: weight float32 x{routers}")
+
+
+@pytest.mark.parametrize(("program", "family"), FAMILIES)
+def test_biases_are_what_integers_make_of_the_tokens(program: str, family: str, bridge: Any) -> None:
+    seen = bridge(program, True).seen["models"][family]
+    assert seen["bias"] == seen["exact"]
+    if family == "qwen3-moe":
+        assert seen["bias"] == {}  # it is balanced by a loss
+    else:
+        assert seen["dtypes"]["expert_bias"] == ["float32"]
+        assert seen["dtypes"]["local_tokens_per_expert"] == ["float64"]
+        assert seen["bias"] != seen["started"]
+
+
+@pytest.mark.parametrize(("program", "family"), FAMILIES)
+def test_without_the_plugin_the_same_run_rounds(program: str, family: str, bridge: Any) -> None:
+    off = bridge(program, False)
+    seen = off.seen["models"][family]
+    assert off.seen["status"] == {}
+    assert seen["dtypes"]["weight"] == ["bfloat16"]
+    weights = [same for key, same in seen["saved"].items() if key.endswith("weight")]
+    assert weights
+    assert not any(weights)
+    if family != "qwen3-moe":
+        assert seen["dtypes"]["local_tokens_per_expert"] == ["bfloat16"]
+        assert seen["bias"] != seen["exact"]
+
+
+def test_mbridge_rounds_weights_by_itself_when_it_reads_them(bridge: Any) -> None:
+    # Bridge._weight_to_mcore_format: everything but expert_bias goes through the dtype of the bridge.
+    for family in BRIDGES["run_mbridge"][2]:
+        assert bridge("run_mbridge", True).seen["models"][family]["imported"]
+
+
+def test_bridge_trains_an_adapter_on_fp32_logits_and_exact_counts(bridge: Any) -> None:
+    on, off = (bridge("run_megatron_bridge", plugin).seen["lora"] for plugin in (True, False))
+    assert on["routers"] == off["routers"] == 1
+    assert on["dtypes"]["weight"] == on["dtypes"]["expert_bias"] == ["float32"]
+    assert on["bias"] == on["exact"] != on["started"]
+    assert off["dtypes"]["weight"] == ["bfloat16"]
+    assert off["bias"] != off["exact"]
