@@ -193,7 +193,7 @@ def test_a_number_that_the_code_contradicts_is_said_and_decides_nothing(copy: Co
     states_of = {patch["id"]: patch["state"] for patch in json.loads(capsys.readouterr().out)["patches"]}
     assert (states_of["router-init"], states_of["router-reset"]) == ("applied", "native")
     _, report = check(capsys, "--megatron", ensure_release("0.13.1"))
-    assert not any("calls itself" in note for note in report["notes"])
+    assert not any("calls itself" in note or "its router is that of" in note for note in report["notes"])
 
 
 def test_a_megatron_older_than_all_is_told_apart_from_a_truncated_one(copy: Copy, capsys: Any) -> None:
@@ -202,6 +202,12 @@ def test_a_megatron_older_than_all_is_told_apart_from_a_truncated_one(copy: Copy
     code, report = check(capsys, "--megatron", tree)
     assert (code, report["verdict"]) == (1, "does not fit")
     assert report["reason"] == "0.10.0 is older than 0.11.0, the first that the plugin is for"
+    # In 2022 there was a megatron/model, and no core at all.
+    for name, said in (("model", "from before megatron-core"), ("data", "no Megatron; expected")):
+        (tree / name / "megatron" / name).mkdir(parents=True)
+        code, report = check(capsys, "--megatron", tree / name)
+        assert code == 2
+        assert said in report["reason"]
 
 
 def test_a_later_patch_release_with_the_same_functions_fits_and_is_said_to_be_unknown(copy: Copy, capsys: Any) -> None:
@@ -248,6 +254,7 @@ def test_what_upstream_does_by_itself_is_native_whatever_the_number(copy: Copy, 
     code, report = check(capsys, "--megatron", tree)
     assert (code, states(report)) == (0, {"_apply_expert_bias": "known"})
     assert "as in main of 2026-08-20 (723db5a727)" in {t["detail"] for t in report["targets"]}
+    assert "it says 0.19.2; its router is that of main since 2026-08-20 (723db5a727)" in report["notes"]
     main(["doctor", "--json", "--megatron", str(tree)])
     (found,) = [p for p in json.loads(capsys.readouterr().out)["patches"] if p["id"] == "padding-mask"]
     assert (found["state"], found["detail"][:28]) == ("native", "needs no such patch: _apply_")

@@ -50,7 +50,7 @@ def harmless(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def accepted(harmless: Path) -> Path:
     """The file that `check --accept` writes about the harmless fork."""
     file = harmless.parent / "accepted.json"
-    assert main(["check", "--megatron", str(harmless), "--accept", str(file)]) == 0
+    assert main(["check", "--for", "router", "--megatron", str(harmless), "--accept", str(file)]) == 0
     return file
 
 
@@ -119,17 +119,17 @@ def test_a_change_that_the_plugin_would_undo_fails_the_probe_and_is_not_recorded
         ("logits = router_gating_linear(input, self.weight,", "logits = router_gating_linear(input, 2 * self.weight,"),
     )
     file = tmp_path / "accepted.json"
-    code, report = check(capsys, tree, "--accept", str(file))
+    code, report = check(capsys, tree, "--for", "router", "--accept", str(file))
     assert code == 1
     assert {proof["name"] for proof in report["probe"] if not proof["holds"]} == {"upstream"}
     assert not file.exists()
 
 
 def test_without_the_plugin_the_probe_fails() -> None:
-    outcome = probe.run(ensure_release(RELEASE), [], RELEASE, plugin=False)
+    outcome = probe.run(ensure_release(RELEASE), [], RELEASE, ["router"], plugin=False)
     failed = {proof.name for proof in outcome.proofs if not proof.holds}
-    # A checkpoint of rounded tensors is read back as it was written; this release has no inference router.
-    assert failed == {proof.name for proof in outcome.proofs} - {"checkpoint", "inference"}
+    # A checkpoint of rounded tensors is read back as it was written.
+    assert failed == {proof.name for proof in outcome.proofs} - {"checkpoint"}
 
 
 def test_what_did_not_run_in_the_probe_is_not_cleared_unless_somebody_vouches_for_it(
@@ -137,7 +137,7 @@ def test_what_did_not_run_in_the_probe_is_not_cleared_unless_somebody_vouches_fo
 ) -> None:
     name = "megatron.core.transformer.moe.router:Router.gating"
     outcome = probe.Outcome([probe.Proof("casts", True, "")], frozenset({name}))
-    monkeypatch.setattr(probe, "run", lambda *_: outcome)
+    monkeypatch.setattr(probe, "run", lambda *_, **__: outcome)
     code, report = check(capsys, harmless, "--probe")
     assert code == 1
     assert any("did not run in the probe" in note for note in report["notes"])

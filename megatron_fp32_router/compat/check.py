@@ -60,7 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pin", metavar="VERSION", help="fail when another version, or another commit of a clone, than this is found"
     )
-    parser.add_argument("--probe", action="store_true", help="also train the tiny laboratory model on it and compare")
+    parser.add_argument(
+        "--probe", action="store_true", help="also train the tiny laboratory model on it, as --for says, and compare"
+    )
     parser.add_argument(
         "--accept",
         metavar="FILE",
@@ -73,6 +75,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--unproven",
         action="store_true",
         help="with --probe or --accept: you have read the diffs of what the probe does not run, and vouch for them",
+    )
+    parser.add_argument(
+        "--transformer-engine",
+        metavar="FOLDER",
+        default="",
+        help="with --probe or --accept: its wheel, unpacked, to try the precision-aware optimizer with",
     )
     parser.set_defaults(usage_error=parser.error)
     parser.add_argument("--json", action="store_true", help="print one JSON object; the same as --format json")
@@ -104,8 +112,9 @@ class Report:
 
     def area(self, name: str) -> str:
         """A word about an area: whether it fits, or what comes of it."""
-        if not any(not t.fits and t not in self.proven and name in t.areas for t in self.targets):
-            return "fits"
+        drifted = [t for t in self.targets if not t.fits and name in t.areas]
+        if all(t in self.proven for t in drifted):
+            return "fits, proven by the probe" if drifted and not self.vouched else "fits"
         if name == "router":
             return "does not fit"
         stops = any(patch.essential for patch in PATCHES if patch.area == name)
@@ -201,9 +210,11 @@ def _static(report: Report, arguments: argparse.Namespace) -> None:
             f"{megatron.version} is no release that this version of the plugin knows (it knows {oldest} to {newest}); "
             "its functions are compared with those of all known releases, and of commits between them"
         )
-    lie = judge.another_release()
+    lie, commit = judge.another_release(), judge.router_commit()
     if lie is not None:
         report.notes.append(f"it calls itself {megatron.version}, and more of its functions are those of {lie}")
+    if commit:
+        report.notes.append(f"it says {megatron.version}; its router is that of {commit}")
     if any(target.accepted for target in report.targets):
         report.notes.append(f"accepted drifts are taken from {accepted.path}")
 
@@ -268,12 +279,22 @@ def _probe(report: Report, arguments: argparse.Namespace) -> None:
     if hopeless:
         report.notes.append(f"not probed: {', '.join(hopeless)} cannot be patched")
         return
-    report.probe = probe.run(Path(report.root), report.targets, str(report.version))
-    unproven = [t.dotted for t in report.targets if t.name in report.probe.unproven and not t.accepted]
-    if unproven:
-        names = ", ".join(sorted(unproven))
+    engine = arguments.transformer_engine
+    if engine and not (Path(engine) / "transformer_engine").is_dir():
+        raise Fp32RouterError(f"--transformer-engine {engine}: there is no folder transformer_engine in it")
+    report.probe = probe.run(
+        Path(report.root), report.targets, str(report.version), report.areas, transformer_engine=engine
+    )
+    report.notes.append(f"the probe took {report.probe.seconds:.0f} s")
+    unproven = [t for t in report.targets if t.name in report.probe.unproven and not t.accepted]
+    for asked in (True, False):
+        found = [t for t in unproven if bool(t.areas & set(report.areas)) == asked]
+        areas = ",".join(sorted({area for t in found for area in t.areas}))
         way_out = "which you vouch for" if report.vouched else "read the diff; --unproven vouches for it"
-        report.notes.append(f"has drifted and did not run in the probe, {way_out}: {names}")
+        way_out = way_out if asked else f"for it was not asked; add {areas} to --for"
+        if found:
+            names = ", ".join(sorted(t.dotted for t in found))
+            report.notes.append(f"has drifted and did not run in the probe, {way_out}: {names}")
 
 
 def _accept(report: Report, arguments: argparse.Namespace) -> None:
@@ -318,7 +339,7 @@ def _summary(report: Report) -> str:
     if not report.targets:
         return f"{what}{report.verdict}."
     left_out = [name for name in AREAS if name not in report.areas]
-    asked = [*report.areas, *(name for name in left_out if report.area(name) != "fits")]
+    asked = [*report.areas, *(name for name in left_out if not report.area(name).startswith("fits"))]
     areas = "; ".join(f"{name}: {report.area(name)}" for name in asked)
     areas += f". Not asked for: {', '.join(left_out)}" if left_out else ""
     return f"{what}{report.verdict}. {areas}. {len(report.targets)} targets: {counts}."
@@ -342,7 +363,8 @@ def _print_table(report: Report) -> None:
             if len(lines) > _DIFF_LINES:
                 print(f"… {len(lines) - _DIFF_LINES} more lines with --json")
     if report.probe is not None:
-        tried = [(p.name, "yes" if p.holds else "NO", p.detail) for p in report.probe.proofs]
+        words = {True: "yes", False: "NO", None: "left out"}
+        tried = [(p.name, words[p.holds], p.detail) for p in report.probe.proofs]
         table(("probe", "holds", "detail"), tried)
     for sentence in (*report.problems, *report.notes):
         print(f"- {sentence}")
@@ -364,7 +386,7 @@ def _print_annotations(report: Report) -> None:
             text += f" (patches {', '.join(t.patches)})\n{t.diff}"
             print(f"::{level} file={place},line={max(t.line, 1)},title=megatron-fp32-router::{_escaped(text.rstrip())}")
     for proof in report.probe.proofs if report.probe is not None else ():
-        if not proof.holds:
+        if proof.holds is False:
             print(f"::error title=megatron-fp32-router::{_escaped(f'probe {proof.name}: {proof.detail}')}")
     for sentence in report.problems:
         print(f"::error title=megatron-fp32-router::{_escaped(sentence)}")

@@ -69,6 +69,10 @@ def _root(given: str | None) -> Path:
             candidate / "megatron" / "core",
         ):
             return candidate
+    if (path / "megatron" / "model").is_dir():
+        raise NoMegatronError(
+            f"--megatron {given}: a Megatron-LM from before megatron-core, older than any release of it"
+        )
     raise NoMegatronError(f"--megatron {given}: no Megatron; expected a folder that holds megatron/core")
 
 

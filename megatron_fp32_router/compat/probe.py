@@ -1,23 +1,35 @@
 """The behavioural part of `check`: the laboratory trains on the tree, and what the plugin promises is compared.
 
-The training is a process of its own (probe_run.py), in which what has drifted counts as accepted, so that the plugin is
-applied to it; everything else stops it as it would stop a real one.
+The trainings are processes of their own, in which what has drifted counts as accepted, so that the plugin is applied to
+it; everything else stops them as it would stop a real one. One rank tries the router (probe_run.py), two ranks try
+optimizers, checkpoints and schedules (probe_areas.py), each only where it belongs to what was asked for.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Final
 
 from megatron_fp32_router.errors import Fp32RouterError
 from megatron_fp32_router.patching import accepted
 from megatron_fp32_router.patching.judge import Target
+from megatron_fp32_router.patching.record import USUAL
 from megatron_fp32_router.settings import PREFIX
+
+#: Areas of which nothing is tried, and why.
+_NOT_TRIED: Final = {
+    "fsdp": "the plugin refuses to keep routers in fp32 under it, so that there is nothing to train",
+    "refit": "the laboratory does not move weights between two models here; read the diff",
+    "monitor": "the probe does not turn the monitor on; read the diff",
+}
 
 
 @dataclass(frozen=True)
@@ -26,12 +38,12 @@ class Proof:
 
     Attributes:
         name: what.
-        holds: whether it is as the plugin promises.
-        detail: the figures, or what is wrong.
+        holds: whether it is as the plugin promises; None: nothing was tried.
+        detail: the figures, what is wrong, or why nothing was tried.
     """
 
     name: str
-    holds: bool
+    holds: bool | None
     detail: str
 
 
@@ -40,24 +52,36 @@ class Outcome:
     """What came of a probe.
 
     Attributes:
-        proofs: one for each promise; where the training itself broke off, one that says so.
+        proofs: one for each promise; where a training itself broke off, one that says so.
         unproven: names of the drifted targets that did not run in it, so that nothing is known about them.
+        seconds: that it took.
     """
 
     proofs: list[Proof]
     unproven: frozenset[str]
+    seconds: float = 0.0
 
     @property
     def passed(self) -> bool:
-        """Whether every promise holds."""
-        return all(proof.holds for proof in self.proofs)
+        """Whether every promise holds that was tried."""
+        return all(proof.holds is not False for proof in self.proofs)
 
 
-def run(root: Path, targets: Sequence[Target], version: str, *, plugin: bool = True) -> Outcome:
+def run(
+    root: Path,
+    targets: Sequence[Target],
+    version: str,
+    areas: Sequence[str] = USUAL,
+    *,
+    plugin: bool = True,
+    transformer_engine: str = "",
+) -> Outcome:
     """Train on the Megatron in `root` and compare.
 
     Args:
+        areas: what to try, of patching.record.AREAS.
         plugin: False runs the same without the plugin, which must fail: for the tests of the probe.
+        transformer_engine: a folder with TransformerEngine's Python, for the precision-aware optimizer.
 
     Raises:
         Fp32RouterError: this machine lacks what the laboratory needs.
@@ -68,36 +92,60 @@ def run(root: Path, targets: Sequence[Target], version: str, *, plugin: bool = T
                 f"--probe trains a tiny model, and {name} is not installed: "
                 f"{sys.executable} -m pip install 'megatron-fp32-router[lab]'"
             )
-    from megatron_fp32_router.compat.probe_run import RECIPE
+    from megatron_fp32_router.compat import probe_areas, probe_run
     from megatron_fp32_router.lab import RankFailedError, RanksTimedOutError, run_ranks
 
     drifted = [target for target in targets if target.state == "drifted"]
     files = {str(root.resolve() / target.file) for target in drifted}
+    start = time.monotonic()
+    proofs = [Proof(area, None, why) for area, why in _NOT_TRIED.items() if area in areas]
+    not_tried = len(proofs)
+    ran: dict[str, list[tuple[str, int]]] = {file: [] for file in files}
     with tempfile.TemporaryDirectory() as folder:
-        allowed, progress = Path(folder) / "accepted.json", Path(folder) / "progress"
+        allowed, progress, done = (Path(folder) / name for name in ("accepted.json", "progress", "done"))
         accepted.write(allowed, version, targets, {})
+        arguments: dict[str, Any] = {
+            "progress": str(progress),
+            "done": str(done),
+            "files": sorted(files),
+            "areas": list(areas),
+            "transformer_engine": transformer_engine,
+        }
+        env = {f"{PREFIX}_ACCEPTED": str(allowed), f"{PREFIX}_ON_MISMATCH": "raise", f"{PREFIX}_PROTECT": "all"}
         with _Shown(progress):
-            try:
-                (result,) = run_ranks(
-                    "megatron_fp32_router.compat.probe_run:prove",
-                    RECIPE,
-                    {"progress": str(progress), "files": sorted(files)},
-                    megatron=root,
-                    plugin=plugin,
-                    env={
-                        f"{PREFIX}_ACCEPTED": str(allowed),
-                        f"{PREFIX}_ON_MISMATCH": "raise",
-                        f"{PREFIX}_PROTECT": "all",
-                    },
-                    timeout=300.0,
-                )
-            except (RankFailedError, RanksTimedOutError) as error:
-                # The last line of a traceback is what went wrong; the rest is where.
-                broken = Proof("training", False, str(error).strip().splitlines()[-1])
-                return Outcome([broken], frozenset(target.name for target in drifted))
-    proofs = [Proof(name, bool(holds), str(detail)) for name, holds, detail in result["proofs"]]
-    unproven = [target.name for target in drifted if not _ran(target, result["ran"][str(root.resolve() / target.file)])]
-    return Outcome(proofs, frozenset(unproven))
+            for module, its_areas in ((probe_run, probe_run.PROMISES.keys()), (probe_areas, probe_areas.AREAS)):
+                if not its_areas & set(areas):
+                    continue
+                target = f"{module.__name__}:prove"
+                try:
+                    results = run_ranks(
+                        target, module.RECIPE, arguments, megatron=root, plugin=plugin, env=env, timeout=300.0
+                    )
+                except (RankFailedError, RanksTimedOutError) as error:
+                    proofs = proofs[:not_tried] + [Proof(*json.loads(line)) for line in _lines(done)]
+                    # The last line of a traceback is what went wrong; the rest is where.
+                    last = _lines(progress)[-1:] or ["training"]
+                    proofs.append(Proof(last[0], False, str(error).strip().splitlines()[-1]))
+                    break
+                proofs += [_worst(found) for found in zip(*(result["proofs"] for result in results), strict=True)]
+                for file in files:
+                    ran[file] += [function for result in results for function in result["ran"][file]]
+    unproven = [
+        target.name
+        for target in drifted
+        if not target.areas & set(areas) or not _ran(target, ran[str(root.resolve() / target.file)])
+    ]
+    return Outcome(proofs, frozenset(unproven), time.monotonic() - start)
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+
+
+def _worst(found: Sequence[Sequence[Any]]) -> Proof:
+    """One promise as the ranks tell of it: whatever one of them found wrong."""
+    name, holds, detail = next((proof for proof in found if proof[1] is False), found[0])
+    return Proof(str(name), holds, str(detail))
 
 
 def _ran(target: Target, functions: list[tuple[str, int]]) -> bool:
@@ -118,7 +166,7 @@ class _Shown:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> None:
-        print("probe: starting Megatron …", file=sys.stderr, flush=True)
+        print("probe: starting Megatron; it takes a minute or two …", file=sys.stderr, flush=True)
         self._thread.start()
 
     def __exit__(self, *_: object) -> None:
@@ -126,9 +174,9 @@ class _Shown:
         self._thread.join()
 
     def _watch(self) -> None:
-        shown = 0
+        shown, start = 0, time.monotonic()
         while not self._finished.wait(0.2):
-            stages = self._progress.read_text(encoding="utf-8").splitlines() if self._progress.exists() else []
+            stages = _lines(self._progress)
             for stage in stages[shown:]:
-                print(f"probe: {stage} …", file=sys.stderr, flush=True)
+                print(f"probe, {time.monotonic() - start:.0f} s: {stage} …", file=sys.stderr, flush=True)
             shown = len(stages)

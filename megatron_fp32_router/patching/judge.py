@@ -14,7 +14,7 @@ from packaging.version import Version
 from megatron_fp32_router.patching import canonical
 from megatron_fp32_router.patching.fingerprints import Fingerprints, known
 from megatron_fp32_router.patching.megatron import Megatron
-from megatron_fp32_router.patching.record import Needless, Patch
+from megatron_fp32_router.patching.record import MOE_UTILS, ROUTER, Needless, Patch
 from megatron_fp32_router.patching.records import PATCHES, has_body, relied_on
 from megatron_fp32_router.patching.source import Body, Tree
 
@@ -130,6 +130,20 @@ class Judge:
             counts[line] = max(counts.get(line, 0), agree)
         best = max(counts, key=lambda line: counts[line])
         return ".".join(map(str, best)) if own in counts and counts[own] < counts[best] else None
+
+    def router_commit(self) -> str:
+        """Since which commit the router is as it is here: `main since 2026-06-12 (277c4f8040)`.
+
+        Of the bodies that a commit between releases has and no release, the latest; "" where there is none.
+        """
+        found = []
+        for name in self.fingerprints.history:
+            if name.startswith((ROUTER, MOE_UTILS)):
+                seen = self.fingerprints.history[name].get(str(self._digest(name)), "")
+                branch, _, commit = seen.partition(" of ")
+                found.append((commit, branch))
+        commit, branch = max(found)
+        return f"{branch} since {commit}" if commit else ""
 
     def _digest(self, name: str) -> str | None:
         return self.tree.body(name).digest if self.tree.has(name.partition(":")[0]) else None

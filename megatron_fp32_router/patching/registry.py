@@ -26,7 +26,7 @@ from megatron_fp32_router.log import say
 from megatron_fp32_router.patching.gate import look
 from megatron_fp32_router.patching.megatron import Megatron, of_module
 from megatron_fp32_router.patching.owner import HOME, MADE_BY, MARK, PLACE, home, is_ours, name_of, somebody_elses
-from megatron_fp32_router.patching.record import Function, Needless, Patch
+from megatron_fp32_router.patching.record import USUAL, Function, Needless, Patch
 from megatron_fp32_router.patching.records import PATCHES
 from megatron_fp32_router.settings import PREFIX, Settings
 
@@ -215,6 +215,7 @@ def _apply(
         file = str(Path(registry.settings.accepted or "megatron_fp32_router.accepted.json").absolute())
         tree = str(megatron.path).removesuffix("/megatron/core")
         command = [sys.executable, "-m", "megatron_fp32_router", "check", "--megatron", tree, "--accept", file]
+        command += [] if patch.area in USUAL else ["--for", ",".join((*USUAL, patch.area))]
         accepting = (
             f"To keep this Megatron, run `{shlex.join(command)}`: it shows the change, trains a tiny model on it, and "
             f"writes {file} if the plugin works there. Then train with {PREFIX}_ACCEPTED={shlex.quote(file)}. Or "

@@ -1,0 +1,354 @@
+"""What the probe does with two ranks: optimizers, their checkpoints, and pipeline schedules, by area.
+
+Every promise goes through its own layout of the two ranks. What is compared is compared after the last collective, so
+that a rank that finds something wrong leaves no other one waiting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+
+from megatron_fp32_router import disable, enable
+from megatron_fp32_router.compat import probe_run
+from megatron_fp32_router.compat.probe_run import Failed, LeftOut, Promise
+from megatron_fp32_router.lab import (
+    Lab,
+    Recipe,
+    build_model,
+    checkpoint,
+    compat,
+    layer_wise,
+    layout,
+    leave_layout,
+    seed,
+    text_batches,
+    transformer_engine,
+    wrap,
+)
+
+#: Two ranks of whatever kind. Small enough that building, three steps and a checkpoint take a fraction of a second.
+RECIPE: Final = Recipe(
+    data_parallel=2, hidden=32, moe_ffn=32, experts=4, seq_length=32, vocab=64, bias_start=0.75, clip_grad=0.0
+)
+#: What is tried here, of patching.record.AREAS.
+AREAS: Final = frozenset({"data_parallel", "optimizer", "distributed", "torch_dist", "layer_wise", "schedules"})
+_STEPS: Final = 3
+
+_PLAIN: Final[dict[str, Any]] = {"fused_adam": True}
+_DISTRIBUTED: Final[dict[str, Any]] = {"optimizer": "distributed", "fused_adam": True}
+
+#: Formats that store an optimizer's state by parameter name, or in which the plugin finds the names: a run without the
+#: plugin can be resumed with it.
+_BY_NAME: Final = ("torch_dist", "fully_sharded_model_space", "fully_reshardable")
+
+
+def prove(recipe: Recipe, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Try the promises of `arguments["areas"]`, as probe_run.prove does its own."""
+    leave_layout()
+    return probe_run.prove_each(_promises(arguments), recipe, arguments, stop=True)
+
+
+def _promises(arguments: dict[str, Any]) -> dict[str, Promise]:
+    areas, engine = set(arguments["areas"]), arguments["transformer_engine"]
+    found: dict[str, Promise] = {}
+    if "data_parallel" in areas:
+        found["data_parallel: buckets"] = _buckets
+    if "optimizer" in areas:
+        found["optimizer: updates"] = _updates
+        found["optimizer: torch"] = partial(_resume, fields=_PLAIN, name="torch", from_off=True)
+    if areas & {"optimizer", "torch_dist"}:
+        found["optimizer: torch_dist"] = partial(_resume, fields=_PLAIN, name="torch_dist", from_off=True)
+    if "distributed" in areas:
+        found["distributed: updates"] = _distributed_updates
+    if areas & {"distributed", "torch_dist"}:
+        for name in checkpoint.formats("distributed"):
+            if name != "torch" or "distributed" in areas:
+                one = partial(_resume, fields=_DISTRIBUTED, name=name, from_off=name in _BY_NAME)
+                found[f"distributed: {name}"] = one
+    if "distributed" in areas:
+        found.update(_of_precision_aware(engine))
+    if "layer_wise" in areas:
+        found["layer_wise: updates"] = _layer_wise_updates
+        found["layer_wise: torch_dist"] = _layer_wise_resume
+    if "schedules" in areas:
+        for what, fields in {
+            "no pipeline": {},
+            "2 stages": {"pipeline_parallel": 2, "data_parallel": 1},
+            "2 stages, interleaved": {"pipeline_parallel": 2, "data_parallel": 1, "virtual_pipeline": 2, "layers": 4},
+        }.items():
+            found[f"schedules: {what}"] = partial(_schedule, fields=fields)
+    return found
+
+
+def _of_precision_aware(engine: str) -> dict[str, Promise]:
+    if not engine:
+
+        def left_out(recipe: Recipe) -> str:
+            raise LeftOut("it needs TransformerEngine's Python: --transformer-engine FOLDER, its wheel unpacked")
+
+        return {"distributed: precision-aware": left_out}
+    config = import_module("megatron.core.optimizer").OptimizerConfig
+    # Of main copies in two halves, Megatron can load fewer formats.
+    whole = compat.signature_kwargs(config, store_param_remainders=False)
+    # Older releases always have halves where TransformerEngine does, and ask for its version.
+    told = "" if whole else "2.0"
+    fields = {"optimizer": "distributed", "optimizer_extra": {"use_precision_aware_optimizer": True, **whole}}
+    return {
+        f"distributed: precision-aware, {name}": partial(
+            _resume, fields=fields, name=name, from_off=False, engine=(Path(engine), told)
+        )
+        for name in checkpoint.formats("distributed")
+    }
+
+
+# Trainings --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _laid_out(recipe: Recipe, engine: tuple[Path, str] | None = None) -> Iterator[None]:
+    context = contextlib.nullcontext() if engine is None else transformer_engine.in_use(*engine)
+    with layout(recipe), context:
+        yield
+
+
+def _build(recipe: Recipe) -> Lab:
+    """A model and an optimizer, the same ones every time."""
+    seed(recipe.seed)
+    return wrap(recipe, build_model(recipe))
+
+
+def _train(room: Lab, first: int = 0) -> list[float]:
+    """Three steps, of which `first` have been taken before; returns their losses."""
+    batches = text_batches(room.recipe, seed=7)
+    for _ in range(first * room.recipe.micro_batches):
+        next(batches)
+    return [room.step(batches) for _ in range(_STEPS)]
+
+
+def _same(what: str, one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    different = checkpoint.differences(one, other)
+    if different:
+        raise Failed(f"{what}: {len(different)} of {len(one)} tensors differ, first {different[0]}")
+
+
+def _parameters(room: Lab) -> dict[str, torch.Tensor]:
+    """Parameters and buffers alone."""
+    held = checkpoint.snapshot(room)
+    ends = ("main", "range", "exp_avg", "exp_avg_sq", "master_param", "step")
+    return {name: value for name, value in held.items() if not name.endswith(ends)}
+
+
+def _buckets(recipe: Recipe) -> str:
+    ends = []
+    for overlap in (True, False):
+        this = dataclasses.replace(recipe, **_PLAIN, overlap=overlap)
+        with layout(this):
+            room = _build(this)
+            _train(room)
+            ends.append(_parameters(room))
+    _same("with and without overlap", *ends)
+    return f"{_STEPS} steps of 2 ranks end on the same bits with overlapped reduction and without"
+
+
+def _updates(recipe: Recipe) -> str:
+    """An fp32 router weight moves as torch's Adam moves one parameter that is handed the same gradients."""
+    this = dataclasses.replace(recipe, overlap=False)
+    with layout(this):
+        room = _build(this)
+        routers = dict(room.routers())
+        alone = {name: router.weight.detach().double().requires_grad_() for name, router in routers.items()}
+        adam = torch.optim.AdamW(alone.values(), lr=this.lr, weight_decay=0.0)
+        batches = text_batches(this, seed=7)
+        for _ in range(_STEPS):
+            room.step_without_optimizer(batches)
+            for name, router in routers.items():
+                alone[name].grad = router.weight.main_grad.detach().double()
+            room.optimizer.step()
+            adam.step()
+        for name, router in routers.items():
+            # fp32 spacing at 0.1 is 7e-9, and there are three steps of 1e-3.
+            away = float((router.weight.detach().double() - alone[name]).abs().max())
+            if router.weight.dtype != torch.float32 or away > 5e-8:
+                raise Failed(f"{name}.weight is {router.weight.dtype}, and {away:.1e} from where Adam moves it in fp64")
+    return f"{_STEPS} steps move fp32 router weights as Adam does in fp64"
+
+
+def _distributed_updates(recipe: Recipe) -> str:
+    ends = []
+    for fields in (_PLAIN, _DISTRIBUTED):
+        this = dataclasses.replace(recipe, **fields)
+        with layout(this):
+            room = _build(this)
+            _train(room)
+            ends.append(_parameters(room))
+    _same("the distributed optimizer and one that is not", *ends)
+    return f"{_STEPS} steps of 2 ranks end on the bits of ranks that update everything"
+
+
+def _layer_wise_updates(recipe: Recipe) -> str:
+    modes = _layer_wise_modes()
+    this = dataclasses.replace(recipe, layers=1, overlap=False, expert_bias=False)
+    ends = []
+    for mode in ("plain", *modes):
+        with layout(this):
+            room = layer_wise.build(this, mode)
+            _train(room)
+            ends.append(layer_wise.parameters(room))
+    for mode, end in zip(modes, ends[1:], strict=True):
+        _same(mode, ends[0], end)
+    return f"{_STEPS} steps of 2 ranks end on the bits of ranks that update everything ({', '.join(modes)})"
+
+
+def _layer_wise_modes() -> list[str]:
+    found = layer_wise.modes()
+    if not found:
+        raise LeftOut("this Megatron has no layer-wise optimizer")
+    return found
+
+
+def _layer_wise_resume(recipe: Recipe) -> str:
+    this = dataclasses.replace(recipe, layers=1, overlap=False, expert_bias=False)
+    modes = [mode for mode in _layer_wise_modes() if mode != "overlap"]
+    for mode in modes:
+        with layout(this):
+            _resumed(lambda mode=mode: layer_wise.build(this, mode), "torch_dist")  # type: ignore[misc]
+    return f"{_RESUMED} ({', '.join(modes)})"
+
+
+def _schedule(recipe: Recipe, fields: dict[str, Any]) -> str:
+    this = dataclasses.replace(recipe, **fields)
+    with layout(this):
+        return probe_run.update(dataclasses.replace(this, seq_length=256, micro_batch=4))
+
+
+# Checkpoints ------------------------------------------------------------------------------------------------------
+
+_RESUMED: Final = f"{_STEPS} steps, save, load and {_STEPS} more end on the bits of {2 * _STEPS}"
+
+
+def _resume(
+    recipe: Recipe, *, fields: dict[str, Any], name: str, from_off: bool, engine: tuple[Path, str] | None = None
+) -> str:
+    this = dataclasses.replace(recipe, **fields)
+    with _laid_out(this, engine):
+        failure = _failure(lambda: _resumed(lambda: _build(this), name))
+    without_bias = dataclasses.replace(this, expert_bias=False)  # which upstream's loads round in some releases
+    if failure:
+        with _laid_out(this, engine), _without_plugin():
+            upstreams = _failure(lambda: _resumed(lambda: _build(without_bias), name))
+        if not upstreams:
+            raise Failed(failure)
+        raise LeftOut(f"this Megatron cannot save or load it without the plugin either: {upstreams}")
+    if not from_off:
+        return _RESUMED
+    with _laid_out(without_bias, engine):
+        _from_off(without_bias, name)
+    return f"{_RESUMED}; a run without the plugin is resumed with its main copies and moments"
+
+
+def _failure(action: Callable[[], object]) -> str:
+    """What `action` stopped with, or nothing; that something differs is not a stop, and goes through."""
+    try:
+        action()
+    except Failed:
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        said = str(error).strip().partition("\n")[0] or f"{place.line} ({Path(place.filename).name}:{place.lineno})"
+        return f"{type(error).__name__}: {said}"
+    return ""
+
+
+@contextlib.contextmanager
+def _without_plugin() -> Iterator[None]:
+    disable()
+    try:
+        yield
+    finally:
+        enable()
+
+
+@contextlib.contextmanager
+def _shared_folder() -> Iterator[Path]:
+    """A new folder that both ranks see, until both have left it."""
+    name: list[Any] = [None]
+    with contextlib.ExitStack() as stack:
+        if dist.get_rank() == 0:
+            name = [stack.enter_context(tempfile.TemporaryDirectory())]
+        dist.broadcast_object_list(name)
+        yield Path(name[0]) / "checkpoint"
+        dist.barrier()
+
+
+def _resumed(build: Callable[[], Lab], name: str) -> None:
+    """Save after three steps, load into a new model: both have to end on the same bits three steps later."""
+    room = build()
+    _train(room)
+    middle = checkpoint.snapshot(room)
+    other = build()
+    with _shared_folder() as folder:
+        checkpoint.save(room, folder, name)
+        checkpoint.load(other, folder, name)
+    loaded = checkpoint.snapshot(other)
+    losses = [_train(one, _STEPS) for one in (room, other)]
+    ends = [checkpoint.snapshot(one) for one in (room, other)]
+    _same("saved and loaded", middle, loaded)
+    _same(f"{_STEPS} steps after the load", *ends)
+    if losses[0] != losses[1]:
+        raise Failed(f"the loaded run has the losses {losses[1]}, and the saved one {losses[0]}")
+
+
+def _from_off(recipe: Recipe, name: str) -> None:
+    """A run without the plugin is saved, and loaded with it: main copies and moments keep their bits and places."""
+    with _shared_folder() as folder:
+        with _without_plugin():
+            room = _build(recipe)
+            _train(room)
+            saved = _whole(room)
+            checkpoint.save(room, folder, name)
+        other = _build(recipe)
+        checkpoint.load(other, folder, name)
+        loaded = _whole(other)
+    _same("saved without the plugin, loaded with it", saved, loaded)
+    for router_name, router in other.routers():
+        (main,) = (value for key, value in loaded.items() if key.endswith(f"{_short(router_name)}.weight.main"))
+        if not torch.equal(router.weight.detach().view(-1), main):
+            raise Failed(f"{router_name}.weight is not the main copy that was saved without the plugin")
+
+
+def _short(name: str) -> str:
+    """A router's name from `decoder` on: wrappers lead it."""
+    return name[name.index("decoder") :]
+
+
+def _whole(room: Lab) -> dict[str, torch.Tensor]:
+    """Main copies and moments of all ranks, each as one line of numbers: ranks of a distributed optimizer have slices
+    of them, cut differently with the plugin and without.
+    """
+    held = checkpoint.snapshot(room)
+    mine = {
+        name: (int(held.get(f"{name.rpartition('.')[0]}.range", torch.tensor([0]))[0]), value.view(-1))
+        for name, value in held.items()
+        if name.endswith((".main", ".exp_avg", ".exp_avg_sq"))
+    }
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, mine)
+    found: dict[str, torch.Tensor] = {}
+    for name in sorted({name for rank in ranks for name in rank}):
+        parts = [rank[name] for rank in ranks if name in rank]
+        joined = torch.full((max(start + part.numel() for start, part in parts),), float("nan"))
+        for start, part in parts:
+            joined[start : start + part.numel()] = part
+        found[name] = joined
+    return found
