@@ -1,4 +1,4 @@
-"""The command line: `run`, `check`, `doctor`, `demo`, `audit`, `predict`, `report`, `patch`; see the help of each."""
+"""The command line: one function for each command; see the help of each."""
 
 from __future__ import annotations
 
@@ -54,6 +54,12 @@ def _predict(arguments: argparse.Namespace) -> int:
     return command.main(arguments)
 
 
+def _parity(arguments: argparse.Namespace) -> int:
+    from megatron_fp32_router.serving import parity_command
+
+    return parity_command.main(arguments)
+
+
 def _patch(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
@@ -74,7 +80,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return compat_doctor.main(arguments)
 
 
-def _parser(with_demo: bool, with_predict: bool = False) -> argparse.ArgumentParser:
+def _parser(with_demo: bool, with_serving: bool = False) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megatron-fp32-router",
         description="Keeps everything that Megatron-LM's mixture-of-experts router decides with in fp32.",
@@ -119,18 +125,25 @@ def _parser(with_demo: bool, with_predict: bool = False) -> argparse.ArgumentPar
         help="say what share of balance updates a run without the plugin gets wrong; exit codes: 0 none, 1 some",
     )
     predict.set_defaults(action=_predict)
-    if with_predict:
+    parity = commands.add_parser(
+        "parity",
+        help="say how many recorded tokens an engine sends to other experts; exit codes: 0 none, 1 some",
+    )
+    parity.set_defaults(action=_parity)
+    if with_serving:
         # Nor what is about serving.
         from megatron_fp32_router.serving import command as serving_command
+        from megatron_fp32_router.serving import parity_command
 
         serving_command.add_arguments(predict)
+        parity_command.add_arguments(parity)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script. Returns the exit code."""
     given = sys.argv[1:] if argv is None else list(argv)
-    arguments = _parser(given[:1] == ["demo"], given[:1] == ["predict"]).parse_args(given)
+    arguments = _parser(given[:1] == ["demo"], given[:1] in (["predict"], ["parity"])).parse_args(given)
     action: Callable[[argparse.Namespace], int] = arguments.action
     if action is _run:
         return _run(arguments)  # its streams are the user's program's

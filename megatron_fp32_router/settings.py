@@ -16,6 +16,9 @@ from megatron_fp32_router.errors import SettingsError
 
 PREFIX: Final = "MEGATRON_FP32_ROUTER"
 
+#: Tokens of a router's first micro-batch that the monitor computes with in a look, evenly spread over it.
+SAMPLE: Final = 512
+
 Protect = Literal["all", "buffers"]
 OnMismatch = Literal["raise", "warn"]
 Untested = Literal["refuse", "allow"]
@@ -86,6 +89,12 @@ VARIABLES: Final = (
         "The folder that the monitor's `monitor.jsonl` goes to; rank 0 makes it.",
     ),
     Variable(
+        f"{PREFIX}_MONITOR_RECORD",
+        ("0", "N"),
+        "A number of tokens, at most 512: every look also writes so many inputs of each router to a file beside "
+        "`monitor.jsonl`, for `parity` (docs/serving.md). The newest four looks are kept.",
+    ),
+    Variable(
         f"{PREFIX}_LOG",
         ("info", "debug", "warning"),
         "The least severe message that is shown.",
@@ -105,6 +114,7 @@ class Settings:
         agree_timeout: seconds to wait for the other ranks before the first step; 0 compares nothing.
         monitor: look at the routers every so many steps; 0: never.
         monitor_dir: the folder that monitor.jsonl goes to.
+        monitor_record: tokens of each router that a look writes down; 0: none.
         accepted: path of the file with accepted changes in Megatron's source, or "".
         like: the engine whose roundings the forward does, or "".
     """
@@ -116,6 +126,7 @@ class Settings:
     agree_timeout: float = 300
     monitor: int = 0
     monitor_dir: str = "fp32_router_monitor"
+    monitor_record: int = 0
     accepted: str = ""
     like: str = ""
 
@@ -187,6 +198,16 @@ def _like(environ: Mapping[str, str]) -> str:
     return value
 
 
+def _record(environ: Mapping[str, str]) -> int:
+    name = _table("_MONITOR_RECORD").name
+    value = environ.get(name, "").strip() or "0"
+    if not (value.isascii() and value.isdigit() and int(value) <= SAMPLE):
+        raise SettingsError(f"{name} has the value {value!r}; accepted is a whole number of tokens, 0 to {SAMPLE}")
+    if int(value) and not _interval(environ):
+        raise SettingsError(f"{name} is {value}, and {_table('_MONITOR').name} is off: only a look records; set both")
+    return int(value)
+
+
 def switch(environ: Mapping[str, str] = os.environ) -> bool | None:
     """What MEGATRON_FP32_ROUTER says: True for `1`, False for `0`, None when unset.
 
@@ -210,6 +231,7 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
         agree_timeout=_seconds("_AGREE_TIMEOUT", environ),
         monitor=_interval(environ),
         monitor_dir=environ.get(_table("_MONITOR_DIR").name, "").strip() or _table("_MONITOR_DIR").values[0],
+        monitor_record=_record(environ),
         # Any path. It is read, and refused if it is not such a file, when the first module is patched.
         accepted=environ.get(f"{PREFIX}_ACCEPTED", "").strip(),
         like=_like(environ),

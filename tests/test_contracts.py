@@ -19,6 +19,8 @@ ALL = [(engine, model) for engine in engines().values() for model in engine.mode
 def test_every_contract_is_whole(engine: Engine, model: Model) -> None:
     assert engine.versions
     assert engine.established
+    assert engine.ties in ("lower", "torch.topk")
+    assert model.function in ("sigmoid", "softmax", "logits")
     assert "weight" in model.tensors
     for kind, entries in model.tensors.items():
         assert any(not entry.where for entry in entries), kind
@@ -127,6 +129,6 @@ def test_every_command_line_of_the_page_is_one_that_the_program_takes() -> None:
 
     page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     shown = re.findall(r"^    megatron-fp32-router (.*)$", page, re.MULTILINE)
-    assert len(shown) == 3
+    assert len(shown) == 4
     for line in shown:
-        cli._parser(with_demo=False, with_predict=True).parse_args(line.split())
+        cli._parser(with_demo=False, with_serving=True).parse_args(line.split())

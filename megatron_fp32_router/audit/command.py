@@ -49,6 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --repair: also write expert biases shifted to where bf16 is finest; no choice changes",
     )
     parser.add_argument(
+        "--router-dtype",
+        choices=("float32", "bfloat16"),
+        help="with --repair and --against: OUT is a copy of this export, with the router tensors of checkpoint B",
+    )
+    parser.add_argument(
         "--search-limit",
         type=_gigabytes,
         default=_SEARCH_LIMIT / 1e9,
@@ -99,6 +104,8 @@ def _main(arguments: argparse.Namespace) -> int:
     engines = [find(asked) for option in arguments.engines for asked in option.split(",")]
     if arguments.shift_bias and not arguments.repair:
         return _refuse("--shift-bias goes with --repair OUT, which is where shifted biases are written")
+    if arguments.router_dtype and (not (arguments.repair and arguments.against) or arguments.shift_bias):
+        return _refuse("--router-dtype goes with --repair OUT and --against CHECKPOINT, and not with --shift-bias")
     if len(arguments.path) > 1 and (arguments.repair or arguments.html):
         return _refuse("--html and --repair take one PATH")
     if arguments.html is not None:
@@ -146,7 +153,14 @@ def _main(arguments: argparse.Namespace) -> int:
             arguments.html.write_text(page(found), encoding="utf-8", errors="backslashreplace")
         if not arguments.json:
             report.show(found, sys.stdout)
-        if arguments.repair is not None:
+        if arguments.router_dtype is not None:
+            from megatron_fp32_router.audit.fill import fill
+
+            assert against is not None
+            result["repair"] = done = fill(checkpoint, against, arguments.repair, arguments.router_dtype)
+            if not arguments.json:
+                _show_fill(done, arguments.repair)
+        elif arguments.repair is not None:
             from megatron_fp32_router.audit.repair import repair
 
             result["repair"] = done = repair(found, arguments.repair, shift_bias=arguments.shift_bias)
@@ -166,6 +180,17 @@ def _check_page(page: Path, path: Path) -> None:
     inside = page.resolve().is_relative_to(path.resolve())
     if page.exists() and inside and page.suffix not in (".html", ".htm"):
         raise Fp32RouterError(f"{page}: is a file of the checkpoint; it was not written over")
+
+
+def _show_fill(done: dict[str, Any], out: Path) -> None:
+    from megatron_fp32_router.audit.report import printable
+
+    print(
+        f"repair: {len(done['replaced'])} router tensors replaced and {len(done['added'])} added, {done['dtype']}, "
+        f"in the copy {out}"
+    )
+    for name, why in done["not_written"].items():
+        print(f"repair: not written: {printable(name)}: {why}")
 
 
 def _show_repair(done: dict[str, Any], out: Path) -> None:

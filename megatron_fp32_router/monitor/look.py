@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -20,10 +20,8 @@ from megatron_fp32_router.log import say
 from megatron_fp32_router.monitor import bias, contract, stability
 from megatron_fp32_router.monitor.load import load
 from megatron_fp32_router.monitor.sinks import NOT_FINITE, Entry, Layer
+from megatron_fp32_router.settings import SAMPLE
 from megatron_fp32_router.wrapping.survey import routers_of
-
-#: Tokens of a router's first micro-batch that routing stability is computed for, evenly spread over it.
-SAMPLE: Final = 512
 
 
 def layers_of(model: Any) -> dict[Layer, tuple[str, Any]]:

@@ -122,12 +122,12 @@ class Rule:
         grouped_TGE = selection_TE.view(selection_TE.shape[0], self.groups, -1)
         each = max(1, self.topk // self.group_topk)
         best_TG = grouped_TGE.topk(each, dim=-1).values.sum(dim=-1)
-        allowed_TG = _largest(best_TG, self.group_topk)
+        allowed_TG = largest(best_TG, self.group_topk)
         return grouped_TGE.masked_fill(~allowed_TG.unsqueeze(-1), float("-inf")).view_as(selection_TE)
 
     def chosen(self, selection_TE: torch.Tensor) -> torch.Tensor:
         """bool [T, E]: the top k. Of equal scores the lower expert wins, so that a result can be computed again."""
-        return _largest(self.eligible(selection_TE), self.topk)
+        return largest(self.eligible(selection_TE), self.topk)
 
     def margin(self, selection_TE: torch.Tensor) -> torch.Tensor:
         """[T]: how far the last expert that was chosen is ahead of the first that was not."""
@@ -135,7 +135,8 @@ class Rule:
         return best[:, -2] - best[:, -1]
 
 
-def _largest(values: torch.Tensor, number: int) -> torch.Tensor:
+def largest(values: torch.Tensor, number: int) -> torch.Tensor:
+    """bool, like `values`: the so many largest of each row; of equal ones those in front."""
     order = torch.sort(values, dim=-1, descending=True, stable=True).indices[:, :number]
     return torch.zeros_like(values, dtype=torch.bool).scatter_(1, order, True)
 

@@ -38,6 +38,8 @@ class Monitor:
         self._memory: dict[Layer, look.Memory] = {}
         #: A look that waits for the balance update.
         self._open: dict[Layer, look.Seen] | None = None
+        #: What MEGATRON_FP32_ROUTER_MONITOR_RECORD asks for of this look, on the device.
+        self._recorded: dict[Layer, Any] = {}
         #: Whether what `entries` say has still to be judged.
         self._unjudged = False
         #: (layer, name) of what was not finite at the last look.
@@ -99,6 +101,7 @@ class Monitor:
         self._ended = True
         self._take_listeners()
         self._take_open()
+        self._recorded.clear()
         self._memory.clear()
         say(
             logging.WARNING,
@@ -155,7 +158,12 @@ class Monitor:
         with torch.no_grad():
             for layer, (name, router) in layers.items():
                 memory = self._memory.setdefault(layer, look.Memory())
-                self._open[layer] = look.see(name, router, listeners.get(layer), samples, memory)
+                listener = listeners.get(layer)
+                self._open[layer] = seen = look.see(name, router, listener, samples, memory)
+                if registry.settings.monitor_record and samples and listener is not None and listener.sample:
+                    from megatron_fp32_router.monitor import recording
+
+                    self._recorded[layer] = recording.copied(router, seen.before_E, listener.sample)
         if registry.settings.on_mismatch == "raise" and any(look.broken(seen) for seen in self._open.values()):
             # At once: the balance update refuses to work on what was found. Others may be there already, and would
             # wait for this rank as long as it waited for them.
@@ -189,6 +197,11 @@ class Monitor:
         together = self._bring_together(seen, meet)
         self.entries = {layer: together[layer] for layer in sorted(together, key=sinks.order)}
         self._hand_on()
+        if self._recorded:
+            from megatron_fp32_router.monitor import recording
+
+            recorded, self._recorded = self._recorded, {}
+            recording.write(self._label(self.step), collect.place()[0], recorded)
         if self._exchange.ended is not None:
             self._end(self._exchange.ended)
 

@@ -62,8 +62,20 @@ class Model:
     name: str
     architectures: tuple[str, ...]
     tensors: Mapping[str, tuple[Entry, ...]]
+    #: What turns logits into scores: "sigmoid" or "softmax".
+    function: str
     notes: str = ""
     rests_on: tuple[str, ...] = ()
+
+    def resolved(self, entry: Entry, config: Mapping[str, Any]) -> str | None:
+        """The dtype an entry comes to with this config.json; None: it does not say."""
+        if entry.dtype == "logits":
+            usual = self.usual("logits", config)
+            return None if usual is None else self.resolved(usual, config)
+        if entry.dtype != "model":
+            return entry.dtype
+        said = config.get("dtype", config.get("torch_dtype"))
+        return said if isinstance(said, str) else None
 
     def usual(self, kind: str, config: Mapping[str, Any]) -> Entry | None:
         """The case that a config.json leads to; None: this engine has no such tensor then."""
@@ -86,6 +98,8 @@ class Engine:
     models: tuple[Model, ...]
     sources: Mapping[str, Source]
     loading: Source
+    #: Which of experts with equal scores wins: the "lower" one, or whichever "torch.topk" takes.
+    ties: str
 
     def model(self, architecture: str) -> Model:
         """Raises NoContractError: nothing is known of this architecture."""
@@ -125,6 +139,7 @@ def _engine(root: dict[str, Any]) -> Engine:
                 for kind in ("weight", "bias", "expert_bias", "logits")
                 if kind in said
             },
+            said["function"],
             said.get("notes", ""),
             tuple(said.get("rests_on", ())),
         )
@@ -138,6 +153,7 @@ def _engine(root: dict[str, Any]) -> Engine:
         models,
         sources,
         sources[root["loading"]],
+        root["ties"],
     )
 
 

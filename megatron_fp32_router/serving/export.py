@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from megatron_fp32_router.audit.finding import Verdict
     from megatron_fp32_router.audit.tensors import Checkpoint, RouterTensor
-    from megatron_fp32_router.serving.contracts import Engine, Entry, Model
+    from megatron_fp32_router.serving.contracts import Engine, Model
 
 #: Parameters and buffers that an engine serves with; counters stay behind.
 SERVED = ("weight", "bias", "expert_bias")
@@ -30,8 +30,12 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
     Raises:
         CheckpointUnreadableError: there is none, or it does not say which architecture this is.
     """
-    folder: Path = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    path = folder / "config.json"
+    return config_in(checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent)
+
+
+def config_in(path: Path) -> dict[str, Any]:
+    """A config.json, or the one in a folder. Raises as `read_config`."""
+    path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         raise unreadable(path, "the config.json of an export to Hugging Face's format, which --for is about", "none")
     try:
@@ -147,7 +151,7 @@ def _served(tensor: RouterTensor, engine: Engine, model: Model, config: dict[str
         asked = ", ".join(f"{key} = {json.dumps(value)}" for key, value in needs.items())
         has = ", ".join(f"{key} = {shown(config.get(key))}" for key in needs)
         return found("problem", f"{by} does not use it: that needs {asked} in config.json, found {has}")
-    dtype = data["to"] = _resolved(entry, model, config)
+    dtype = data["to"] = model.resolved(entry, config)
     if dtype is None:
         return found("unknown", f"{by} loads it in the model's dtype ({entry.source}), which config.json does not name")
     others = _others(tensor.kind, dtype, model, config)
@@ -171,23 +175,12 @@ def _served(tensor: RouterTensor, engine: Engine, model: Model, config: dict[str
     return found("problem", text + others)
 
 
-def _resolved(entry: Entry, model: Model, config: dict[str, Any]) -> str | None:
-    """The dtype an entry comes to with this config.json; None: it does not say."""
-    if entry.dtype == "logits":
-        usual = model.usual("logits", config)
-        return None if usual is None else _resolved(usual, model, config)
-    if entry.dtype != "model":
-        return entry.dtype
-    said = config.get("dtype", config.get("torch_dtype"))
-    return said if isinstance(said, str) else None
-
-
 def _others(kind: str, usual: str, model: Model, config: dict[str, Any]) -> str:
     """Where else it becomes something else."""
     cases = [
-        f"{_resolved(entry, model, config) or 'the dtype of the ' + entry.dtype} ({entry.where}: {entry.source})"
+        f"{model.resolved(entry, config) or 'the dtype of the ' + entry.dtype} ({entry.where}: {entry.source})"
         for entry in model.elsewhere(kind, config)
-        if _resolved(entry, model, config) != usual
+        if model.resolved(entry, config) != usual
     ]
     return f"; {'; '.join(cases)}" if cases else ""
 
@@ -199,7 +192,7 @@ def _of_the_model(engine: Engine, model: Model, config: dict[str, Any]) -> list[
     if entry is None:
         said.append(f"{by}: the dtype of the logits of {model.architectures[0]} is not known")
     else:
-        dtype = _resolved(entry, model, config) or "the model's dtype"
+        dtype = model.resolved(entry, config) or "the model's dtype"
         text = f"{by} computes the logits of {model.architectures[0]} in {dtype} ({entry.source})"
         text += _others("logits", dtype, model, config)
         said.append(f"{text}; {entry.switch}" if entry.switch else text)

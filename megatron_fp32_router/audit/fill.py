@@ -1,0 +1,176 @@
+"""Copy an export to Hugging Face's format, with the router tensors that the training's checkpoint has."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from typing import IO, TYPE_CHECKING, Any, Final
+
+import ml_dtypes
+import numpy as np
+
+from megatron_fp32_router.audit.repair import RepairRefusedError, check_target
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from megatron_fp32_router.audit.tensors import Checkpoint, RouterTensor
+
+#: What --router-dtype takes: (NumPy's dtype, safetensors' name of it).
+DTYPES: Final[dict[str, tuple[Any, str]]] = {
+    "float32": (np.float32, "F32"),
+    "bfloat16": (ml_dtypes.bfloat16, "BF16"),
+}
+_SERVED: Final = ("weight", "bias", "expert_bias")
+
+#: Where an expert bias is, seen from "….gate.weight", in exports that have lost all of theirs.
+_BIAS_NAMES: Final = {
+    "DeepseekV3ForCausalLM": "gate.e_score_correction_bias",
+    "GlmMoeDsaForCausalLM": "gate.e_score_correction_bias",
+    "Glm4MoeForCausalLM": "gate.e_score_correction_bias",
+    "KimiLinearForCausalLM": "gate.e_score_correction_bias",
+    "NemotronHForCausalLM": "gate.e_score_correction_bias",
+    "MiniMaxM2ForCausalLM": "e_score_correction_bias",
+    "BailingMoeV2ForCausalLM": "gate.expert_bias",
+}
+
+
+def fill(export: Checkpoint, trained: Checkpoint, out: Path, dtype: str) -> dict[str, Any]:
+    """Write a copy of an export into a new folder, its router tensors those of training; the original stays as it is.
+
+    Args:
+        export: of a folder with safetensors.
+        trained: the training's checkpoint, which holds the tensors in fp32.
+        out: the new folder.
+        dtype: "float32" or "bfloat16", of every router tensor that is written.
+
+    Returns:
+        What repair.json says: {"export", "checkpoint", "dtype", "replaced": [name], "added": [name],
+        "not_written": {name: why}}.
+
+    Raises:
+        RepairRefusedError: `export` is no folder of safetensors, or `out` cannot be used (`check_target`).
+        OSError: it cannot be written.
+    """
+    if export.format != "safetensors" or not export.path.is_dir() or trained.format == "safetensors":
+        raise RepairRefusedError(
+            f"--router-dtype takes the folder of an export to safetensors and, by --against, a training's checkpoint; "
+            f"found {export.path} ({export.format}) and {trained.path} ({trained.format})"
+        )
+    check_target(out, export.path)
+    here = {tensor.key: tensor for tensor in export.tensors}
+    new: dict[str, Any] = {}
+    not_written: dict[str, str] = {}
+    for tensor in trained.tensors:
+        if tensor.kind not in _SERVED:
+            continue
+        values = tensor.values if tensor.dtype == "float32" else tensor.main
+        there = here.get(tensor.key)
+        name = _name_of(tensor, here, export.path) if there is None else there.name
+        if values is None or values.dtype != np.float32:
+            not_written[tensor.name] = f"it is {tensor.dtype} in the checkpoint, without an fp32 copy"
+        elif name is None:
+            not_written[tensor.name] = "the export has no router in this layer, or its name for this is not known"
+        elif there is not None and there.shape != tensor.shape:
+            not_written[tensor.name] = f"its shape is {tensor.shape}, and {there.shape} in the export"
+        else:
+            new[name] = values.astype(DTYPES[dtype][0])
+    names = {tensor.name for tensor in export.tensors}
+    _copy(export.path, out, new, names, DTYPES[dtype][1])
+    report = {
+        "export": str(export.path),
+        "checkpoint": str(trained.path),
+        "dtype": dtype,
+        "replaced": [name for name in new if name in names],
+        "added": [name for name in new if name not in names],
+        "not_written": not_written,
+    }
+    (out / "repair.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def _name_of(tensor: RouterTensor, here: dict[tuple[str, int, str], RouterTensor], folder: Path) -> str | None:
+    """What a tensor that the export lacks is called there: as in another layer, else by the layer's own weight."""
+    stack, layer, kind = tensor.key
+    weight = here.get((stack, layer, "weight"))
+    if weight is None:
+        return None
+    same = next((other.name for (s, _, k), other in here.items() if (s, k) == (stack, kind)), None)
+    if same is not None:
+        return re.sub(r"((?:^|\.)(?:layers|blocks|h)\.)\d+\.", rf"\g<1>{layer}.", same, count=1)
+    config = folder / "config.json"
+    names = json.loads(config.read_text(encoding="utf-8")).get("architectures", []) if config.is_file() else []
+    ending = next((_BIAS_NAMES[name] for name in names if name in _BIAS_NAMES), None)
+    if kind != "expert_bias" or ending is None or not weight.name.endswith(".gate.weight"):
+        return None
+    return weight.name.removesuffix("gate.weight") + ending
+
+
+def _copy(folder: Path, out: Path, new: dict[str, Any], present: set[str], dtype: str) -> None:
+    """Copy a folder; a new tensor replaces the old one, or goes into the file of its layer's router."""
+    out.mkdir(parents=True, exist_ok=True)
+    added = [name for name in new if name not in present]
+    homes: dict[str, str] = {}
+    for file in sorted(folder.iterdir()):
+        if file.suffix != ".safetensors":
+            if file.is_dir():
+                shutil.copytree(file, out / file.name)
+            else:
+                shutil.copy2(file, out / file.name)
+            continue
+        with file.open("rb") as source, (out / file.name).open("wb") as target:
+            length = int.from_bytes(source.read(8), "little")
+            header = json.loads(source.read(length))
+            layers = {_layer(name) for name in header if name in present}
+            here = [name for name in added if name not in homes and _layer(name) in layers]
+            homes |= dict.fromkeys(here, file.name)
+            wanted = {name: new[name] for name in [*header, *here] if name in new}
+            _rewrite(source, 8 + length, header, target, wanted, dtype)
+    index = out / "model.safetensors.index.json"
+    if index.is_file() and new:
+        root = json.loads(index.read_text(encoding="utf-8"))
+        root["weight_map"] |= homes
+        if "total_size" in root.get("metadata", {}):
+            root["metadata"]["total_size"] = sum(_data_size(file) for file in out.glob("*.safetensors"))
+        index.write_text(json.dumps(root, indent=2) + "\n", encoding="utf-8")
+
+
+def _layer(name: str) -> str:
+    found = re.search(r"(?:^|\.)(?:layers|blocks|h)\.\d+\.", name)
+    return name[: found.end()] if found else ""
+
+
+def _rewrite(
+    source: IO[bytes], start: int, header: dict[str, Any], target: IO[bytes], new: dict[str, Any], dtype: str
+) -> None:
+    """A safetensors file again, tensor after tensor, with some of another dtype or added."""
+    old = {name: said["data_offsets"] for name, said in header.items() if name != "__metadata__"}
+    order = sorted(old, key=lambda name: old[name]) + [name for name in new if name not in old]
+    at = 0
+    for name in order:
+        if name in new:
+            header[name] = {"dtype": dtype, "shape": list(new[name].shape)}
+        size = new[name].nbytes if name in new else old[name][1] - old[name][0]
+        header[name]["data_offsets"] = [at, at + size]
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    target.write(len(text).to_bytes(8, "little") + text)
+    for name in order:
+        if name in new:
+            target.write(np.ascontiguousarray(new[name]).tobytes())
+            continue
+        source.seek(start + old[name][0])
+        left = old[name][1] - old[name][0]
+        while left:
+            part = source.read(min(left, 1 << 24))
+            if not part:
+                raise RepairRefusedError(f"{source.name}: ends inside {name}; the copy is not whole")
+            target.write(part)
+            left -= len(part)
+
+
+def _data_size(file: Path) -> int:
+    with file.open("rb") as stream:
+        return file.stat().st_size - 8 - int.from_bytes(stream.read(8), "little")
