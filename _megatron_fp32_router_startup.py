@@ -126,7 +126,9 @@ class Gate:
             _require_unwrapping()
             import_module("megatron_fp32_router")
         except Exception as error:
-            raise RuntimeError(_explain(error)) from error
+            # An error of ours says what to do; its frames would only push that off the screen.
+            ours = type(error).__module__ == "megatron_fp32_router.errors"
+            raise RuntimeError(_explain(error)) from (None if ours else error)
         self.is_open = True
 
 

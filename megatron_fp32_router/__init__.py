@@ -153,7 +153,8 @@ try:
     enable()
 except SettingsError as _error:
     if not _is_command():
-        raise
+        # The message says it all: where in here it was found out is nobody's business.
+        raise _error.with_traceback(None) from None
     # One line and the code for bad input, as from the console script. `run` stops here too: nothing has been run yet.
     print(f"megatron-fp32-router: {_error}", file=sys.stderr)
     sys.exit(2)

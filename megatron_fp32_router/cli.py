@@ -8,6 +8,7 @@ import os
 import runpy
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any, Final
 
 from megatron_fp32_router.audit import command as audit_command
 from megatron_fp32_router.compat import check as compat_check
@@ -80,6 +81,22 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return compat_doctor.main(arguments)
 
 
+#: What the help of each command says beside its first line.
+_DESCRIPTIONS: Final = {
+    "run": "For places where Python reads no .pth files: PYTHONPATH, pip install --target, python -S. The\n"
+    "script runs as __main__. Under torchrun: torchrun ... -m megatron_fp32_router run SCRIPT ...",
+    "audit": "Reads DCP, legacy and safetensors checkpoints; needs neither Megatron nor torch nor a GPU, and\n"
+    "writes nothing unless asked to.",
+    "patch": "For trees that cannot be patched while they run. All files are changed, or none. Needs git.",
+    "report": "One HTML page that needs no network, from what MEGATRON_FP32_ROUTER_MONITOR has written.",
+    "check": "Reads the source and imports neither torch nor Megatron; --probe also trains a tiny model on it.",
+    "doctor": "The interpreter, the installation, the variables, the patches, and what stands in the way.",
+    "demo": "Trains the real Megatron on a CPU or a GPU, on real text, and writes a page. Takes minutes.",
+    "parity": "Runs recorded router inputs through the arithmetic of each engine, emulated on a CPU.",
+    "predict": "Simulates a run's token counts as that release adds them up. Needs NumPy and ml_dtypes, no GPU.",
+}
+
+
 def _parser(with_demo: bool, with_serving: bool = False) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megatron-fp32-router",
@@ -87,49 +104,98 @@ def _parser(with_demo: bool, with_serving: bool = False) -> argparse.ArgumentPar
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    run = commands.add_parser("run", help="run a training script under the plugin")
+
+    def add(name: str, action: Callable[[argparse.Namespace], int], short: str, codes: str, example: str) -> Any:
+        more = _DESCRIPTIONS[name]
+        command = commands.add_parser(
+            name,
+            help=short,
+            description=f"{short[0].upper()}{short[1:]}.\n\n{more}",
+            epilog=f"exit codes:\n  {codes}\n\nexample:\n  megatron-fp32-router {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(action=action)
+        return command
+
+    run = add(
+        "run",
+        _run,
+        "run a training script under the plugin",
+        "those of the script; 2: there is no such script, or a variable has a value that is not accepted",
+        "run pretrain_gpt.py --num-experts 64 ...",
+    )
     run.add_argument("-m", dest="module", action="store_true", help="run a module instead of a script")
     run.add_argument("program", nargs=argparse.REMAINDER, help="the script or module, and its own arguments")
-    run.set_defaults(action=_run)
-    audit = commands.add_parser("audit", help="say what a checkpoint on disk tells about its routers")
-    audit.set_defaults(action=_audit)
+    audit = add(
+        "audit",
+        _audit,
+        "say what a checkpoint on disk tells about its routers",
+        "0 good, 1 a problem was found, 2 could not tell or bad input",
+        "audit checkpoints/iter_0010000 --against checkpoints/iter_0005000",
+    )
     audit_command.add_arguments(audit)
-    patch = commands.add_parser(
+    patch = add(
         "patch",
-        help="write the plugin's changes into the source of a Megatron checkout",
-        epilog="Exit codes: 0 done, 1 the tree has changes of its own (or, with --check, is not as wanted), "
-        "2 not a tree that the patches were made for.",
+        _patch,
+        "write the plugin's changes into the source of a Megatron checkout",
+        "0 done, 1 the tree has changes of its own (or, with --check, is not as wanted),\n"
+        "  2 not a tree that the patches were made for",
+        "patch --megatron path/to/Megatron-LM --check",
     )
     patch.add_argument("--megatron", required=True, metavar="PATH", help="the folder that holds megatron/")
     patch.add_argument("--reverse", action="store_true", help="take the patches back")
     patch.add_argument("--check", action="store_true", help="change nothing; say whether the tree is patched")
-    patch.set_defaults(action=_patch)
-    report = commands.add_parser("report", help="turn the monitor's file into a page")
-    report.set_defaults(action=_report)
+    report = add(
+        "report",
+        _report,
+        "turn the monitor's file into a page",
+        "0 written, 2 bad input, or the page could not be written",
+        "report fp32_router_monitor",
+    )
     monitor_report.add_arguments(report)
-    check = commands.add_parser("check", help="is the plugin right for a Megatron? exit codes: 0 yes, 1 no, 2 unknown")
-    check.set_defaults(action=_check)
+    check = add(
+        "check",
+        _check,
+        "say whether the plugin is right for a Megatron",
+        "0 it fits, 1 it does not, 2 could not tell or bad input",
+        "check --megatron path/to/Megatron-LM",
+    )
     compat_check.add_arguments(check)
-    doctor = commands.add_parser("doctor", help="everything about this environment on one screen; exit codes as check")
-    doctor.set_defaults(action=_doctor)
+    doctor = add(
+        "doctor",
+        _doctor,
+        "say everything about this environment on one screen",
+        "0 nothing stands in the way, 1 something does, 2 there is no Megatron to look at",
+        "doctor",
+    )
     compat_doctor.add_arguments(doctor)
-    demo = commands.add_parser("demo", help="train a tiny MoE with the plugin off and on, and compare")
-    demo.set_defaults(action=_demo)
+    demo = add(
+        "demo",
+        _demo,
+        "train a tiny MoE with the plugin off and on, and compare",
+        "0 protected, 1 an update was wrong or a tensor below fp32 with the plugin on, or a run broke off,\n"
+        "  2 bad input",
+        "demo --megatron path/to/Megatron-LM",
+    )
     if with_demo:
         # Its options live in the laboratory, which a training job never loads.
         from megatron_fp32_router.lab import demo as laboratory_demo
 
         laboratory_demo.add_arguments(demo)
-    predict = commands.add_parser(
+    predict = add(
         "predict",
-        help="say what share of balance updates a run without the plugin gets wrong; exit codes: 0 none, 1 some",
+        _predict,
+        "say what share of balance updates a run without the plugin gets wrong",
+        "0 none is wrong, 1 some are, 2 bad input",
+        "predict --release 0.16.1 --experts 256 --ranks 512",
     )
-    predict.set_defaults(action=_predict)
-    parity = commands.add_parser(
+    parity = add(
         "parity",
-        help="say how many recorded tokens an engine sends to other experts; exit codes: 0 none, 1 some",
+        _parity,
+        "say how many recorded tokens an engine sends to other experts",
+        "0 none, 1 some, 2 bad input",
+        "parity fp32_router_monitor --for vllm==0.33.0 --config export/config.json",
     )
-    parity.set_defaults(action=_parity)
     if with_serving:
         # Nor what is about serving.
         from megatron_fp32_router.serving import command as serving_command

@@ -14,7 +14,7 @@ from defects import DEFECTS, state_on
 from megatron_fp32_router.patching.records import PATCHES
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_every_generated_table_is_up_to_date() -> None:
@@ -67,7 +67,7 @@ def test_serving_says_first_whether_fp32_weights_help_and_what_to_do_for_each_pa
 def test_every_file_that_is_linked_or_named_exists(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     linked = re.findall(r"\]\((?!https?:)([^)#]+)", text)
-    named = re.findall(r"`((?:docs|scripts|tests|patches|megatron_fp32_router)/[\w./-]+)`", text)
+    named = re.findall(r"`((?:docs|scripts|tests|patches|examples|megatron_fp32_router)/[\w./-]+)`", text)
     missing = [name for name in linked if not (page.parent / name).exists()]
     missing += [name for name in named if not (ROOT / name).exists()]
     assert missing == []
