@@ -15,7 +15,7 @@ import nox
 ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
-from bootstrap import LAST_OF_LINE, RELEASES, TREES, TREES_BY_HAND, ensure_release, ensure_tree  # noqa: E402 - neither folder is a package
+from bootstrap import LAST_OF_LINE, RELEASES, TREES, TREES_BY_HAND, TREES_IN_WHOLE, ensure_release, ensure_tree  # noqa: E402 - neither folder is a package
 from installing import VERSIONS, pythons  # noqa: E402
 
 nox.options.default_venv_backend = "none"
@@ -112,6 +112,8 @@ def tree(session: nox.Session, name: str) -> None:
     """Tests on one checkout of the repository; on those whose core is no release's, that core's tests too."""
     ledger = ROOT / "results" / f"{name}.json"
     where = ["--megatron", str(ensure_tree(name)), "--ledger", str(ledger), *session.posargs]
+    # scripts/test adds it for a checkout that is named.
+    where += ["--whole"] if name in TREES_IN_WHOLE else []
     folders = ["tests/trees", "tests/megatron"] if name in TREES_BY_HAND else ["tests/trees"]
     session.run(sys.executable, *PYTEST, *folders, *where, success_codes=_good_codes(session))
 

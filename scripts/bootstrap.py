@@ -32,10 +32,12 @@ RELEASES = tuple((ROOT / "scripts" / "releases.txt").read_text(encoding="utf-8")
 #: The last patch release of every line: 0.12.3 of 0.12.
 LAST_OF_LINE = tuple({version.rpartition(".")[0]: version for version in RELEASES}.values())
 
-#: Checkouts of the repository that tests train on -> commit. Those that the plugin does not fit yet are run by hand.
+#: Checkouts of the repository that tests train on -> commit. In the whole run, those marked whole run every test of
+#: tests/trees, those marked always run some, those marked by-hand none. One that is named runs all of them.
 _TREES = [line.split() for line in (ROOT / "scripts" / "trees.txt").read_text(encoding="utf-8").splitlines()]
 TREES = {name: commit for name, commit, _ in _TREES}
 TREES_BY_HAND = tuple(name for name, _, when in _TREES if when == "by-hand")
+TREES_IN_WHOLE = tuple(name for name, _, when in _TREES if when == "whole")
 
 #: A folder of archives of them, NAME.tar.xz; where there is none, `git` fetches the commits.
 TREES_FOLDER = Path(os.environ.get("MEGATRON_TREES") or ROOT.parent / "shared" / "trees")

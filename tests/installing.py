@@ -111,12 +111,11 @@ def pythons() -> dict[str, str]:
 
 
 def copy_of_repository(folder: Path) -> Path:
-    """The repository's files as they are now, committed or not, with the environment that the tests run in."""
+    """The repository's files as they are now, committed or not."""
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
     for name in filter(None, names):
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
-    (folder / ".venv").symlink_to(ROOT / ".venv")
     return folder

@@ -24,6 +24,7 @@ _MARKS = ("shows", "repairs")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--megatron", metavar="TREE", help="folder that holds the release under test as megatron/")
     parser.addoption("--patched", action="store_true", help="TREE has the source patches: test it without the plugin")
+    parser.addoption("--whole", action="store_true", help="of tests/trees, run those too that few checkouts run")
     parser.addoption("--ledger", metavar="FILE", help="write which tests ran, and how they ended, to FILE")
 
 
@@ -32,6 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "repairs(*defects): with the plugin on, these defects are gone")
     config.addinivalue_line("markers", "on_lines(*lines): collected on these release lines only")
     config.addinivalue_line("markers", "since(release): what this is about came with that release")
+    config.addinivalue_line("markers", "whole: collected with --whole only, which scripts/test gives to few checkouts")
     path = config.getoption("--ledger")
     if path and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Ledger(Path(path), config.getoption("--megatron")))
@@ -64,6 +66,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         lines = {line for marker in item.iter_markers("on_lines") for line in marker.args}
         since = [Version(mark.args[0]) for mark in item.iter_markers("since")]
         elsewhere = (lines and line not in lines) or (release and since and Version(release) < max(since))
+        elsewhere = elsewhere or ("whole" in item.keywords and not config.getoption("--whole"))
         if (about and not about & present) or elsewhere:
             left_out.append(item)
             continue

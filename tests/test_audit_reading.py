@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,19 @@ def test_dcp_as_fsdp_writes_it_is_read_bit_for_bit(tmp_path: Path) -> None:
     for tensor in found.tensors:
         assert bits(tensor.values) == bits(truth[tensor.name])
     assert bits(found.tensors[1].main) == bits(truth[f"optimizer.state.{name}.master_param"])
+
+
+def test_metadata_that_0_15_writes_as_a_class_of_its_own_is_read(tmp_path: Path) -> None:
+    name = "decoder.layers.1.mlp.router.weight"
+    dcp.save({name: weight()}, checkpoint_id=tmp_path, no_dist=True)
+    file = tmp_path / ".metadata"
+    # Protocol 2 names classes in full and has no frames, so that a name may change its length.
+    written = pickle.dumps(pickle.loads(file.read_bytes()), protocol=2)
+    ours, theirs = b"ctorch.distributed.checkpoint.metadata\nMetadata\n", b"cmegatron.core.a.torch\nMCoreMetadata\n"
+    assert written.count(ours) == 1
+    file.write_bytes(written.replace(ours, theirs))
+    (found,) = open_checkpoint(tmp_path).tensors
+    assert bits(found.values) == bits(weight())
 
 
 @pytest.mark.parametrize("whole", [weight().t().contiguous().t(), weight().repeat(2, 2)[::2, 3:9]], ids=["t", "slice"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import bootstrap
 import pytest
-from bootstrap import RELEASES, TREES, TREES_BY_HAND, SetupError, ensure_tree
+from bootstrap import RELEASES, TREES, TREES_BY_HAND, TREES_IN_WHOLE, SetupError, ensure_tree
 
 NAME = "core_v0.19.0"
 
@@ -30,6 +30,12 @@ def test_every_release_line_has_a_checkout_in_the_whole_run() -> None:
     whole = [name for name in TREES if name not in TREES_BY_HAND]
     lines = {name.removeprefix("core_v").rpartition(".")[0] for name in whole if name.startswith("core_v")}
     assert lines == {release.rpartition(".")[0] for release in RELEASES}
+
+
+def test_the_oldest_and_the_newest_release_and_main_run_every_test_in_the_whole_run() -> None:
+    releases = [name for name in TREES if name.startswith("core_v")]
+    assert {releases[0], releases[-1]} < set(TREES_IN_WHOLE)
+    assert any(name.startswith("main") for name in TREES_IN_WHOLE)
 
 
 def test_an_archive_is_unpacked_once(tmp_path: Path) -> None:

@@ -51,7 +51,8 @@ class DcpReader:
         self.folder, self.meter, self.path = folder, meter, folder / ".metadata"
         data = read_small(self.path, meter, MAX_METADATA)
         root = load(data, self.path, "DCP's metadata", lambda: meter.add(0, ".metadata"))
-        if not isinstance(root, Opaque) or not root.of.endswith(".Metadata"):
+        # MCoreMetadata: a subclass in Megatron 0.15 to 0.19, which 0.15 writes.
+        if not isinstance(root, Opaque) or root.of.rpartition(".")[2] not in ("Metadata", "MCoreMetadata"):
             raise unreadable(self.path, "DCP's Metadata", type(root).__name__)
         tensors, where = root.field("state_dict_metadata"), root.field("storage_data")
         if not isinstance(tensors, dict) or not isinstance(where, dict):

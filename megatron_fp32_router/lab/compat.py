@@ -120,21 +120,28 @@ def _version_of_nothing() -> None:
 
 
 def _write_item_of_its_time() -> None:
-    """0.11 and 0.12 call torch's private _write_item as torch had it then: without transforms and format."""
-    filesystem = import_module("torch.distributed.checkpoint.filesystem")
+    """In Megatron's module only: torch's own checkpoints keep theirs. The writers fork, and inherit it."""
     writer = import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
-    real = getattr(filesystem, "_write_item", None)
-    if real is None or "serialization_format" not in inspect.signature(real).parameters:
-        return
-    first = next(iter(inspect.signature(real).parameters))
+    if getattr(writer, "_write_item", None) is import_module("torch.distributed.checkpoint.filesystem")._write_item:
+        writer._write_item = write_item_of_any_time()  # type: ignore[attr-defined]
 
-    def write_item(*args: Any) -> Any:
-        transforms = () if first != "transforms" or len(args) > 4 else (filesystem._StorageWriterTransforms(),)
+
+def write_item_of_any_time() -> Any:
+    """torch's private _write_item, that 0.11 and 0.12 can call as torch had it then: without transforms and format."""
+    filesystem = import_module("torch.distributed.checkpoint.filesystem")
+    real = filesystem._write_item
+    known = inspect.signature(real).parameters
+    if "serialization_format" not in known:
+        return real
+
+    @functools.wraps(real)
+    def write_item(*args: Any, **kwargs: Any) -> Any:
+        if len(args) + len(kwargs) == len(known):
+            return real(*args, **kwargs)
+        transforms = () if "transforms" not in known or len(args) > 4 else (filesystem._StorageWriterTransforms(),)
         return real(*transforms, *args, filesystem.SerializationFormat.TORCH_SAVE)
 
-    # In Megatron's module only: torch's own checkpoints keep theirs. The writers fork, and inherit it.
-    if getattr(writer, "_write_item", None) is real:
-        writer._write_item = write_item  # type: ignore[attr-defined]
+    return write_item
 
 
 class FusedAdamLike(torch.optim.Optimizer):

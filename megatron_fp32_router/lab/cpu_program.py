@@ -9,6 +9,7 @@ import builtins
 import sys
 import types
 import typing
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +37,12 @@ def pretend() -> None:
     # 0.13 to 0.16 use the name without defining it where there is no TransformerEngine; globals come before builtins.
     cpu.replace(builtins, "te_general_gemm", None)
     _compiled("megatron.core.datasets.helpers_cpp", build_sample_idx_int32=_samples, build_sample_idx_int64=_samples)
+    # The Adam that Megatron trains with on a GPU keeps `step` elsewhere than torch's, and checkpoints depend on it.
+    # Megatron finds this module, and no package around it: it asks for other parts of apex by `import apex`.
+    _compiled("apex.optimizers", FusedAdam=compat.FusedAdamLike, FusedSGD=torch.optim.SGD)
+    # 0.11 and 0.12
+    filesystem = import_module("torch.distributed.checkpoint.filesystem")
+    cpu.replace(filesystem, "_write_item", compat.write_item_of_any_time())
     # To 0.16. It asks nvcc for its version, and compiles nothing more.
     _compiled("megatron.legacy.fused_kernels", load=lambda args: None)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from installing import Environment, build_wheel
-from pretrain import Run, run
+from pretrain import TWO_RANKS, Program, Run, router_dtype
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -31,7 +30,25 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     return made
 
 
-@pytest.fixture
-def pretrain(tree: Path, environment: Environment, tmp_path: Path) -> Callable[..., Run]:
-    """`pretrain(plugin, ranks, *arguments)`: five steps of its pretrain_gpt.py."""
-    return lambda plugin, ranks, *arguments: run(tree, environment, tmp_path, plugin, ranks, arguments)
+@pytest.fixture(scope="session")
+def pretrain(tree: Path, environment: Environment, tmp_path_factory: pytest.TempPathFactory) -> Program:
+    """`pretrain(name, …)`: four steps of its pretrain_gpt.py, or the last two of them."""
+    return Program(tree, environment, tmp_path_factory.mktemp("pretrain"))
+
+
+@pytest.fixture(scope="session")
+def on(pretrain: Program) -> Run:
+    """A training with the plugin, turned on by its variable alone."""
+    return pretrain("on")
+
+
+@pytest.fixture(scope="session")
+def off(pretrain: Program) -> Run:
+    """The same training without it."""
+    return pretrain("off", plugin=False)
+
+
+@pytest.fixture(scope="session")
+def two_ranks(pretrain: Program) -> Run:
+    """Two ranks with the plugin, with TWO_RANKS and router scores in fp64 where the release has them."""
+    return pretrain("two-ranks", *TWO_RANKS, *router_dtype(pretrain.tree, "fp64"), ranks=2)
