@@ -6,6 +6,7 @@ differ in what is on the path, not in what is installed.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -65,6 +66,8 @@ def independent(session: nox.Session) -> None:
     missing = [version for version in VERSIONS if version not in pythons()]
     session.log(f"The wheel is tried on the Pythons found here: {', '.join(pythons())}")
     session.log(f"Not found here, so not tried: {', '.join(missing) or 'none'}")
+    if importlib.util.find_spec("ray") is None:
+        session.log("Ray is not installed here (pip install ray), so examples/ray is not run")
     ledger = ROOT / "results" / "independent.json"
     where = [
         "tests",

@@ -316,7 +316,7 @@ def test_what_was_accepted_before_and_did_not_run_in_the_next_probe_stays_accept
     tree, file = copy("0.19.2"), tmp_path / "accepted.json"
     names = [f"megatron.core.transformer.moe.router:Router.{name}" for name in ("gating", "reset_parameters")]
 
-    def run(root: Path, targets: Any, version: str) -> probe.Outcome:
+    def run(root: Path, targets: Any, version: str, *further: Any, **options: Any) -> probe.Outcome:
         unproven = frozenset(t.name for t in targets if (t.state, t.name) == ("drifted", names[0]))
         return probe.Outcome([probe.Proof("casts", True, "")], unproven)
 

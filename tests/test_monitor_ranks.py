@@ -172,7 +172,7 @@ def test_a_router_that_one_rank_casts_stops_the_job_at_the_next_look_by_its_name
     started = time.monotonic()
     with pytest.raises(lab.RankFailedError) as raised:
         run(bootstrap.NEWEST, tmp_path, recipe, steps=9, cast_after=4, cast_on=cast_on)
-    assert time.monotonic() - started < collect.PATIENCE / 2
+    assert time.monotonic() - started < collect.PATIENCE
     assert raised.value.kind == "megatron_fp32_router.errors.UnprotectedRouterError"
     number = 0 if recipe.pipeline_parallel == 2 else 1
     wanted = (

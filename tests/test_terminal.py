@@ -17,7 +17,7 @@ LINES = 24
 
 
 def _commands() -> dict[str, argparse.ArgumentParser]:
-    parser = cli._parser(with_demo=True, with_predict=True)
+    parser = cli._parser(with_demo=True, with_serving=True)
     (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     return dict(commands.choices)
 
@@ -32,7 +32,7 @@ def test_help_has_a_description_exit_codes_and_an_example_that_is_understood(nam
     assert " 2" in codes
     shown = example.split()
     assert shown[:2] == ["megatron-fp32-router", name]
-    cli._parser(with_demo=True, with_predict=True).parse_args(shown[1:])
+    cli._parser(with_demo=True, with_serving=True).parse_args(shown[1:])
     assert max(map(len, text.splitlines())) <= 110
 
 

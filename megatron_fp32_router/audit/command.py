@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fp32_router.errors import Fp32RouterError
+from megatron_fp32_router.log import printable
 
 #: `open_checkpoint` has the same default; this file must be importable without the `audit` extra.
 _SEARCH_LIMIT = 2 << 30
@@ -91,8 +92,6 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _refuse(why: str) -> int:
-    from megatron_fp32_router.log import printable
-
     print(f"megatron-fp32-router audit: {printable(why)}", file=sys.stderr)
     return 2
 
@@ -183,7 +182,7 @@ def _check_page(page: Path, path: Path) -> None:
 
 
 def _show_fill(done: dict[str, Any], out: Path) -> None:
-    from megatron_fp32_router.audit.report import printable
+    from megatron_fp32_router.log import printable
 
     print(
         f"repair: {len(done['replaced'])} router tensors replaced and {len(done['added'])} added, {done['dtype']}, "
@@ -194,8 +193,6 @@ def _show_fill(done: dict[str, Any], out: Path) -> None:
 
 
 def _show_repair(done: dict[str, Any], out: Path) -> None:
-    from megatron_fp32_router.log import printable
-
     count, shifted = len(done["restored"]), len(done.get("shifted", ()))
     print(f"repair: {count} tensors restored exactly, in {out / 'router.safetensors'}" if count else "repair: nothing")
     if shifted:

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from megatron_fp32_router.errors import CannotMirrorError
 from megatron_fp32_router.gating.linear import gradients, product
 from megatron_fp32_router.log import say
-from megatron_fp32_router.patching.registry import mismatch, registry, status
+from megatron_fp32_router.patching.registry import mismatch, registry, runs, status
 from megatron_fp32_router.serving.contracts import Engine, Entry, Model, NoContractError, find
 from megatron_fp32_router.settings import PREFIX
 
@@ -109,8 +109,7 @@ class Mirror:
         lost = set(owners) | {
             f"{record.target}: {record.detail}"
             for record in status()
-            if record.id in ("gating", "router-output")
-            and not (record.state == "applied" or record.detail.startswith("wrapped"))
+            if record.id in ("gating", "router-output") and not runs(record.id)
         }
         if lost:
             mismatch(

@@ -199,6 +199,10 @@ def _forget_groups(state: Any) -> None:
             setattr(state, name, None)
         elif isinstance(value, dict) and any(isinstance(v, dist.ProcessGroup) for v in value.values()):
             value.clear()
+    # The losses that are logged, from 0.18 on: it holds groups too, and is as long as the first model has layers.
+    losses = sys.modules.get("megatron.core.transformer.moe.moe_logging")
+    if losses is not None:
+        losses._MOE_METRICS_TRACKER = None  # type: ignore[attr-defined]
 
 
 # Configuration ---------------------------------------------------------------------------------------------------

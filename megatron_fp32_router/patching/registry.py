@@ -67,13 +67,13 @@ class Problem:
 
     Attributes:
         says: the end of a sentence about its target.
-        error: what is raised.
         missing: whether there is no such function.
+        changed: whether it is its source that has changed.
     """
 
     says: str
-    error: type[Fp32RouterError] = TargetMissingError
     missing: bool = False
+    changed: bool = False
 
 
 @dataclass
@@ -194,7 +194,7 @@ def _problem(patch: Patch, module: ModuleType, changed: str | None) -> Problem |
     needed = patch.parameters[: len(named)] if len(named) < len(found) else patch.parameters
     if tuple(found[: len(needed)]) != needed:
         return Problem(f"takes ({', '.join(found)}) where ({', '.join(patch.parameters)}, …) was expected")
-    return None if changed is None else Problem(changed, TargetChangedError)
+    return None if changed is None else Problem(changed, changed=True)
 
 
 def _apply(
@@ -210,8 +210,10 @@ def _apply(
     if problem is not None and problem.missing and needless == "absent":
         registry.needless[patch.id] = f"{megatron} {patch.why_needless(needless)}"
         return
-    accepting = ""
-    if problem is not None and problem.error is TargetChangedError and megatron.path is not None:
+    error, accepting = TargetMissingError, ""
+    if problem is not None and problem.changed:
+        error = TargetChangedError
+    if error is TargetChangedError and megatron.path is not None:
         file = str(Path(registry.settings.accepted or "megatron_fp32_router.accepted.json").absolute())
         tree = str(megatron.path).removesuffix("/megatron/core")
         command = [sys.executable, "-m", "megatron_fp32_router", "check", "--megatron", tree, "--accept", file]
@@ -242,9 +244,9 @@ def _apply(
             owner = getattr(module, patch.path.partition(".")[0], None)
             place = f"{owner.__name__}.__init__" if isinstance(owner, type) and "__init__" in vars(owner) else None
         if place is None:
-            mismatch(problem.error, message)
+            mismatch(error, message)
         elif registry.replacements.get(patch.id) not in wrapt.wrapper_chain(wrapt.resolve_path(module, place)[2]):
-            _install(patch, module, place, functools.partial(_refuse_where_used, error=problem.error, message=message))
+            _install(patch, module, place, functools.partial(_refuse_where_used, error=error, message=message))
         return
     current = wrapt.resolve_path(module, patch.path)[2]
     for entry in wrapt.wrapper_chain(current):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +13,7 @@ import pytest
 BRIDGES = {
     # What the index has, and the release that it installs with.
     "run_megatron_bridge": ("0.19.2", "cpu_program", ("qwen3-moe", "glm-4.5", "deepseek-v3")),
-    # The newest with ModelType.encoder_and_decoder is 0.13; mbridge names it only for models of that type from 0.14.
+    # It asks for ModelType.encoder_and_decoder, which 0.18 no longer has.
     "run_mbridge": ("0.16.1", "cpu", ("qwen3-moe", "glm-4.5")),
 }
 FAMILIES = [(program, family) for program, (_, _, families) in BRIDGES.items() for family in families]
@@ -80,3 +83,32 @@ def test_bridge_trains_an_adapter_on_fp32_logits_and_exact_counts(bridge: Any) -
     assert on["bias"] == on["exact"] != on["started"]
     assert off["dtypes"]["weight"] == ["bfloat16"]
     assert off["bias"] != off["exact"]
+
+
+#: What an engine makes of an fp32 weight; for transformers an experiment says the same (tests/test_serving_run.py).
+SERVED = {
+    "qwen3-moe": {"transformers": "bfloat16", "vllm": "bfloat16", "sglang": "bfloat16"},
+    "glm-4.5": {"transformers": "float32", "vllm": "float32", "sglang": "float32"},
+    "deepseek-v3": {"transformers": "float32", "vllm": "bfloat16", "sglang": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_the_audit_says_what_three_engines_will_make_of_the_export(family: str, bridge: Any) -> None:
+    def audited(plugin: bool) -> list[dict[str, Any]]:
+        folder = bridge("run_megatron_bridge", plugin).seen["models"][family]["folder"]
+        engines = "transformers==5.24.0,vllm==0.33.0,sglang==0.5.23"
+        command = [sys.executable, "-m", "megatron_fp32_router", "audit", folder, "--json", "--for", engines]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        tensors: list[dict[str, Any]] = json.loads(done.stdout)["tensors"]
+        return [tensor for tensor in tensors if tensor["kind"] == "weight"]
+
+    on, off = audited(True), audited(False)
+    assert on
+    assert {tensor["dtype"] for tensor in on} == {"float32"}
+    assert {tensor["dtype"] for tensor in off} == {"bfloat16"}
+    for tensor in on:
+        served = {f["data"]["engine"]: f for f in tensor["findings"] if f["check"] == "serving"}
+        assert {engine: finding["data"]["to"] for engine, finding in served.items()} == SERVED[family]
+        for finding in served.values():
+            assert finding["verdict"] == ("good" if finding["data"]["to"] == "float32" else "problem")

@@ -60,7 +60,12 @@ def flips(file: Path) -> dict[tuple[int, int], dict[str, float]]:
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
 def test_parity_on_recorded_inputs_finds_exactly_the_flips_that_the_monitor_found(
-    recipe: dict[str, Any], build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    recipe: dict[str, Any],
+    build: Any,
+    expert_layers: tuple[int, int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
 ) -> None:
     train(build, tmp_path, monkeypatch, "512", looks=2, **recipe)
     expected = flips(tmp_path / "monitor.jsonl")
@@ -72,14 +77,14 @@ def test_parity_on_recorded_inputs_finds_exactly_the_flips_that_the_monitor_foun
         assert cli.main(["parity", str(path), "--json"]) == 0
         said = json.loads(capsys.readouterr().out)
         assert said["step"] == step
-        assert [layer["layer"] for layer in said["layers"]] == [1, 2]
+        assert [layer["layer"] for layer in said["layers"]] == list(expert_layers)
         for layer in said["layers"]:
             assert layer["tokens"] == 512
             assert layer["monitor"] == expected[step, layer["layer"]]
 
 
 def test_what_is_recorded_is_what_the_routers_were_given_bit_for_bit(
-    build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    build: Any, expert_layers: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[torch.Tensor] = []
     biases: list[torch.Tensor] = []
@@ -98,7 +103,7 @@ def test_what_is_recorded_is_what_the_routers_were_given_bit_for_bit(
     train(with_a_witness, tmp_path, monkeypatch, "32", looks=1)
     step, layers = recording.read(tmp_path)
     assert step == 2
-    tensors = layers[1].tensors
+    tensors = layers[expert_layers[0]].tensors
     hidden_TH = given[1].reshape(-1, 32)
     assert hidden_TH.dtype == torch.bfloat16
     assert torch.equal(tensors["hidden"], hidden_TH[::16].float())

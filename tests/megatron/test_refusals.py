@@ -56,6 +56,7 @@ def emerging(room: lab.Lab) -> Any:
 def test_an_emerging_optimizer_is_refused_until_somebody_has_tried_it(
     build: Any, plugin: Any, monkeypatch: Any, caplog: Any
 ) -> None:
+    monkeypatch.setattr("megatron_fp32_router.log._said", set())
     room = build(**SMALL)
     with refused("StandIn from emerging_optimizers", "--optimizer adam", untested=True):
         emerging(room)

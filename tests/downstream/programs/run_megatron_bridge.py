@@ -124,6 +124,7 @@ def one(name: str, folder: Path) -> dict[str, Any]:
     saved: dict[str, torch.Tensor] = {}
     for file in (folder / f"{name}-saved").glob("*.safetensors"):
         saved |= load_file(file)
+    seen["folder"] = str(folder / f"{name}-saved")
     seen["saved"] = {key: identical(saved[key], gates[key]) for key in gates}
     return seen | train(model, provider)
 
