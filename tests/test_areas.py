@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from bootstrap import NEWEST, ensure_release
 
+from megatron_fp32_router import lab
+
 ROOT = Path(__file__).resolve().parent.parent
 OPTIMIZER = "megatron/core/optimizer/distrib_optimizer.py"
 
@@ -119,3 +121,25 @@ def test_under_warn_it_trains_and_says_so_once_and_every_core_patch_is_applied(
     assert found["core under warn"] == ["applied", "native"]
     said = [line for line in done.stderr.splitlines() if "DistributedOptimizer.__init__ has changed" in line]
     assert len(said) == 1
+
+
+def test_a_changed_checkpoint_function_is_refused_when_it_saves_after_the_ranks_have_agreed(tmp_path: Path) -> None:
+    shutil.copytree(ensure_release(NEWEST) / "megatron", tmp_path / "megatron")
+    text = (tmp_path / OPTIMIZER).read_text(encoding="utf-8")
+    name = "sharded_param_state_fully_reshardable"
+    start = text.index('"""', text.index('"""', text.index(f"def {name}(")) + 3) + 3
+    changed = f"{text[:start]}\n        something_new = None{text[start:]}"
+    (tmp_path / OPTIMIZER).write_text(changed, encoding="utf-8")
+    recipe = lab.Recipe(layers=1, hidden=16, moe_ffn=16, seq_length=16, data_parallel=2, optimizer="distributed")
+    said = lab.run_ranks(
+        "drifted_save:train_and_save",
+        recipe,
+        {"folder": str(tmp_path / "checkpoint")},
+        plugin=True,
+        megatron=tmp_path,
+        python_path=[ROOT / "tests" / "programs"],
+    )
+    for rank in said:
+        assert rank, "the checkpoint was saved"
+        assert rank[0] == "TargetChangedError"
+        assert f"{name} has changed" in rank[1]

@@ -57,6 +57,9 @@ _READ_FAILURE_GRACE_SECONDS: Final = 5.0
 #: As a set of ranks: all bits.
 _EVERYBODY: Final = -1
 
+#: The models that the other ranks know of.
+_told: Final[weakref.WeakSet[torch.nn.Module]] = weakref.WeakSet()
+
 
 class _Agreed:
     """What has been agreed about in one default process group. Of a set of ranks, bit r is rank r."""
@@ -102,7 +105,7 @@ def what_must_agree() -> dict[str, str]:
 
 def _statement(at_optimizer: bool) -> dict[str, Any]:
     """What this rank writes: what must agree, whom else to ask, and for information whose tensors it holds."""
-    routers, tensors = survey.totals()
+    routers, tensors = survey.totals(registry.models - _told)
     # Those it has agreed with have nothing to add. Without any group of Megatron's, whoever is there may train with it.
     peers = _Agreed.peers & ~_Agreed.ranks or (1 << torch.distributed.get_world_size()) - 1
     return {
@@ -291,7 +294,7 @@ def _agree(store: Any) -> None:
         return
     rank, statement = torch.distributed.get_rank(), _statement(at_optimizer=True)
     store.set(str(rank), json.dumps(statement))
-    registry.models.clear()  # told; a job that sets up its process group again tells of the models it wraps then
+    _told.update(registry.models)  # a job that sets up its process group again tells of the models it wraps then
     found = _wait(store, rank, int(statement["peers"], 16))
     _leave(store, rank, found)
     ranks = int(found["ranks"], 16)

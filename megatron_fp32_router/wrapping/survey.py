@@ -218,9 +218,9 @@ def look_after_wrapping(original: Callable[..., None]) -> Callable[..., None]:
     return __init__
 
 
-def totals() -> tuple[int, int]:
-    """Over all models seen: how many protected routers there are, and how many of their tensors are fp32 or better."""
-    routers = {id(router): router for module in registry.models for _, router in _protected(module)}
+def totals(models: Iterable[torch.nn.Module]) -> tuple[int, int]:
+    """Over these models: how many protected routers there are, and how many of their tensors are fp32 or better."""
+    routers = {id(router): router for module in models for _, router in _protected(module)}
     tensors = [tensor for router in routers.values() for _, tensor, _ in tensors_of(router)]
     return len(routers), sum(not below_fp32(tensor.dtype) for tensor in tensors)
 
