@@ -32,6 +32,8 @@ def pretend() -> None:
     # A number: Megatron makes a torch.device("cuda", …) of it. A bare number is CUDA's to cpu.py, too.
     cpu.replace(torch.cuda, "current_device", lambda: 0)
     cpu.replace(torch.cuda, "get_device_name", lambda device=None: "CPU")  # main
+    # A torch that was built for CUDA asks the driver for it.
+    cpu.replace(torch.Tensor, "pin_memory", lambda tensor, device=None: tensor)
     if not hasattr(typing, "override"):
         cpu.replace(typing, "override", lambda function: function)  # 0.19, on a Python before 3.12
     # 0.13 to 0.16 use the name without defining it where there is no TransformerEngine; globals come before builtins.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from importlib import import_module
 from typing import Any
 
@@ -96,14 +95,7 @@ def test_the_expert_sets_are_those_of_an_fp64_recomputation(router: Any, plugin:
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_torch_compile_does_not_lose_the_patches(
-    backend: str, router: Any, plugin: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The laboratory's stand-in for triton, which 0.18 and later import, is not one that inductor may find.
-    finders = [finder for finder in sys.meta_path if type(finder).__name__ != "_TritonStub"]
-    monkeypatch.setattr(sys, "meta_path", finders)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "triton"]:
-        monkeypatch.delitem(sys.modules, name)
+def test_torch_compile_does_not_lose_the_patches(backend: str, router: Any, plugin: Any) -> None:
     built = wrapped(router)
     x = torch.randn(32, 1, 64).bfloat16()
     eager = built.gating(x)
