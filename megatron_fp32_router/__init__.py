@@ -153,7 +153,7 @@ try:
     enable()
 except SettingsError as _error:
     if not _is_command():
-        # The message says it all: where in here it was found out is nobody's business.
+        # Without the frames above it: they are ours, and the message is enough.
         raise _error.with_traceback(None) from None
     # One line and the code for bad input, as from the console script. `run` stops here too: nothing has been run yet.
     print(f"megatron-fp32-router: {_error}", file=sys.stderr)

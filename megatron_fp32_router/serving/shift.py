@@ -15,7 +15,7 @@ import numpy as np
 from megatron_fp32_router.audit.tensors import kind_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from numpy.typing import NDArray
 
@@ -51,6 +51,21 @@ def shift_expert_bias(
         if kind_of(name, hugging_face=True) == "expert_bias":
             new[name], shifts[name] = _shifted(values, how)
     return new, shifts
+
+
+def shift_exported(weights: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
+    """Shift the expert biases among weights on their way to an engine, and hand on everything else as it is.
+
+    Args:
+        weights: (name, tensor, ...), by Hugging Face's or Megatron's names, one after the other: what the exporters of
+            Megatron-Bridge, mbridge, mcore-bridge, verl and slime yield. A bias that is not fp32 is left as it is.
+    """
+    for name, tensor, *further in weights:
+        if kind_of(name, hugging_face=True) == "expert_bias" and "float32" in str(tensor.dtype):
+            moved, _ = shift_expert_bias({name: tensor.detach().cpu().numpy()})
+            yield (name, tensor.new_tensor(moved[name]), *further)
+        else:
+            yield (name, tensor, *further)
 
 
 def _shifted(values: NDArray[Any], how: str) -> tuple[NDArray[Any], Shift]:

@@ -112,3 +112,12 @@ def test_the_audit_says_what_three_engines_will_make_of_the_export(family: str, 
         assert {engine: finding["data"]["to"] for engine, finding in served.items()} == SERVED[family]
         for finding in served.values():
             assert finding["verdict"] == ("good" if finding["data"]["to"] == "float32" else "problem")
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_biases_are_shifted_on_their_way_to_an_engine_and_nothing_else_is(family: str, bridge: Any) -> None:
+    seen = bridge("run_megatron_bridge", True).seen["models"][family]
+    found = seen["shifted"]
+    assert sorted(found["moved"]) == sorted(key for key in seen["saved"] if key.endswith("e_score_correction_bias"))
+    assert all(found["one constant each"])
+    assert all(0 <= lowest < 1e-6 for lowest in found["lowest"])

@@ -17,6 +17,20 @@ import torch
 #: About 1,000 tokens an expert and step: bf16 counts to 256.
 EXPERTS, TOPK, SEQUENCE, MICRO_BATCH, MICRO_BATCHES, STEPS, VOCABULARY = 8, 2, 256, 4, 4, 2, 256
 
+#: What a CPU without TransformerEngine leaves to a user of either bridge.
+CPU = {
+    "moe_grouped_gemm": False,
+    "moe_permute_fusion": False,
+    "moe_shared_expert_overlap": False,
+    "gradient_accumulation_fusion": False,
+    "persist_layer_norm": False,
+    "masked_softmax_fusion": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "apply_rope_fusion": False,
+    "moe_router_bias_update_rate": 1e-3,
+}
+
 
 def begin() -> Path:
     """Make the one process a group; the folder that the program may write to."""

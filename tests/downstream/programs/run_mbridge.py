@@ -8,25 +8,11 @@ from typing import Any
 
 import hugging_face
 import transformer_engine_stub  # noqa: F401
-from common import begin, dtypes, end, identical, parallel, rounded, routers, train
+from common import CPU, begin, dtypes, end, identical, parallel, rounded, routers, train
 from mbridge import AutoBridge
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from safetensors.torch import load_file
 from transformers import AutoConfig
-
-#: What a CPU without TransformerEngine leaves to a user of mbridge.
-LOCAL = {
-    "moe_grouped_gemm": False,
-    "moe_permute_fusion": False,
-    "moe_shared_expert_overlap": False,
-    "gradient_accumulation_fusion": False,
-    "persist_layer_norm": False,
-    "masked_softmax_fusion": False,
-    "bias_activation_fusion": False,
-    "bias_dropout_fusion": False,
-    "apply_rope_fusion": False,
-    "moe_router_bias_update_rate": 1e-3,
-}
 
 
 def _map_local_layers(bridge: Any) -> None:
@@ -46,7 +32,7 @@ def one(name: str, folder: Path) -> dict[str, Any]:
     config = AutoConfig.from_pretrained(folder / name)
     config.rope_theta = config.rope_parameters["rope_theta"]  # where transformers 4 has it
     bridge = AutoBridge.from_config(config)
-    bridge.set_extra_args(**LOCAL)
+    bridge.set_extra_args(**CPU)
     bridge._get_transformer_layer_spec = lambda vp_stage=None: get_gpt_decoder_block_spec(bridge.config, False)
     _map_local_layers(bridge)
     model = bridge.get_model(weight_path=str(folder / name))

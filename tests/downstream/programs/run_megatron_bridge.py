@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import types
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import hugging_face
 import torch
 import transformer_engine_stub  # noqa: F401
-from common import begin, dtypes, end, identical, parallel, train
+from common import CPU, begin, dtypes, end, identical, parallel, train
 from megatron.bridge import AutoBridge
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.param_mapping import AutoMapping, GatedMLPMapping
@@ -44,21 +45,11 @@ def layers(config: Any) -> Any:
 
 
 #: What a CPU without TransformerEngine leaves to a user of Bridge.
-LOCAL = {
+LOCAL = CPU | {
     "transformer_layer_spec": layers,
-    "moe_grouped_gemm": False,
-    "moe_permute_fusion": False,
-    "moe_shared_expert_overlap": False,
-    "gradient_accumulation_fusion": False,
-    "persist_layer_norm": False,
-    "masked_softmax_fusion": False,
-    "bias_activation_fusion": False,
-    "bias_dropout_fusion": False,
-    "apply_rope_fusion": False,
     "cross_entropy_loss_fusion": False,
     "mtp_num_layers": None,
     "rope_type": "rope",  # yarn makes its table on a CUDA device
-    "moe_router_bias_update_rate": 1e-3,
     "bf16": True,
     "params_dtype": torch.bfloat16,
 }
@@ -113,6 +104,22 @@ def with_lora(folder: Path) -> dict[str, Any]:
     return seen | train(model, provider)
 
 
+def shifted(bridge: Any, model: Any) -> dict[str, Any]:
+    """What shift_exported does to an export."""
+    # Its import turns the plugin on.
+    from megatron_fp32_router.serving.shift import shift_exported
+
+    plain = dict(bridge.export_hf_weights(model, show_progress=False))
+    after = dict(shift_exported(bridge.export_hf_weights(model, show_progress=False)))
+    moved = [key for key in plain if not torch.equal(plain[key], after[key])]
+    constants = [(plain[key].double() - after[key].double()).unique() for key in moved]
+    return {
+        "moved": moved,
+        "lowest": [float(after[key].min()) for key in moved],
+        "one constant each": [constant.numel() == 1 for constant in constants],
+    }
+
+
 def one(name: str, folder: Path) -> dict[str, Any]:
     """Import, export, save and train a model of the family `name`."""
     gates = hugging_face.write(name, folder / name)
@@ -124,6 +131,8 @@ def one(name: str, folder: Path) -> dict[str, Any]:
     saved: dict[str, torch.Tensor] = {}
     for file in (folder / f"{name}-saved").glob("*.safetensors"):
         saved |= load_file(file)
+    if os.environ.get("MEGATRON_FP32_ROUTER"):
+        seen["shifted"] = shifted(bridge, model)
     seen["folder"] = str(folder / f"{name}-saved")
     seen["saved"] = {key: identical(saved[key], gates[key]) for key in gates}
     return seen | train(model, provider)
