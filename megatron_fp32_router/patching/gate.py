@@ -65,7 +65,7 @@ def _state(root: Path, module: str) -> dict[str, Any] | None:
     except FileNotFoundError:
         pass  # as in some releases; where it is not, what follows says so
     except OSError:
-        return None
+        return None  # judge.py is asked next, and says that it cannot be read
     index = known["files"].get(file_hash(content))
     return None if index is None else cast("dict[str, Any]", known["states"][index])
 
