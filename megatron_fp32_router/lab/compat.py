@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
+from packaging.version import Version
 
 from megatron_fp32_router.lab.recipe import LabError
 
@@ -52,8 +53,8 @@ def after_import() -> None:
     # 0.13.1 to 0.16.1 without TransformerEngine: the name is used, but never defined.
     if "te_general_gemm" in _names(moe_utils) and not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
-    _empty_fp8_list()
-    _version_of_nothing()
+    empty_fp8_list()
+    version_of_nothing()
     if _minor() in (11, 12):
         _write_item_of_its_time()
 
@@ -90,7 +91,7 @@ def _names(module: types.ModuleType) -> set[str]:
     return found
 
 
-def _empty_fp8_list() -> None:
+def empty_fp8_list() -> None:
     """0.12 without TransformerEngine refuses to quantize even an empty list, which every bf16 step hands it."""
     try:
         fp8_utils = import_module("megatron.core.fp8_utils")
@@ -108,15 +109,14 @@ def _empty_fp8_list() -> None:
     fp8_utils._quantize_param_shard_impl = quantize  # type: ignore[attr-defined]
 
 
-def _version_of_nothing() -> None:
-    """0.13 to 0.15 ask a TransformerEngine that is not there for its version when CPU offload is configured."""
-    configuration = import_module("megatron.core.optimizer.optimizer_config")
+def version_of_nothing() -> None:
+    """To 0.15 Megatron asks a TransformerEngine that is not there for its version, to load or to offload, and stops.
+
+    It remembers the answer of the first time. Later releases take 0.0.0 where there is none.
+    """
     utils = import_module("megatron.core.utils")
-    asked = getattr(configuration, "is_te_min_version", None)
-    # Megatron's own, and not what transformer_engine.in_use has put there. Not asked of Megatron's get_te_version: on
-    # the way to 0.13 it raises where there is none.
-    if asked is not None and asked is utils.is_te_min_version and find_spec("transformer_engine") is None:
-        configuration.is_te_min_version = lambda *args, **kwargs: False  # type: ignore[attr-defined]
+    if find_spec("transformer_engine") is None and getattr(utils, "_te_version", 0) is None:
+        utils._te_version = Version("0.0.0")  # type: ignore[attr-defined]
 
 
 def _write_item_of_its_time() -> None:

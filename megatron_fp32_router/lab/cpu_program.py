@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
+import wrapt
 
 from megatron_fp32_router.lab import compat, cpu
 
@@ -45,6 +46,9 @@ def pretend() -> None:
     # 0.11 and 0.12
     filesystem = import_module("torch.distributed.checkpoint.filesystem")
     cpu.replace(filesystem, "_write_item", compat.write_item_of_any_time())
+    # 0.12 to 0.15 expect a TransformerEngine where they load a checkpoint or have a distributed optimizer.
+    wrapt.register_post_import_hook(lambda module: compat.version_of_nothing(), "megatron.core.utils")
+    wrapt.register_post_import_hook(lambda module: compat.empty_fp8_list(), "megatron.core.fp8_utils")
     # To 0.16. It asks nvcc for its version, and compiles nothing more.
     _compiled("megatron.legacy.fused_kernels", load=lambda args: None)
 
