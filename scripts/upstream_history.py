@@ -120,7 +120,28 @@ def _walk(clone: _Clone, branch: str) -> Iterator[_State]:
 
 def write(gitdir: Path, *, show: bool) -> dict[str, str]:
     """Bring history.json and docs/commits.md up to date; return digest -> source of the bodies that no release has."""
-    clone, known = _Clone(gitdir), fingerprints.known()
+    clone = _Clone(gitdir)
+    found = {branch: list(_walk(clone, branch)) for branch in _BRANCHES}
+    states = [(state.tree, state.first) for walked in found.values() for state in walked]
+    texts = _store(states, show=show)
+    for state in (state for states in found.values() for state in states):
+        judged = judge.Judge(state.tree, Megatron(None, None))
+        verdicts = (judged.one(*target, explain=False) for target in records.relied_on().items())
+        state.unfit = [verdict for verdict in verdicts if not verdict.fits]
+    PAGE.write_text("\n".join(_page(found)) + "\n", encoding="utf-8")
+    return texts
+
+
+def read_fork(tree: Path, name: str, *, show: bool) -> dict[str, str]:
+    """Add a tree's bodies to history.json under `name`; return digest -> source of those that no release has."""
+    if not (tree / "megatron" / "core").is_dir():
+        raise SystemExit(f"{tree} holds no megatron/core")
+    return _store([(source.Tree(tree), name)], show=show)
+
+
+def _store(trees: Iterable[tuple[source.Tree, str]], *, show: bool) -> dict[str, str]:
+    """Add the bodies of trees, each with its name, that nobody has reviewed to history.json."""
+    known = fingerprints.known()
     released = {number for row in known.targets.values() for number in row if number is not None}
     in_releases = {known.digests[number] for number in released}
     reviewed: dict[str, list[tuple[str, dict[str, str]]]] = {}
@@ -130,26 +151,20 @@ def write(gitdir: Path, *, show: bool) -> dict[str, str]:
         reviewed[name] = [(why, bodies) for why, bodies in kept if bodies]
     seen = {digest for groups in reviewed.values() for _, bodies in groups for digest in bodies}
     texts: dict[str, str] = {}
-    found = {branch: list(_walk(clone, branch)) for branch in _BRANCHES}
-    for state in (state for states in found.values() for state in states):
+    for tree, called in trees:
         for name in filter(records.has_body, records.relied_on()):
-            body = state.tree.body(name) if state.tree.has(name.partition(":")[0]) else source.Body(None)
+            body = tree.body(name) if tree.has(name.partition(":")[0]) else source.Body(None)
             if body.digest is None or body.module is None or body.digest in in_releases:
                 continue
             texts.setdefault(body.digest, canonical.text(body.module))
             if body.digest not in seen:
                 seen.add(body.digest)
-                reviewed.setdefault(name, []).append(("", {body.digest: state.first}))
+                reviewed.setdefault(name, []).append(("", {body.digest: called}))
                 if show:
-                    print(_difference(name, body.module, known.bodies(name).values(), state.first))
+                    print(_difference(name, body.module, known.bodies(name).values(), called))
     reviewed = {name: groups for name, groups in reviewed.items() if groups}
     Path(str(fingerprints.HISTORY)).write_text(json.dumps(reviewed, indent=1) + "\n", encoding="utf-8")
     fingerprints.known.cache_clear()
-    for state in (state for states in found.values() for state in states):
-        judged = judge.Judge(state.tree, Megatron(None, None))
-        verdicts = (judged.one(*target, explain=False) for target in records.relied_on().items())
-        state.unfit = [verdict for verdict in verdicts if not verdict.fits]
-    PAGE.write_text("\n".join(_page(found)) + "\n", encoding="utf-8")
     return texts
 
 

@@ -42,10 +42,10 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
-    """`run(program, megatron, plugin, **variables)`: the program on a release or a checkout, once per module."""
-    done: dict[tuple[str, str, bool], Run] = {}
+    """`run(program, megatron, plugin, **variables)`: the program on a release, checkout or folder, once per module."""
+    done: dict[tuple[str, str | Path, bool], Run] = {}
 
-    def start(program: str, megatron: str, plugin: bool, **variables: str) -> Run:
+    def start(program: str, megatron: str | Path, plugin: bool, **variables: str) -> Run:
         key = (program, megatron, plugin)
         if key not in done:
             done[key] = _start(tmp_path_factory.mktemp(program), *key, variables)
@@ -54,8 +54,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
     return start
 
 
-def _start(folder: Path, program: str, megatron: str, plugin: bool, variables: dict[str, str]) -> Run:
-    tree = ensure_tree(megatron) if megatron in TREES else ensure_release(megatron)
+def _start(folder: Path, program: str, megatron: str | Path, plugin: bool, variables: dict[str, str]) -> Run:
+    if isinstance(megatron, Path):
+        tree = megatron
+    else:
+        tree = ensure_tree(megatron) if megatron in TREES else ensure_release(megatron)
     paths = (PROGRAMS, ROOT / "tests" / "programs" / "pretence", *ensure_consumers(Path(sys.executable)), tree)
     wanted = {
         "LAB": str(ROOT / "megatron_fp32_router" / "lab"),

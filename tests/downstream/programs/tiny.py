@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,8 +13,13 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
-def model(**fields: Any) -> tuple[TransformerConfig, Any]:
-    """(config, wrapped model) of two layers."""
+def model(prepare: Callable[[GPTModel], None] = lambda gpt: None, **fields: Any) -> tuple[TransformerConfig, Any]:
+    """(config, wrapped model) of two layers.
+
+    Args:
+        prepare: is given the model before it is wrapped.
+        fields: further ones of the configuration.
+    """
     config = TransformerConfig(
         num_layers=2,
         hidden_size=64,
@@ -44,4 +50,5 @@ def model(**fields: Any) -> tuple[TransformerConfig, Any]:
     )
     for layer in gpt.decoder.layers:
         layer.mlp.router.expert_bias.fill_(0.75)
+    prepare(gpt)
     return config, Float16Module(config, gpt)
