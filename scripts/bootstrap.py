@@ -52,6 +52,9 @@ TORCH = "torch==2.13.0" if sys.version_info[:2] == (3, 11) else "torch>=2.4"
 #: Its FusedAdam is tested with; the wheel of that name holds Python only.
 TRANSFORMER_ENGINE = "2.20.2"
 
+#: Muon and others are tested with: name, version and package, of what it imports too.
+EMERGING_OPTIMIZERS = (("emerging-optimizers", "0.3.0", "emerging_optimizers"), ("absl-py", "2.5.1", "absl"))
+
 #: What tests/downstream runs of it.
 MEGATRON_BRIDGE = "0.6.2"
 
@@ -132,6 +135,14 @@ def ensure_transformer_engine() -> Path:
     """Return a folder that holds TransformerEngine's Python, and no compiled part, as `transformer_engine/`."""
     folder = f"transformer-engine/{TRANSFORMER_ENGINE}"
     return ensure_wheel("transformer-engine", TRANSFORMER_ENGINE, holds="transformer_engine", folder=folder)
+
+
+def ensure_emerging_optimizers() -> list[Path]:
+    """Return the folders that hold `emerging_optimizers` and what it imports. Unpacked: it asks for Python 3.12."""
+    return [
+        ensure_wheel(name, version, holds=holds, folder=f"packages/{name}-{version}")
+        for name, version, holds in EMERGING_OPTIMIZERS
+    ]
 
 
 def ensure_consumers(python: Path) -> tuple[Path, Path]:

@@ -8,16 +8,21 @@ layout after another.
 from __future__ import annotations
 
 import contextlib
+import typing
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+# emerging-optimizers asks for Python 3.12, and only for this.
+if not hasattr(typing, "override"):
+    typing.override = lambda function: function  # type: ignore[attr-defined]
 
 import torch
 import torch.distributed as dist
 
 import megatron_fp32_router
 from megatron_fp32_router import lab
-from megatron_fp32_router.lab import checkpoint, transformer_engine
+from megatron_fp32_router.lab import checkpoint, cpu, transformer_engine
 
 #: Small enough that building, three steps and a checkpoint take a fraction of a second.
 TINY: dict[str, Any] = {"hidden": 32, "moe_ffn": 32, "experts": 4, "seq_length": 32, "vocab": 64, "bias_start": 0.75}
@@ -29,9 +34,14 @@ def recipe_of(case: dict[str, Any]) -> Any:
 
 
 def engine(case: dict[str, Any]) -> Any:
-    """The context in which Megatron's optimizers find TransformerEngine, if the case says so."""
+    """The context in which Megatron finds TransformerEngine's FusedAdam, or a host to offload to, as the case says."""
+    stack = contextlib.ExitStack()
     tree, version = case.get("engine") or ("", "")
-    return transformer_engine.in_use(Path(tree), version) if tree else contextlib.nullcontext()
+    if tree:
+        stack.enter_context(transformer_engine.in_use(Path(tree), version))
+    if case["fields"].get("optimizer_extra", {}).get("optimizer_cpu_offload"):
+        stack.enter_context(cpu.offloading())
+    return stack
 
 
 def build(recipe: Any) -> Any:
