@@ -22,6 +22,7 @@ SAMPLE: Final = 512
 Protect = Literal["all", "buffers"]
 OnMismatch = Literal["raise", "warn"]
 Untested = Literal["refuse", "allow"]
+Products = Literal["auto", "split", "fp32"]
 LogLevel = Literal["info", "debug", "warning"]
 
 
@@ -73,6 +74,13 @@ VARIABLES: Final = (
         "program. `0`: ranks are not compared.",
     ),
     Variable(
+        f"{PREFIX}_PRODUCTS",
+        ("auto", "split", "fp32"),
+        "How router products are computed (docs/performance.md). `auto`: split bf16 products where the device and the "
+        "tensors allow, plain ones elsewhere. `split`: split ones, or an error that says why not; on a CPU they are "
+        "emulated, slowly. `fp32`: plain ones, without TF32. All three are as exact as fp32.",
+    ),
+    Variable(
         f"{PREFIX}_LIKE",
         ("", "ENGINE==VERSION/ARCHITECTURE"),
         "For reinforcement learning: the forward rounds where that engine does (docs/serving.md), for example "
@@ -111,6 +119,7 @@ class Settings:
         on_mismatch: "raise" stops the program when something is unprotected, "warn" says so and goes on.
         untested: "refuse" stops before the first step where no test has run a combination, "allow" says so and goes on.
         log: the least severe message that is shown.
+        products: how router products are computed: "auto", "split" or "fp32".
         agree_timeout: seconds to wait for the other ranks before the first step; 0 compares nothing.
         monitor: look at the routers every so many steps; 0: never.
         monitor_dir: the folder that monitor.jsonl goes to.
@@ -122,6 +131,7 @@ class Settings:
     protect: Protect = "all"
     on_mismatch: OnMismatch = "raise"
     untested: Untested = "refuse"
+    products: Products = "auto"
     log: LogLevel = "info"
     agree_timeout: float = 300
     monitor: int = 0
@@ -227,6 +237,7 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
         protect=cast("Protect", _read("_PROTECT", environ)),
         on_mismatch=cast("OnMismatch", _read("_ON_MISMATCH", environ)),
         untested=cast("Untested", _read("_UNTESTED", environ)),
+        products=cast("Products", _read("_PRODUCTS", environ)),
         log=cast("LogLevel", _read("_LOG", environ)),
         agree_timeout=_seconds("_AGREE_TIMEOUT", environ),
         monitor=_interval(environ),

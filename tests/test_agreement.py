@@ -76,6 +76,7 @@ def test_all_ranks_agree_or_all_say_what_differs(release: str, tmp_path: Path) -
     for rank in ranks:
         assert "MEGATRON_FP32_ROUTER_PROTECT is 'all' on rank 0 (host " in rank["other settings"]
         assert "), but 'buffers' on rank 1 (host " in rank["other settings"]
+        assert "MEGATRON_FP32_ROUTER_PRODUCTS is 'auto' on rank 0 (host " in rank["other settings"]
         assert "MEGATRON_FP32_ROUTER_LIKE is 'unset' on rank 0 (host " in rank["other settings"]
         assert "), but 'vllm==0.33.0/deepseek_v3' on rank 1 (host " in rank["other settings"]
         assert "the plugin's version is '0.1.0' on rank 0 (host " in rank["other version"]

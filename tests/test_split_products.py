@@ -6,6 +6,9 @@ real calls are made, with shapes and dtypes only. tests/gpu runs them for real.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from benchmarks import accuracy
+from bootstrap import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -286,3 +290,18 @@ def test_switches_that_follow_another_one_still_do_after_a_product_in_true_fp32(
         backends.fp32_precision = before
         for place, value in zip(places, kept, strict=True):
             place.fp32_precision = value
+
+
+def test_tf32_that_an_nvidia_container_turns_on_by_its_environment_is_off_inside_and_on_again_afterwards() -> None:
+    program = """
+import torch
+from megatron_fp32_router.gating.matmul import true_fp32
+switch = lambda: (torch.backends.cuda.matmul.allow_tf32, torch.get_float32_matmul_precision())
+before = switch()
+with true_fp32():
+    inside = switch()
+print(before, inside, switch())
+"""
+    environment = {**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "(True, 'high') (False, 'highest') (True, 'high')\n"

@@ -1,4 +1,16 @@
-"""A matrix product in true fp32, whatever the program set: TF32, bf16x1 and autocast do not reach it."""
+"""A matrix product in true fp32, whatever the program set: TF32, bf16x1 and autocast do not reach it.
+
+Why that holds on a GPU. PyTorch decides about TF32 anew in every product: ATen/cuda/CublasHandlePool.cpp gives the
+cuBLAS handle CUBLAS_TF32_TENSOR_OP_MATH where the switch for CUDA's matrix products says so, and CUBLAS_DEFAULT_MATH
+elsewhere; ATen/cuda/CUDABlas.cpp (gemm_and_bias, which addmm may take) asks cublasLt for CUBLAS_COMPUTE_32F_FAST_TF32
+or CUBLAS_COMPUTE_32F by the same switch. NVIDIA's manual of cuBLAS says of DEFAULT_MATH and COMPUTE_32F that they
+compute with at least as many bits as were asked for: fp32, not TF32. So the switch is turned off for the one call.
+Turning it costs no kernel and no synchronisation, and a CUDA graph keeps the kernels that were chosen.
+
+torch.backends.cuda.matmul.allow_tf32, .fp32_precision, torch.set_float32_matmul_precision and
+TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 (which NVIDIA's containers set) are that switch, or what it starts with.
+`doctor --device` measures on the GPU at hand what is said here.
+"""
 
 from __future__ import annotations
 

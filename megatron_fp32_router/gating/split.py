@@ -21,7 +21,8 @@ Bounds, beside the fp32 accumulation that a true fp32 product has too, for finit
 - What is not finite in the operands is not finite in the results; an infinity can become NaN.
 
 torch.mm(out_dtype=…) exists for CUDA only. On a CPU the same arithmetic is emulated, product for product (bf16
-numbers are multiplied as fp32 numbers, which is exact): for tests and tables, never chosen for a training.
+numbers are multiplied as fp32 numbers, which is exact): for tests and tables, and for a training only where
+MEGATRON_FP32_ROUTER_PRODUCTS=split asks for it.
 
 Shapes: T tokens, H hidden size, E experts.
 """
@@ -34,9 +35,15 @@ from typing import Final
 
 import torch
 
+from megatron_fp32_router.errors import SettingsError
 from megatron_fp32_router.gating.matmul import true_fp32
+from megatron_fp32_router.patching.registry import registry
+from megatron_fp32_router.settings import PREFIX
 
 _LARGEST: Final = torch.finfo(torch.bfloat16).max
+
+#: Why a CPU's products are plain ones, unless emulation is asked for.
+_EMULATED: Final = "cpu has no bf16 product with fp32 output"
 
 #: Device -> why it cannot, or "" when it can.
 _devices: dict[torch.device, str] = {}
@@ -53,13 +60,35 @@ def why_not(device: torch.device, activations: torch.dtype, weight: torch.Tensor
         activations: their dtype.
         weight: [E, H].
         dtype: what the products have to be computed in.
+
+    Raises:
+        SettingsError: MEGATRON_FP32_ROUTER_PRODUCTS=split asks for them, and they cannot be had.
     """
+    asked = registry.settings.products
+    if asked == "fp32":
+        return f"{PREFIX}_PRODUCTS=fp32"
+    reason = _unfit(device, activations, weight, dtype)
+    if asked == "split":
+        if reason == _EMULATED:
+            return ""
+        if reason:
+            raise SettingsError(
+                f"{PREFIX}_PRODUCTS=split: expected routers whose products can be split, found that {reason}. "
+                f"Unset it, or set {PREFIX}_PRODUCTS=fp32: both are as exact."
+            )
+    return reason
+
+
+def _unfit(device: torch.device, activations: torch.dtype, weight: torch.Tensor, dtype: torch.dtype) -> str:
+    """What is in the way, whatever was asked for."""
     if dtype != torch.float32:
         return f"products are {_name(dtype)}"
     if activations != torch.bfloat16:
         return f"activations are {_name(activations)}, not bfloat16"
     if weight.dtype not in (torch.float32, torch.bfloat16):
         return f"the weight is {_name(weight.dtype)}"
+    if device.type == "cpu":
+        return _EMULATED
     if device.type != "cuda":
         return f"{device.type} has no bf16 product with fp32 output"
     if weight.shape[0] % 8 or weight.shape[1] % 8:

@@ -96,6 +96,7 @@ def what_must_agree() -> dict[str, str]:
         # Ranks meet in a look.
         f"{PREFIX}_MONITOR": str(settings.monitor or "off"),
         f"{PREFIX}_UNTESTED": settings.untested,
+        f"{PREFIX}_PRODUCTS": settings.products,
         f"{PREFIX}_LIKE": settings.like or "unset",
         "Megatron": str(megatron),
         _SOURCE: gate.digest(megatron),

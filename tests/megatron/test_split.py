@@ -13,6 +13,7 @@ import torch
 
 import megatron_fp32_router
 from megatron_fp32_router import lab
+from megatron_fp32_router.errors import SettingsError
 from megatron_fp32_router.gating import linear, split, split_cache
 
 # What is asked here is alike on the lines in between.
@@ -162,3 +163,75 @@ def test_a_renamed_schedule_is_a_warning_because_only_speed_depends_on_it(
         assert states["step-interleaving"] == "applied"
     finally:
         megatron_fp32_router.disable()
+
+
+@pytest.fixture
+def asking(plugin: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """`asking("fp32")`: the plugin, on with MEGATRON_FP32_ROUTER_PRODUCTS=fp32."""
+
+    def ask(products: str) -> None:
+        monkeypatch.setenv("MEGATRON_FP32_ROUTER_PRODUCTS", products)
+        plugin()
+
+    return ask
+
+
+@pytest.mark.parametrize(("products", "split_ones"), [("auto", 0), ("split", 1), ("fp32", 0)])
+def test_the_variable_says_which_products_are_used_and_all_have_fp32s_accuracy(
+    products: str, split_ones: int, router: Any, asking: Any, splits: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asking(products)
+    built = router(hidden=512)
+    import_module("megatron.core.transformer.module").Float16Module(built.config, built)
+    x = torch.randn(64, 1, 512).bfloat16().requires_grad_()
+    grad = torch.randn(64, 1, 8)
+    torch._dynamo.reset()
+    found = []
+    torch.set_float32_matmul_precision("medium")  # bf16 on this CPU, TF32 on a GPU, for everybody else's products
+    try:
+        for gate in (
+            built.gating,
+            torch._dynamo.optimize("aot_eager", nopython=True)(lambda hidden: built.gating(hidden)),
+        ):
+            built.weight.grad = x.grad = None
+            logits = gate(x)
+            logits.backward(grad)
+            found.append((logits.detach(), built.weight.grad, x.grad))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert len(splits) == 4 * split_ones  # forward and backward, of both
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    x64, w64, g64 = x.detach().double().view(64, 512), built.weight.detach().double(), grad.double().view(64, 8)
+    for got, a, b in ((found[0][0].view(64, 8), x64, w64.t()), (found[0][1], g64.t(), x64)):
+        assert ((got.double() - a @ b).abs() <= 2.0**-21 * (a.abs() @ b.abs())).all()
+    detail = next(record.detail for record in megatron_fp32_router.status() if record.id == "gating")
+    assert (
+        detail
+        == {
+            "auto": "plain products: cpu has no bf16 product with fp32 output",
+            "split": "split bf16 products",
+            "fp32": "plain products: MEGATRON_FP32_ROUTER_PRODUCTS=fp32",
+        }[products]
+    )
+
+
+def test_fp32_is_used_also_where_products_could_be_split(router: Any, asking: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(split, "_unfit", lambda *_: "")
+    weight = torch.ones(8, 8)
+    for products, reason in (("auto", ""), ("split", ""), ("fp32", "MEGATRON_FP32_ROUTER_PRODUCTS=fp32")):
+        asking(products)
+        assert split.why_not(weight.device, torch.bfloat16, weight, torch.float32) == reason
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [({"precision": "fp16"}, "activations are float16"), ({"router_dtype": "fp64"}, "products are float64")],
+)
+def test_split_products_that_cannot_be_had_stop_the_program_before_the_first_step(
+    fields: dict[str, Any], reason: str, build: Any, asking: Any, release: Any
+) -> None:
+    if release.minor == 11 and "router_dtype" in fields:
+        pytest.skip("0.11 has no moe_router_dtype")
+    asking("split")
+    with pytest.raises(SettingsError, match=f"MEGATRON_FP32_ROUTER_PRODUCTS=split: .* {reason}"):
+        build(**fields)

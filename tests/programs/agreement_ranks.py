@@ -123,9 +123,11 @@ def scenes(recipe: Any, arguments: dict[str, Any]) -> dict[str, str]:
 
     if is_last:
         os.environ["MEGATRON_FP32_ROUTER_LIKE"] = "vllm==0.33.0/deepseek_v3"
+        os.environ["MEGATRON_FP32_ROUTER_PRODUCTS"] = "fp32"
         megatron_fp32_router.enable(protect="buffers")
     play("other settings")
     os.environ.pop("MEGATRON_FP32_ROUTER_LIKE", None)
+    os.environ.pop("MEGATRON_FP32_ROUTER_PRODUCTS", None)
     megatron_fp32_router.enable(protect="all")
 
     version = agreement.__version__
