@@ -90,7 +90,8 @@ _DESCRIPTIONS: Final = {
     "patch": "For trees that cannot be patched while they run. All files are changed, or none. Needs git.",
     "report": "One HTML page that needs no network, from what MEGATRON_FP32_ROUTER_MONITOR has written.",
     "check": "Reads the source and imports neither torch nor Megatron; --probe also trains a tiny model on it.",
-    "doctor": "The interpreter, the installation, the variables, the patches, and what stands in the way.",
+    "doctor": "The interpreter, the installation, the variables, the patches, and what stands in the way.\n"
+    "With --device also how exact and how fast the router's products are on this GPU.",
     "demo": "Trains the real Megatron on a CPU or a GPU, on real text, and writes a page. Takes minutes.",
     "parity": "Runs recorded router inputs through the arithmetic of each engine, emulated on a CPU.",
     "predict": "Simulates a run's token counts as that release adds them up. Needs NumPy and ml_dtypes, no GPU.",
@@ -165,8 +166,9 @@ def _parser(with_demo: bool, with_serving: bool = False) -> argparse.ArgumentPar
         "doctor",
         _doctor,
         "say everything about this environment on one screen",
-        "0 nothing stands in the way, 1 something does, 2 there is no Megatron to look at",
-        "doctor",
+        "0 nothing stands in the way, 1 something does, 2 there is no Megatron to look at, or, with\n"
+        "  --device, no GPU",
+        "doctor --device --json",
     )
     compat_doctor.add_arguments(doctor)
     demo = add(

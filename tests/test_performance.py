@@ -9,6 +9,8 @@ import torch
 from benchmarks import gating, page
 from benchmarks.pairs import compare
 
+from megatron_fp32_router.compat import device
+
 CPU = page.load("cpu")
 
 
@@ -73,10 +75,11 @@ def test_pairs_give_the_median_of_the_ratios_and_their_middle_half() -> None:
 def test_what_is_timed_on_a_gpu_multiplies_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU's list of ways, run on the meta device: shapes only, but every call is made."""
     x = torch.empty(64, 32, dtype=torch.bfloat16, device="meta")
-    ways = gating._ways(x, torch.empty(8, 32, device="meta"), torch.empty(64, 8, device="meta"))
+    monkeypatch.setattr(device, "mm", torch.mm)
+    w, g = torch.empty(8, 32, device="meta"), torch.empty(64, 8, device="meta")
+    ways = gating._ways(device.Operands(x, w, g))
     assert ways.keys() == {"bf16", "fp32", "TF32", "split", "splitting the weight, once a step"}
     before = torch.backends.cuda.matmul.allow_tf32
-    monkeypatch.setattr(gating, "mm", torch.mm)
     for forward, backward in ways.values():
         forward()
         backward()

@@ -14,6 +14,7 @@ from bootstrap import NEWEST, RELEASES, ensure_release
 from jsonschema import Draft202012Validator
 
 import megatron_fp32_router
+from megatron_fp32_router import cli
 from megatron_fp32_router.monitor import sinks
 from megatron_fp32_router.patching.registry import registry
 
@@ -33,7 +34,7 @@ def _printed(*arguments: str | Path) -> Any:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("name", ["monitor", "status", "check", "audit"])
+@pytest.mark.parametrize("name", ["monitor", "status", "check", "doctor", "audit"])
 def test_a_schema_refuses_what_is_something_else(name: str) -> None:
     assert _wrong(name, {"step": "one"})
 
@@ -66,6 +67,14 @@ def test_check_of_what_is_no_megatron(tmp_path: Path) -> None:
     found = _printed("check", "--megatron", tmp_path)
     assert found["verdict"] == "unknown"
     assert _wrong("check", found) == []
+
+
+@pytest.mark.parametrize("arguments", [(), ("--shape", "64x128x8", "32x64x12")], ids=["", "device"])
+def test_doctor(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["doctor", "--megatron", str(ensure_release(NEWEST)), "--json", *arguments])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["device"] is None) == (not arguments)
+    assert _wrong("doctor", found) == []
 
 
 def test_audit(tmp_path: Path) -> None:

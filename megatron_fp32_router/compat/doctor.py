@@ -1,18 +1,20 @@
 """`megatron-fp32-router doctor`: everything about this environment on one screen.
 
-Exit codes: 0 nothing stands in the way, 1 something does, 2 there is no Megatron to look at, or it cannot be read.
-Neither torch nor Megatron is imported.
+Exit codes: 0 nothing stands in the way, 1 something does, 2 there is no Megatron to look at (with --device: or no GPU),
+or it cannot be read. Neither torch nor Megatron is imported; with --device torch and TransformerEngine are.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 from megatron_fp32_router.compat import environment, find
 from megatron_fp32_router.compat.show import table
@@ -24,9 +26,6 @@ from megatron_fp32_router.patching.records import PATCHES
 from megatron_fp32_router.patching.source import Tree, UnreadableSourceError
 from megatron_fp32_router.settings import PREFIX, Settings, from_environment
 from megatron_fp32_router.version import __version__
-
-if TYPE_CHECKING:
-    import argparse
 
 Level: TypeAlias = Literal["ok", "note", "problem", "unknown"]
 
@@ -51,6 +50,8 @@ class Diagnosis:
     patches: list[tuple[Patch, str, str]] = field(default_factory=list)
     megatrons: list[str] = field(default_factory=list)
     version: str | None = None
+    #: What --device has measured.
+    device: dict[str, Any] | None = None
 
     def add(self, level: Level, about: str, text: str) -> None:
         """Add a line."""
@@ -71,6 +72,7 @@ class Diagnosis:
             "megatron": {"version": self.version, "paths": self.megatrons},
             "libraries": [vars(library) for library in environment.libraries()],
             "findings": [vars(finding) for finding in self.findings],
+            "device": self.device,
             "patches": [
                 {
                     "id": patch.id,
@@ -89,8 +91,24 @@ class Diagnosis:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to its parser."""
     parser.add_argument("--megatron", metavar="PATH", help="look at this Megatron instead of the installed one")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, to be attached to an issue")
+    parser.add_argument("--device", action="store_true", help="measure the router's products on this GPU (a minute)")
+    parser.add_argument(
+        "--shape",
+        type=_shape,
+        nargs="+",
+        default=[],
+        metavar="TxHxE",
+        help="with --device: tokens of a micro-batch, hidden size and experts of your routers (default 4096x7168x256)",
+    )
     parser.add_argument("--verbose", action="store_true", help="list every patch, and not only those that do not fit")
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"expected TOKENSxHIDDENxEXPERTS, such as 4096x7168x256, found {text!r}")
+    tokens, hidden, experts = map(int, text.split("x"))
+    return tokens, hidden, experts
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -102,6 +120,8 @@ def main(arguments: argparse.Namespace) -> int:
         "libraries": lambda: _look_at_libraries(found),
         "Megatron": lambda: _look_at_megatron(found, arguments.megatron),
     }
+    if arguments.device or arguments.shape:
+        looks["device"] = lambda: _look_at_device(found, arguments.shape)
     for about, look in looks.items():
         try:
             look()
@@ -183,6 +203,18 @@ def _look_at_megatron(found: Diagnosis, given: str | None) -> None:
         found.add("note", "upstream", "this Megatron has mark_keep_in_fp32, which its router does not use yet (#5929)")
 
 
+def _look_at_device(found: Diagnosis, shapes: list[tuple[int, int, int]]) -> None:
+    try:
+        from megatron_fp32_router.compat import device
+    except ImportError as error:
+        found.add("unknown", "device", f"torch is needed to measure it: {error}")
+        return
+    try:
+        found.device = device.look(found.add, shapes, _settings().products)
+    except RuntimeError as error:  # out of memory, say
+        found.add("unknown", "device", f"could not be measured: {str(error).splitlines()[0]}")
+
+
 def _accepted(found: Diagnosis) -> accepting.Accepted:
     """What a training would honour: the file of the variable alone. One that cannot be read would stop it."""
     path = _settings().accepted
@@ -244,6 +276,19 @@ def _look_at_patches(found: Diagnosis, judge: Judge, targets: list[Target]) -> N
             found.add("note", "patches", f"changed, so refused when used: {areas}; `check --for all` shows how")
 
 
+def _measured(device: dict[str, Any]) -> list[tuple[str, ...]]:
+    rows = []
+    for row in device["shapes"]:
+        for name, way in row["ways"].items():
+            shape = f"{row['tokens']} x {row['hidden']} x {row['experts']}"
+            times = (
+                "" if way[f"{part}_ms"] is None else f"{way[f'{part}_ms']:.3g}" for part in ("forward", "backward")
+            )
+            means = (f"{way['errors'][p]['mean']:.1e}" for p in way["errors"])
+            rows.append((shape, name, *times, *means, f"{way['other_experts']:.2%}"))
+    return rows
+
+
 def _what(target: Target) -> str:
     return "does not exist" if target.state == "missing" else "has changed"
 
@@ -257,6 +302,21 @@ def _print(found: Diagnosis, *, verbose: bool) -> None:
         table(
             ("patch", "state", "detail"), [(patch.id, state, detail or patch.target) for patch, state, detail in shown]
         )
+    if found.device is not None:
+        print(
+            "Mean errors, relative to the sum of the absolute terms; tokens whose top-8 experts are not those of fp64:"
+        )
+        head = (
+            "tokens x hidden x experts",
+            "products",
+            "forward ms",
+            "backward ms",
+            "logits",
+            "dweight",
+            "dinput",
+            "tokens",
+        )
+        table(head, _measured(found.device))
     problems = [finding for finding in found.findings if finding.level == "problem"]
     if problems:
         print(f"{len(problems)} problem{'s' if len(problems) != 1 else ''}, marked with !!")

@@ -67,7 +67,7 @@ def why_not(device: torch.device, activations: torch.dtype, weight: torch.Tensor
     asked = registry.settings.products
     if asked == "fp32":
         return f"{PREFIX}_PRODUCTS=fp32"
-    reason = _unfit(device, activations, weight, dtype)
+    reason = unfit(device, activations, weight, dtype)
     if asked == "split":
         if reason == _EMULATED:
             return ""
@@ -79,7 +79,7 @@ def why_not(device: torch.device, activations: torch.dtype, weight: torch.Tensor
     return reason
 
 
-def _unfit(device: torch.device, activations: torch.dtype, weight: torch.Tensor, dtype: torch.dtype) -> str:
+def unfit(device: torch.device, activations: torch.dtype, weight: torch.Tensor, dtype: torch.dtype) -> str:
     """What is in the way, whatever was asked for."""
     if dtype != torch.float32:
         return f"products are {_name(dtype)}"

@@ -7,23 +7,16 @@ off CUDA: what a tensor core adds up in which order is not part of it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from megatron_fp32_router.compat.device import Operands, tf32
 from megatron_fp32_router.gating import split
 from megatron_fp32_router.gating.matmul import mm
 
 WAYS = ("fp32", "split", "TF32", "bf16")
 TOPK = 8
-
-
-class Operands(NamedTuple):
-    """x: bf16 [T, H], activations; w: fp32 [E, H], weight; g: fp32 [T, E], gradient of the logits."""
-
-    x: torch.Tensor
-    w: torch.Tensor
-    g: torch.Tensor
 
 
 def synthetic(tokens: int = 1024, hidden: int = 1024, experts: int = 64, seed: int = 6) -> dict[str, Operands]:
@@ -90,12 +83,6 @@ def real(steps: int = 20, **fields: Any) -> Operands:
     return Operands(torch.cat(seen[::2]).bfloat16(), weight, torch.cat(seen[1::2]))
 
 
-def _tf32(t: torch.Tensor) -> torch.Tensor:
-    """Rounded to TF32's 11 bits of significand, ties away from zero as the hardware's conversion does."""
-    bits = t.float().view(torch.int32)
-    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
-
-
 def _split_products(o: Operands) -> dict[str, torch.Tensor]:
     parts, experts = split.split_weight(o.w), o.w.shape[0]
     grad_input, grad_weight = split.gradients(o.g, o.x, parts, True, True)
@@ -129,7 +116,7 @@ def all_ways(o: Operands) -> dict[str, dict[str, torch.Tensor]]:
         "fp64": _products(o, torch.Tensor.double) | {"gradient of the input": mm(o.g.double(), o.w.double())},
         "fp32": _products(o, torch.Tensor.float),
         "split": _split_products(o),
-        "TF32": _products(o, _tf32),
+        "TF32": _products(o, tf32),
         "bf16": {name: result.bfloat16() for name, result in rounded.items()},
     }
 

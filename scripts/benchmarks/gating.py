@@ -7,14 +7,13 @@ means nothing; TF32 does not exist). On CUDA: these, TF32, and split products.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from benchmarks.pairs import Report, clock
+from megatron_fp32_router.compat.device import Operands, Way, milliseconds, operands, ways
 from megatron_fp32_router.gating import split
-from megatron_fp32_router.gating.matmul import mm
 
 #: tokens, hidden size, experts.
 SHAPES = {
@@ -30,61 +29,13 @@ PEAKS = {
     "H200": (4.8e12, 989e12, 495e12, 67e12),
 }
 
-Ways = dict[str, tuple[Callable[[], object], Callable[[], object]]]
 
-
-def _ways(x: torch.Tensor, w: torch.Tensor, g: torch.Tensor) -> Ways:
-    """way -> forward, backward (both gradients). What upstream casts in every call is cast in every call."""
-    low = w.bfloat16()
-
-    def backward_in_bf16() -> None:
-        grad = g.bfloat16()
-        torch.mm(grad, low)
-        torch.mm(grad.t(), x)
-
-    def backward_in_fp32(product: Callable[..., torch.Tensor]) -> None:
-        product(g, w).bfloat16()
-        product(g.t(), x.float())
-
-    ways: Ways = {
-        "bf16": (lambda: torch.mm(x, low.t()), backward_in_bf16),
-        "fp32": (lambda: mm(x.float(), w.t()), lambda: backward_in_fp32(mm)),
-    }
-    if x.device.type == "cpu":
-        return ways
-    parts = split.split_weight(w)
-
-    def forward_split() -> None:
-        split.logits(x, parts, w.shape[0], None)
-
-    def tf32(product: Callable[[], object]) -> Callable[[], None]:
-        def run() -> None:
-            torch.backends.cuda.matmul.allow_tf32 = True
-            try:
-                product()
-            finally:
-                torch.backends.cuda.matmul.allow_tf32 = False
-
-        return run
-
-    ways["TF32"] = (tf32(lambda: torch.mm(x.float(), w.t())), tf32(lambda: backward_in_fp32(torch.mm)))
-    ways["split"] = (forward_split, lambda: split.gradients(g, x, parts, True, True))
-    ways["splitting the weight, once a step"] = (lambda: split.split_weight(w), lambda: None)
-    return ways
-
-
-def _milliseconds(action: Callable[[], object], device: torch.device) -> float:
-    """Of one call; on CUDA the device's own time, over enough calls to fill its queue."""
-    if device.type == "cpu":
-        return clock(action)
-    calls = 20
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(calls):
-        action()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / calls
+def _ways(o: Operands) -> dict[str, Way]:
+    """way -> forward, backward."""
+    found = ways(o)
+    if o.x.device.type == "cpu":
+        return {name: found[name] for name in ("bf16", "fp32")}
+    return {**found, "splitting the weight, once a step": (lambda: split.split_weight(o.w), lambda: (None, None))}
 
 
 def _peak_of_cpu() -> dict[str, float]:
@@ -113,7 +64,7 @@ def bound_ms(way: str, tokens: int, hidden: int, experts: int, peaks: tuple[floa
 
 def measure(repeats: int, device: torch.device, report: Report) -> dict[str, Any]:
     """Medians in milliseconds, by shape and way, taken in turn."""
-    peaks = None
+    peaks, take = None, clock if device.type == "cpu" else milliseconds
     if device.type == "cpu":
         report("the best this CPU does")
         best = _peak_of_cpu()
@@ -122,16 +73,12 @@ def measure(repeats: int, device: torch.device, report: Report) -> dict[str, Any
         peaks = next((peak for key, peak in PEAKS.items() if key in name), None)
     rows = []
     for model, (tokens, hidden, experts) in SHAPES.items():
-        random = torch.Generator().manual_seed(1)
-        x = torch.randn(tokens, hidden, generator=random).bfloat16().to(device)
-        w = (0.02 * torch.randn(experts, hidden, generator=random)).to(device)
-        g = (1e-4 * torch.randn(tokens, experts, generator=random)).to(device)
-        ways = _ways(x, w, g)
-        times: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+        timed = _ways(operands((tokens, hidden, experts), device))
+        times: dict[str, list[tuple[float, float]]] = {way: [] for way in timed}
         for turn in range(repeats + 1):
             report(f"{model}: turn {turn + 1} of {repeats + 1}")
-            for way, (forward, backward) in ways.items():
-                taken = _milliseconds(forward, device), _milliseconds(backward, device)
+            for way, (forward, backward) in timed.items():
+                taken = take(forward), take(backward)
                 if turn:  # the first one warms up
                     times[way].append(taken)
         row: dict[str, Any] = {"model": model, "tokens": tokens, "hidden": hidden, "experts": experts, "ways": {}}

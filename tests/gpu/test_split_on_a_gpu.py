@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from benchmarks import accuracy
 
 import megatron_fp32_router
-from megatron_fp32_router import lab
+from megatron_fp32_router import cli, lab
 from megatron_fp32_router.gating import split, split_cache
 from megatron_fp32_router.gating.linear import RouterLinear
+from megatron_fp32_router.gating.matmul import mm
 
 SHAPE = (4096, 2048, 128)
 
@@ -142,4 +144,42 @@ def test_a_training_uses_split_products_and_learns(make: Any) -> None:
         details = {record.id: record.detail for record in megatron_fp32_router.status()}
         assert details["gating"] == "split bf16 products"
     finally:
+        megatron_fp32_router.disable()
+
+
+def test_doctor_measures_this_device_and_finds_nothing_wrong(
+    capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    tree = request.config.getoption("--megatron")
+    cli.main(["doctor", "--megatron", tree, "--device", "--shape", "4096x2048x128", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["device"]["graph"] == "captured"
+    (row,) = found["device"]["shapes"]
+    assert all(way["forward_ms"] > 0 and way["backward_ms"] > 0 for way in row["ways"].values())
+    assert [f for f in found["findings"] if f["level"] == "problem" and f["about"] in ("products", "CUDA graph")] == []
+    # TF32 was on for everybody: it shows where it is meant to, and nowhere else.
+    errors = {name: way["errors"]["logits"]["mean"] for name, way in row["ways"].items()}
+    assert errors["TF32"] > 20 * max(errors["fp32"], errors["split"])
+
+
+@pytest.mark.parametrize("products", ["split", "fp32"])
+def test_the_variable_says_which_products_are_used(
+    products: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEGATRON_FP32_ROUTER_PRODUCTS", products)
+    megatron_fp32_router.enable()
+    try:
+        o = operands(device)
+        torch.set_float32_matmul_precision("high")
+        logits = gate(o.x, o.w)
+        used = (
+            split.logits(o.x, split.split_weight(o.w), SHAPE[2], None)
+            if products == "split"
+            else mm(o.x.float(), o.w.t())
+        )
+        assert torch.equal(logits, used)
+        exact, unit = o.x.double() @ o.w.double().t(), o.x.double().abs() @ o.w.double().abs().t()
+        assert ((logits.double() - exact).abs() / unit).mean() < 2e-7
+    finally:
+        torch.set_float32_matmul_precision("highest")
         megatron_fp32_router.disable()

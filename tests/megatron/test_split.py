@@ -216,7 +216,7 @@ def test_the_variable_says_which_products_are_used_and_all_have_fp32s_accuracy(
 
 
 def test_fp32_is_used_also_where_products_could_be_split(router: Any, asking: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(split, "_unfit", lambda *_: "")
+    monkeypatch.setattr(split, "unfit", lambda *_: "")
     weight = torch.ones(8, 8)
     for products, reason in (("auto", ""), ("split", ""), ("fp32", "MEGATRON_FP32_ROUTER_PRODUCTS=fp32")):
         asking(products)
