@@ -21,11 +21,13 @@ side by side in one process, with the middle half of the pairs behind it.
 """
 
 NO_GPU = """\
-Not measured: no GPU was at hand. On a machine with one, without a network, and with an interpreter that has torch,
-rich, wrapt and packaging:
+Not measured: no GPU was at hand. On a machine with one, without a network, and with an interpreter that has torch for
+CUDA and what the extra `dev` brings:
 
-    scripts/bench --gpu                                    # writes docs/bench/gpu.json and this page
-    python -m pytest tests/gpu --megatron TREE             # the same products, tested against fp64
+    scripts/gpu --megatron TREE        # tests/gpu, doctor --device, docs/bench/gpu.json and this page; under 8 minutes
+
+`doctor --device` ([check.md](check.md#the-gpu-device)) measures the GPU and the router shapes of a user, and says where
+`MEGATRON_FP32_ROUTER_PRODUCTS=fp32` is faster.
 
 What no implementation can beat, computed from the vendor's peaks for an H100 SXM (`bound_ms` in
 `scripts/benchmarks/gating.py`): milliseconds of the forward.
