@@ -1,7 +1,8 @@
 """Which of upstream's precision defects a Megatron release has: what must be shown there, and then be gone.
 
 A defect that a release does not have is not tested there, and one that it has must be: see ledger.py and
-test_matrix.py. D15 and D22 need TransformerEngine and a GPU; D19 to D21 are described in docs/ as limits.
+test_matrix.py. D15 and D22 are shown with TransformerEngine's Python and kernels of the same arithmetic
+(lab/transformer_engine.py), and in tests/gpu with its own; D19 to D21 are described in docs/ as limits.
 """
 
 from __future__ import annotations
@@ -41,9 +42,13 @@ DEFECTS = {
     "D12": Defect("the router's weight is stored in bf16"),
     "D13": Defect("the router's bias parameter is stored in bf16", first="0.15"),
     "D14": Defect("the gradient of the router's weight is rounded in every micro-batch"),
+    "D15": Defect(
+        "router gradients are computed in TF32, with TransformerEngine and moe_router_dtype=fp32", first="0.13"
+    ),
     "D16": Defect("scores are rounded to bf16 before expert_bias is added", last="0.17"),
     "D17": Defect("logits are computed in bf16 while moe_router_dtype is unset"),
     "D18": Defect("off the meta device the weight is rounded and the buffers are whatever memory held", first="0.13"),
+    "D22": Defect("TransformerEngine's fused router refuses the bf16 bias of InferenceTopKRouter", first="0.17"),
     "D23": Defect(
         "a padding mask is broadcast along experts instead of tokens: a crash, or wrong counts", first="0.16"
     ),

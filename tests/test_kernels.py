@@ -152,6 +152,105 @@ def test_fp8_is_the_nearest_e4m3_number_and_saturates() -> None:
     assert target._scale_inv.item() == 0.5
 
 
+# The router's product and its fused kernels ------------------------------------------------------------------------
+
+
+def test_gemm_multiplies_in_tf32_only_where_everything_is_fp32_and_refuses_mixed_operands() -> None:
+    a, b = some(torch.float32, 64 * 32).view(64, 32), some(torch.float32, 16 * 32, seed=1).view(16, 32)
+    fp32, exact = transformer_engine._Compiled.DType.kFloat32, b.double() @ a.double().t()
+
+    def error(x: torch.Tensor, y: torch.Tensor, truth: torch.Tensor) -> float:
+        out = kernels.gemm(x, True, y, False, None, None, fp32, None)[0]
+        assert out is not None
+        assert (out.shape, out.dtype) == ((16, 64), torch.float32)
+        return float((out.double() - truth).abs().mean())
+
+    assert error(a, b, exact) > 1e-4
+    low = a.bfloat16(), b.bfloat16()
+    assert error(*low, low[1].double() @ low[0].double().t()) < 1e-6
+    with pytest.raises(RuntimeError, match="Unable to find suitable cuBLAS GEMM algorithm"):
+        kernels.gemm(a, True, b.bfloat16(), False, None, None, fp32, None)
+
+
+def routed_by_hand(logits: Any, bias: Any, topk: int, groups: int, group_topk: int, scale: float) -> Any:
+    """fused_topk_with_score_function.cu for sigmoid, token by token in NumPy's float32: probabilities, experts."""
+    probs, chosen = np.zeros_like(logits), []
+    for token, row in enumerate(logits):
+        scores = f32(1) / (f32(1) + np.exp(-row)) + bias
+        if group_topk:
+            size = len(row) // groups
+            best = [np.sort(scores[g * size : (g + 1) * size])[-(topk // group_topk) :].sum() for g in range(groups)]
+            for g in np.argsort(best)[: groups - group_topk]:
+                scores[g * size : (g + 1) * size] = -np.inf
+        experts = np.argsort(-scores)[:topk]
+        values = scores[experts] - bias[experts]
+        if topk > 1:
+            values = values / (values.sum() + f32(1e-20))
+        probs[token, experts] = f32(scale) * values
+        chosen.append(set(experts.tolist()))
+    return probs, chosen
+
+
+@pytest.mark.parametrize(("topk", "groups", "group_topk"), [(1, 0, 0), (4, 0, 0), (4, 4, 2)])
+def test_the_fused_router_is_the_formula_of_its_source(topk: int, groups: int, group_topk: int) -> None:
+    logits = some(torch.float32, 200 * 16).view(200, 16)
+    bias = 6.9 + some(torch.float32, 16, seed=1, factor=0.1)
+    given = (topk, False, groups or None, group_topk or None, 2.5, "sigmoid", bias)
+    probs, routing_map, saved = kernels.fused_topk(logits, *given)
+    expected, chosen = routed_by_hand(logits.numpy(), bias.numpy(), topk, groups, group_topk, 2.5)
+    np.testing.assert_allclose(probs.numpy(), expected, rtol=1e-5)
+    assert [set(row.nonzero().flatten().tolist()) for row in routing_map] == chosen
+    # s + 6.9 - 6.9 is not s: what the bias rounded away is gone, as in the kernel.
+    if topk == 1:
+        assert (probs[routing_map] != 2.5 * saved[routing_map]).any()
+
+
+@pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("pre_softmax", [False, True])
+def test_the_gradients_of_the_fused_router_are_those_of_its_forward(score_function: str, pre_softmax: bool) -> None:
+    logits = some(torch.float32, 50 * 16).view(50, 16).double().requires_grad_()
+    grad, scale = some(torch.float32, 50 * 16, seed=1).view(50, 16), 2.5
+    _, routed, saved = kernels.fused_topk(
+        logits.detach().float(), 4, pre_softmax, None, None, scale, score_function, None
+    )
+    if score_function == "sigmoid":
+        values = logits.sigmoid() * routed
+        probs = values / values.sum(dim=-1, keepdim=True)
+    else:
+        probs = (logits if pre_softmax else logits.masked_fill(~routed, -torch.inf)).softmax(dim=-1) * routed
+    (wanted,) = torch.autograd.grad(scale * probs, logits, grad.double())
+    found = torch.empty_like(grad)
+    kernels.fused_topk_backward(routed, saved, grad, found, 4, pre_softmax, scale, score_function)
+    torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=1e-5)
+    # And those of the scores for auxiliary losses.
+    scores, _, act = kernels.fused_scores(logits.detach().float(), 4, score_function)
+    exact = logits.softmax(dim=-1)
+    if score_function == "sigmoid":
+        exact = logits.sigmoid() / logits.sigmoid().sum(dim=-1, keepdim=True)
+    torch.testing.assert_close(scores.double(), exact.detach(), atol=1e-6, rtol=1e-5)
+    (wanted,) = torch.autograd.grad(exact, logits, grad.double())
+    kernels.fused_scores_backward(act, grad, found, 4, score_function)
+    torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_the_fused_loss_is_its_formula_and_takes_no_fp16_or_fp64_counts() -> None:
+    probs, counts = some(torch.float32, 50 * 16).view(50, 16).abs(), torch.arange(16)
+    loss, saved = kernels.fused_aux_loss(probs, counts, 50, 16, 50, 16, 4, 0.01)
+    each = 16 * 0.01 / 4 / 50**2 * counts.double()
+    torch.testing.assert_close(loss.double(), (probs.double() * each).sum(), atol=0, rtol=1e-5)
+    grad = kernels.fused_aux_loss_backward(saved, counts, 50, 16, torch.tensor(2.0))
+    torch.testing.assert_close(grad.double(), 2 * each.expand(50, 16), atol=0, rtol=1e-5)
+    for dtype in (torch.float16, torch.float64):
+        with pytest.raises(RuntimeError, match="Unsupported router index dtype"):
+            kernels.fused_aux_loss(probs, counts.to(dtype), 50, 16, 50, 16, 4, 0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_fused_router_takes_a_bias_in_fp32_only(dtype: torch.dtype) -> None:
+    with pytest.raises(RuntimeError, match="expert_bias must be a float32 tensor"):
+        kernels.fused_topk(torch.zeros(2, 8), 2, False, None, None, None, "sigmoid", torch.zeros(8, dtype=dtype))
+
+
 # TransformerEngine's own class -----------------------------------------------------------------------------------
 
 
@@ -159,7 +258,7 @@ def test_fp8_is_the_nearest_e4m3_number_and_saturates() -> None:
 def fused_adam(monkeypatch: pytest.MonkeyPatch) -> Any:
     before = set(sys.modules)
     monkeypatch.setattr(torch, "tensor", lambda *a, real=torch.tensor, **k: real(*a, **{**k, "device": "cpu"}))
-    modules = transformer_engine._imported(ensure_transformer_engine())
+    modules = transformer_engine._imported(ensure_transformer_engine(), "optimizers")
     assert not {name for name in set(sys.modules) - before if name.startswith(("transformer_engine", "pydantic"))}
     return modules["transformer_engine.pytorch.optimizers"].FusedAdam
 

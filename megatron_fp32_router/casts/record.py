@@ -68,7 +68,7 @@ PATCHES: Final = (
         why="bfloat16(), half() and to(dtype) round the router's weight, biases and token counts",
         issue=f"{UPSTREAM}/issues/1482",
         remove_when="every router tensor carries main's keep_in_fp32 mark (#5929) through device moves",
-        repairs=("D1", "D2", "D3", "D4", "D5", "D6", "D7", "D8", "D9", "D10", "D11", "D12", "D13", "D18"),
+        repairs=("D1", "D2", "D3", "D4", "D5", "D6", "D7", "D8", "D9", "D10", "D11", "D12", "D13", "D18", "D22"),
         parameters=("self", "fn"),
         relies_on=(
             _CONSTRUCTION,

@@ -20,7 +20,7 @@ import torch
 
 from megatron_fp32_router.gating import split
 from megatron_fp32_router.gating.linear import RouterLinear, in_words
-from megatron_fp32_router.gating.matmul import mm
+from megatron_fp32_router.gating.matmul import mm, tf32
 from megatron_fp32_router.settings import PREFIX
 
 Shape = tuple[int, int, int]
@@ -70,11 +70,6 @@ def _tf32_allowed() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def tf32(t: torch.Tensor) -> torch.Tensor:
-    """Rounded to TF32's 11 bits of significand, ties away from zero as the hardware's conversion does."""
-    return ((t.float().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 def _tf32_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

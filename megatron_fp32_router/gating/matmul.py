@@ -81,3 +81,8 @@ def mm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> to
     """
     with true_fp32(), torch.autocast(a.device.type, enabled=False):
         return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+
+
+def tf32(t: torch.Tensor) -> torch.Tensor:
+    """`t` rounded to TF32's 11 bits of significand, as a GPU rounds operands: for emulation, never a training."""
+    return ((t.float().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)

@@ -59,7 +59,7 @@ PATCHES: Final = (
         why="logits and router gradients are computed in bf16 or TF32, from a weight that is bf16",
         issue=f"{UPSTREAM}/issues/1421",
         remove_when="gating computes fp32 logits from an fp32 weight without TF32",
-        repairs=("D14", "D16", "D17"),
+        repairs=("D14", "D15", "D16", "D17"),
         parameters=("self", "input"),
         relies_on=(
             # No subclass has a gating of its own.

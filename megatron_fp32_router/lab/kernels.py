@@ -1,9 +1,12 @@
-"""The arithmetic of TransformerEngine's multi-tensor kernels, which its FusedAdam and Megatron's clipping call.
+"""The arithmetic of TransformerEngine's kernels: those of its FusedAdam and of Megatron's clipping, and the router's.
 
-In torch, after the formulas of transformer_engine/common/multi_tensor (adam.cu, l2norm.cu, scale.cu) of version 2.20.
-All of them compute in fp32 whatever the tensors' types. What a GPU may do otherwise is the order of a sum, and the
-rounding between a product and a sum, where its compiler fuses the two. Kernels take the type of a whole list from its
-first tensor; l2norm and scale do not look at the others', and neither do these.
+In torch, after the formulas of version 2.20 in transformer_engine/common: multi_tensor/adam.cu, l2norm.cu, scale.cu;
+fused_router/fused_topk_with_score_function.cu, fused_score_for_moe_aux_loss.cu, fused_moe_aux_loss.cu, utils.h;
+gemm/cublaslt_gemm.cu. What is checked before a kernel starts is checked here, after pytorch/csrc/extensions.
+
+All of them compute in fp32 whatever the tensors' types. What a GPU may do otherwise is the order of a sum, the rounding
+between a product and a sum, where its compiler fuses the two, and which of equal scores it takes. Kernels take the type
+of a whole list from its first tensor; l2norm and scale do not look at the others', and neither do these.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+from megatron_fp32_router.gating.matmul import mm, tf32
 
 Lists = Sequence[Sequence[torch.Tensor]]
 
@@ -152,3 +157,185 @@ def quantize(source: torch.Tensor, quantizer: Any, target: Any = None, noop_flag
 def empty_quantized(quantizer: Any, shape: list[int], *ignored: Any) -> Any:
     """A quantized tensor whose content nobody has written."""
     return quantizer.create_tensor_from_data(torch.zeros(shape, dtype=torch.uint8))
+
+
+# Matrix products ---------------------------------------------------------------------------------------------------
+
+
+def gemm(
+    a: torch.Tensor,
+    transa: bool,
+    b: torch.Tensor,
+    transb: bool,
+    out: torch.Tensor | None,
+    quantizer: Any,
+    out_type: Any,
+    bias: torch.Tensor | None,
+    *ignored: Any,
+    **also_ignored: Any,
+) -> tuple[torch.Tensor | None, ...]:
+    """generic_gemm, without quantization, bias or accumulation: op(b) @ op(a). cuBLAS counts along columns.
+
+    Operands and result all in fp32 are multiplied in TF32 (CUBLAS_COMPUTE_32F_FAST_TF32 in cublaslt_gemm.cu).
+    """
+    if a.dtype != b.dtype:
+        raise RuntimeError(f"Unable to find suitable cuBLAS GEMM algorithm: operands are {a.dtype} and {b.dtype}")
+    if quantizer is not None or bias is not None or out is not None:
+        raise NotImplementedError("the laboratory's gemm has no quantizer, bias or given output")
+    # TransformerEngine's DType.kFloat32 is torch.float32.
+    out_dtype = a.dtype if out_type is None else getattr(torch, out_type.name[1:].lower())
+    operand = tf32 if a.dtype == out_dtype == torch.float32 else torch.Tensor.float
+    a, b = operand(a), operand(b)
+    return mm(b.t() if transb else b, a.t() if transa else a).to(out_dtype), None, None, None
+
+
+# The fused router --------------------------------------------------------------------------------------------------
+
+_EPSILON = 1e-20
+
+
+def _scores(logits: torch.Tensor, function: str) -> torch.Tensor:
+    if function == "softmax":
+        return logits.float().softmax(dim=-1)
+    if function != "sigmoid":
+        raise NotImplementedError(f"the laboratory's fused router has no {function}")
+    return 1 / (1 + (-logits.float()).exp())
+
+
+def _largest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices of the `count` largest of each row; of equal ones the first."""
+    return scores.argsort(dim=-1, descending=True, stable=True)[..., :count]
+
+
+def _mask(like: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(like, dtype=torch.bool).scatter_(-1, indices, True)
+
+
+def fused_topk(
+    logits: torch.Tensor,
+    topk: int,
+    use_pre_softmax: bool,
+    num_groups: int | None,
+    group_topk: int | None,
+    scaling_factor: float | None,
+    score_function: str,
+    expert_bias: torch.Tensor | None,
+    routing_map_format: int = 0,
+    topk_indices: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Probabilities [T, E] in the dtype of the logits, bool routing map [T, E], and what backward needs, fp32."""
+    if expert_bias is not None and score_function != "sigmoid":
+        raise RuntimeError("score_function must be sigmoid or sqrtsoftplus when expert_bias is not None")
+    if expert_bias is not None and expert_bias.dtype != torch.float32:
+        raise RuntimeError("expert_bias must be a float32 tensor")
+    if routing_map_format or topk_indices is not None:
+        raise NotImplementedError("the laboratory's fused router gives a bool map only")
+    softmax = score_function == "softmax"
+    after = softmax and not use_pre_softmax
+    first = logits.float() if after else _scores(logits, score_function)
+    scores = first if expert_bias is None else first + expert_bias
+    if group_topk and num_groups:
+        grouped = scores.view(len(scores), num_groups, -1)
+        best = grouped.gather(-1, _largest(grouped, topk // group_topk)).sum(-1)
+        kept = _mask(best, _largest(best, group_topk)).unsqueeze(-1).expand_as(grouped)
+        chosen = _largest(scores.masked_fill(~kept.reshape_as(scores), -torch.inf), topk)
+    else:
+        chosen = _largest(scores, topk)
+    values = scores.gather(-1, chosen)
+    if expert_bias is not None:
+        # Not the score from before: what the bias has rounded away is gone.
+        values = values - expert_bias[chosen]
+    if after:
+        values = values.softmax(dim=-1)
+        first = torch.full_like(first, -torch.inf).scatter_(-1, chosen, values)
+    elif not softmax and topk > 1:
+        values = values / (values.sum(dim=-1, keepdim=True) + _EPSILON)
+    probs = torch.zeros_like(logits).scatter_(-1, chosen, ((scaling_factor or 1.0) * values).to(logits.dtype))
+    return probs, _mask(scores, chosen), first
+
+
+def fused_topk_backward(
+    routing_map: torch.Tensor,
+    saved: torch.Tensor,
+    grad_probs: torch.Tensor,
+    grad_logits: torch.Tensor,
+    topk: int,
+    use_pre_softmax: bool,
+    scaling_factor: float | None,
+    score_function: str,
+    *ignored: Any,
+) -> None:
+    """Write the gradient of the logits into `grad_logits`."""
+    grad = grad_probs.float() * (scaling_factor or 1.0)
+    if score_function == "softmax":
+        # -inf where no softmax was computed: its product with a zero gradient would not be zero.
+        act = saved.masked_fill(~routing_map, 0) if not use_pre_softmax else saved
+        grad = grad.masked_fill(~routing_map, 0)
+        grad = act * (grad - (grad * act).sum(dim=-1, keepdim=True))
+    else:
+        if topk > 1:
+            grad = _normalized(grad, saved, routing_map)
+        grad = grad.masked_fill(~routing_map, 0) * saved * (1 - saved)
+    grad_logits.copy_(grad)
+
+
+def _normalized(grad: torch.Tensor, act: torch.Tensor, routed: torch.Tensor) -> torch.Tensor:
+    """The gradient before a division by the sum over the routed experts."""
+    total = act.masked_fill(~routed, 0).sum(dim=-1, keepdim=True) + _EPSILON
+    moved = (grad * act).masked_fill(~routed, 0).sum(dim=-1, keepdim=True)
+    return grad / total - moved / (total * total)
+
+
+def fused_scores(
+    logits: torch.Tensor, topk: int, score_function: str, routing_map_format: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scores [T, E] in fp32, those of sigmoid normalised; routing map; what backward needs."""
+    saved = _scores(logits, score_function)
+    scores = saved if score_function == "softmax" else saved / (saved.sum(dim=-1, keepdim=True) + _EPSILON)
+    return scores, _mask(scores, _largest(scores, topk)), saved
+
+
+def fused_scores_backward(
+    intermediate_output: torch.Tensor,
+    grad_scores: torch.Tensor,
+    grad_logits: torch.Tensor,
+    topk: int,
+    score_function: str,
+) -> None:
+    """Write the gradient of the logits into `grad_logits`."""
+    act, grad = intermediate_output, grad_scores.float()
+    if score_function == "softmax":
+        grad = act * (grad - (grad * act).sum(dim=-1, keepdim=True))
+    else:
+        grad = _normalized(grad, act, torch.ones_like(act, dtype=torch.bool)) * act * (1 - act)
+    grad_logits.copy_(grad)
+
+
+def fused_aux_loss(
+    probs: torch.Tensor,
+    tokens_per_expert: torch.Tensor,
+    total_num_tokens: Any,
+    num_experts: int,
+    num_rows: int,
+    num_cols: int,
+    topk: int,
+    coeff: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The auxiliary loss, in the dtype of the probabilities, and [coefficient, loss] in fp32 for backward."""
+    if tokens_per_expert.dtype not in (torch.int16, torch.int32, torch.int64, torch.bfloat16, torch.float32):
+        raise RuntimeError(f"Unsupported router index dtype {tokens_per_expert.dtype}")
+    coefficient = num_experts * coeff / topk / float(total_num_tokens) ** 2
+    loss = (probs.float().sum(dim=0) * tokens_per_expert.float()).sum() * coefficient
+    return loss.to(probs.dtype), torch.stack([loss.new_tensor(coefficient), loss])
+
+
+def fused_aux_loss_backward(
+    Const_buf: torch.Tensor,
+    tokens_per_expert: torch.Tensor,
+    num_rows: int,
+    num_cols: int,
+    grad_aux_loss: torch.Tensor,
+) -> torch.Tensor:
+    """The gradient of the probabilities."""
+    row = Const_buf[0] * tokens_per_expert.float() * grad_aux_loss.float()
+    return row.to(grad_aux_loss.dtype).expand(num_rows, num_cols).contiguous()

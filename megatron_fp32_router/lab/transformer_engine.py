@@ -1,8 +1,9 @@
-"""TransformerEngine's own FusedAdam on a CPU: its Python as it is, its kernels' arithmetic from kernels.py.
+"""TransformerEngine's own FusedAdam and fused router on a CPU: its Python as it is, its kernels from kernels.py.
 
 The rest of TransformerEngine needs its compiled part and a GPU. What is imported of it here is the folder
-`pytorch/optimizers` and what that needs; packages above it come without their `__init__`. Megatron's optimizers see it
-while `in_use` is open, the rest of Megatron never does.
+`pytorch/optimizers`, or `pytorch/router.py` and `general_gemm`, and what these need; packages above come without their
+`__init__`. Megatron's optimizers see it while `in_use` is open, its routers while `router_in_use` is; the rest of
+Megatron never does.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
 from packaging.version import Version
 
 from megatron_fp32_router.lab import kernels
@@ -25,7 +27,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 #: Packages of which only parts are imported.
-_WITHOUT_INIT: Final = ("", ".common", ".pytorch", ".pytorch.tensor", ".pytorch.tensor.storage")
+_WITHOUT_INIT: Final = tuple(
+    ["", ".common", ".debug", ".debug.pytorch", ".pytorch"]
+    + [f".pytorch.{name}" for name in ("tensor", "tensor.storage", "cpp_extensions", "custom_recipes")]
+)
 _DTYPES: Final = "kByte kInt32 kFloat32 kFloat16 kBFloat16 kFloat8E4M3 kFloat8E5M2 kFloat4E2M1"
 #: Of what is taken out of sys.modules again.
 _ROOTS: Final = ("transformer_engine", "transformer_engine_torch", "pydantic")
@@ -54,6 +59,15 @@ class _Compiled(types.ModuleType):
     FP8FwdTensors = FP8BwdTensors = _Indices()
     quantize = staticmethod(kernels.quantize)
     create_empty_quantized_tensor = staticmethod(kernels.empty_quantized)
+    generic_gemm = staticmethod(kernels.gemm)
+    NVTERoutingMapFormat = enum.IntEnum("NVTERoutingMapFormat", "BYTEMAP BITMAP_U8", start=0)
+    NVTEQBHistogramMode = enum.IntEnum("NVTEQBHistogramMode", "TWO_KERNEL FUSED_ATOMIC", start=0)
+    fused_topk_with_score_function_fwd = staticmethod(kernels.fused_topk)
+    fused_topk_with_score_function_bwd = staticmethod(kernels.fused_topk_backward)
+    fused_score_for_moe_aux_loss_fwd = staticmethod(kernels.fused_scores)
+    fused_score_for_moe_aux_loss_bwd = staticmethod(kernels.fused_scores_backward)
+    fused_moe_aux_loss_fwd = fused_moe_aux_loss_fwd_graph_safe = staticmethod(kernels.fused_aux_loss)
+    fused_moe_aux_loss_bwd = staticmethod(kernels.fused_aux_loss_backward)
 
     def __getattr__(self, name: str) -> Any:
         """Whatever else is asked for exists, and cannot be called."""
@@ -67,8 +81,8 @@ class _Compiled(types.ModuleType):
 
 
 @functools.cache
-def _imported(tree: Path) -> dict[str, types.ModuleType]:
-    """The modules of `transformer_engine.pytorch.optimizers` and of what it needs, taken out of sys.modules again."""
+def _imported(tree: Path, *names: str) -> dict[str, types.ModuleType]:
+    """The modules `names` of transformer_engine.pytorch and what they need, taken out of sys.modules again."""
     stubs = {f"transformer_engine{part}": types.ModuleType(f"transformer_engine{part}") for part in _WITHOUT_INIT}
     for name, module in stubs.items():
         module.__path__ = [str(tree / name.replace(".", "/"))]
@@ -84,7 +98,8 @@ def _imported(tree: Path) -> dict[str, types.ModuleType]:
     before = dict(sys.modules)
     sys.modules.update(needed)
     try:
-        import_module("transformer_engine.pytorch.optimizers")
+        for name in names:
+            import_module(f"transformer_engine.pytorch.{name}")
         return {name: module for name, module in sys.modules.items() if name.startswith("transformer_engine")}
     finally:
         _restore(before)
@@ -99,7 +114,7 @@ def in_use(tree: Path, version: str = "") -> Iterator[Any]:
         version: what Megatron is told, which asks for it before it uses a feature; by default the truth.
     """
     told = Version(version or next(tree.glob("transformer_engine-*.dist-info")).stem.partition("-")[2])
-    modules = _imported(tree)
+    modules = _imported(tree, "optimizers")
     optimizers = modules["transformer_engine.pytorch.optimizers"]
     names = {
         "Adam": optimizers.FusedAdam,
@@ -135,6 +150,46 @@ def in_use(tree: Path, version: str = "") -> Iterator[Any]:
     finally:
         for home, name, value in originals:
             setattr(home, name, value)
+
+
+@contextlib.contextmanager
+def router_in_use(tree: Path, version: str = "") -> Iterator[Any]:
+    """Let Megatron's routers find TransformerEngine below `tree`: fused routing, and the product for logits.
+
+    Args:
+        tree: as for `in_use`.
+        version: as for `in_use`.
+
+    Yields:
+        The module `transformer_engine.pytorch.router`.
+    """
+    told = Version(version or next(tree.glob("transformer_engine-*.dist-info")).stem.partition("-")[2])
+    modules = _imported(tree, "router", "cpp_extensions.gemm")
+    router, product = (modules[f"transformer_engine.pytorch.{name}"] for name in ("router", "cpp_extensions.gemm"))
+    # It asks the GPU how much room cuBLAS wants.
+    vars(product)["get_cublas_workspace"] = lambda *_: torch.empty(0, dtype=torch.uint8)
+
+    def te_general_gemm(a: Any, b: Any, out_dtype: Any = None, layout: str = "TN", **kwargs: Any) -> Any:
+        """Megatron's, which is not defined where TransformerEngine was not there to be imported."""
+        return product.general_gemm(a, b, out_dtype=out_dtype, layout=layout, **kwargs)
+
+    fused = ("fused_topk_with_score_function", "fused_compute_score_for_moe_aux_loss", "fused_moe_aux_loss")
+    names = {
+        "HAVE_TE": True,
+        "te_general_gemm": te_general_gemm,
+        "is_te_min_version": lambda least, *_, **__: told >= Version(least),
+        **{name: getattr(router, name) for name in fused},
+    }
+    home = import_module("megatron.core.transformer.moe.moe_utils")
+    # Up to 0.17 names that could not be imported are not there at all.
+    before = dict(vars(home))
+    vars(home).update(names)
+    try:
+        yield router
+    finally:
+        for name in names:
+            del vars(home)[name]
+        vars(home).update({name: before[name] for name in names if name in before})
 
 
 def _restore(before: dict[str, types.ModuleType]) -> None:

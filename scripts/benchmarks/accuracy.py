@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from megatron_fp32_router.compat.device import Operands, tf32
+from megatron_fp32_router.compat.device import Operands
 from megatron_fp32_router.gating import split
-from megatron_fp32_router.gating.matmul import mm
+from megatron_fp32_router.gating.matmul import mm, tf32
 
 WAYS = ("fp32", "split", "TF32", "bf16")
 TOPK = 8

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bootstrap import ensure_transformer_engine
 
 from megatron_fp32_router import lab
+from megatron_fp32_router.lab import transformer_engine
 from megatron_fp32_router.lab.model import default_groups
 
 EXACT = 6.9012345  # a bias that long runs reach (GLM-5.2 publishes 6.8 to 7.1); bf16 spacing there is 0.03
@@ -150,6 +152,45 @@ def d14(build: Any, router: Any) -> bool:
     return rounded(built.weight.grad)
 
 
+def d15(build: Any, router: Any) -> bool:
+    # Upstream rounds the gradient to bf16 afterwards (D14), so it is looked at where TransformerEngine returns it.
+    built = wrap(router(hidden=256, router_dtype="fp32"))
+    x = torch.randn(512, 1, 256).bfloat16()
+    grad = torch.randn(512, 1, 8)
+    with transformer_engine.router_in_use(ensure_transformer_engine()):
+        moe_utils = import_module("megatron.core.transformer.moe.moe_utils")
+        returned: list[torch.Tensor] = []
+        gemm = moe_utils.te_general_gemm
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            result = gemm(*args, **kwargs)
+            returned.append(result[0])
+            return result
+
+        moe_utils.te_general_gemm = noted
+        built.gating(x).backward(grad)
+    found = next((t for t in returned if t.shape == built.weight.shape), built.weight.grad)
+    assert found is not None
+    assert found.dtype == torch.float32
+    g, t = grad.double().view(512, 8), x.double().view(512, 256)
+    error = (found.double() - g.t() @ t).abs() / (g.abs().t() @ t.abs())
+    return bool(error.mean() > 1e-6)
+
+
+def d22(build: Any, router: Any) -> bool:
+    config = router(extra={"moe_router_fusion": True}).config
+    built = import_module("megatron.core.transformer.moe.router").InferenceTopKRouter(
+        config, pg_collection=default_groups()
+    )
+    wrap(built)
+    with transformer_engine.router_in_use(ensure_transformer_engine()):
+        try:
+            built._forward(torch.randn(4, 1, config.hidden_size, dtype=torch.bfloat16))
+        except RuntimeError as error:
+            return str(error) == "expert_bias must be a float32 tensor"
+    return False
+
+
 def chooses_wrongly(router: Any, rows: list[list[float]], x: list[float]) -> bool:
     """Two experts of which the second scores higher, then the other way round: is either choice wrong?"""
     wrong = False
@@ -230,7 +271,7 @@ def d25(build: Any, router: Any) -> bool:
     return False
 
 
-LOOKS = [d1, d2, d3, d4, d5, d6, d7, d8, d9, d10, d11, d12, d13, d14, d16, d17, d18, d23, d24, d25]
+LOOKS = [d1, d2, d3, d4, d5, d6, d7, d8, d9, d10, d11, d12, d13, d14, d15, d16, d17, d18, d22, d23, d24, d25]
 
 
 @pytest.mark.parametrize("look", [pytest.param(f, marks=pytest.mark.shows(f.__name__.upper())) for f in LOOKS])
