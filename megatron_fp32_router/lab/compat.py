@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
+import wrapt
 from packaging.version import Version
 
 from megatron_fp32_router.lab.recipe import LabError
@@ -24,6 +25,9 @@ from megatron_fp32_router.lab.recipe import LabError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
+
+
+_CHECKPOINTS = "megatron.core.dist_checkpointing"
 
 
 def megatron_version() -> str:
@@ -45,6 +49,7 @@ def before_import(tree: Path | None, *, training: bool = False) -> None:
         np.product = np.prod  # type: ignore[attr-defined]
     if training or _needs_triton(tree):
         _triton_stub()
+    wrapt.register_post_import_hook(_fork_results_queue, f"{_CHECKPOINTS}.strategies.filesystem_async")
 
 
 def after_import() -> None:
@@ -142,6 +147,27 @@ def write_item_of_any_time() -> Any:
         return real(*transforms, *args, filesystem.SerializationFormat.TORCH_SAVE)
 
     return write_item
+
+
+def _fork_results_queue(writers: types.ModuleType) -> None:
+    """All releases spawn a server process for what the writers of a checkpoint report, in every rank that saves.
+
+    It imports torch and the program anew, which takes longer than a tiny model trains. A forked one does not. A
+    Megatron without such a function is slower here, and nothing else.
+    """
+    name = "get_write_results_queue" if hasattr(writers, "get_write_results_queue") else "_get_write_results_queue"
+    real = getattr(writers, name, None)
+    if real is None or hasattr(real, "_lab_forks"):
+        return
+
+    @functools.wraps(real)
+    def results_queue(*args: Any) -> Any:
+        if writers._results_queue is None:
+            writers._results_queue = torch.multiprocessing.get_context("fork").Manager().Queue()
+        return real(*args)
+
+    results_queue._lab_forks = True  # type: ignore[attr-defined]
+    setattr(writers, name, results_queue)
 
 
 class FusedAdamLike(torch.optim.Optimizer):
