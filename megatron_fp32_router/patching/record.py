@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Final, Literal, TypeAlias
 
 Function: TypeAlias = Callable[..., Any]
+Factory: TypeAlias = Callable[[Function], Function]
 
 #: Where its issues and pull requests are.
 UPSTREAM: Final = "https://github.com/NVIDIA/Megatron-LM"
@@ -38,11 +40,37 @@ AREAS: Final = {
     "monitor": "the monitor",
 }
 
+#: Areas that a forward reaches. What is installed there has to be what torch.compile and a graph capture are to see.
+TRACED: Final = ("router", "inference")
+
 #: Why a patch is not for a Megatron: its function is not there, or upstream does by itself what the patch is for.
 Needless: TypeAlias = Literal["absent", "native"]
 
 #: What megatron.training uses unless its arguments say otherwise, and the distributed optimizer, which most jobs use.
 USUAL: Final = ("router", "data_parallel", "optimizer", "distributed", "torch_dist")
+
+
+class deferred:
+    """A module beside a record, whose functions are factories. It is imported when one of them is called.
+
+    Type checkers and editors follow the import, and see the functions as they are:
+
+        if TYPE_CHECKING:
+            from megatron_fp32_router.casts import router
+        else:
+            router = deferred(__package__, "router")
+    """
+
+    def __init__(self, package: str, module: str) -> None:
+        self._name = f"{package}.{module}"
+
+    def __getattr__(self, function: str) -> Factory:
+        def factory(original: Function) -> Function:
+            replacement: Function = getattr(import_module(self._name), function)(original)
+            return replacement
+
+        factory.__module__, factory.__name__ = self._name, function
+        return factory
 
 
 @dataclass(frozen=True)
@@ -53,8 +81,8 @@ class Patch:
         id: a name for messages and status().
         module: the Megatron module that holds the target.
         path: the target inside it, `name` or `Class.method`.
-        factory: takes the original and returns the replacement. It imports what it needs when it is called, since a
-            record imports no torch.
+        factory: takes the original and returns the replacement: a function of a `deferred` module, since a record
+            imports no torch. Outside TRACED it is called when the target is called for the first time.
         why: what goes wrong without it.
         issue: where upstream discusses it.
         remove_when: how to see that upstream made it needless.
@@ -88,7 +116,7 @@ class Patch:
     id: str
     module: str
     path: str
-    factory: Callable[[Function], Function]
+    factory: Factory
     why: str
     issue: str
     remove_when: str
@@ -128,7 +156,7 @@ class Patch:
     @property
     def mechanism(self) -> str:
         """The folder that its record lies in, below the package: `casts`, `optimizers.refit`."""
-        return self.factory.__module__.removeprefix("megatron_fp32_router.").removesuffix(".record")
+        return self.factory.__module__.removeprefix("megatron_fp32_router.").rpartition(".")[0]
 
     @property
     def made_by(self) -> str:

@@ -26,7 +26,7 @@ from megatron_fp32_router.log import say
 from megatron_fp32_router.patching.gate import look
 from megatron_fp32_router.patching.megatron import Megatron, of_module
 from megatron_fp32_router.patching.owner import HOME, MADE_BY, MARK, PLACE, home, is_ours, name_of, somebody_elses
-from megatron_fp32_router.patching.record import USUAL, Function, Needless, Patch
+from megatron_fp32_router.patching.record import TRACED, USUAL, Factory, Function, Needless, Patch
 from megatron_fp32_router.patching.records import PATCHES
 from megatron_fp32_router.settings import PREFIX, Settings
 
@@ -246,7 +246,7 @@ def _apply(
         if place is None:
             mismatch(error, message)
         elif registry.replacements.get(patch.id) not in wrapt.wrapper_chain(wrapt.resolve_path(module, place)[2]):
-            _install(patch, module, place, functools.partial(_refuse_where_used, error=error, message=message))
+            _install(patch, module, place, functools.partial(_refuse_where_used, error=error, message=message), "")
         return
     current = wrapt.resolve_path(module, patch.path)[2]
     for entry in wrapt.wrapper_chain(current):
@@ -255,16 +255,34 @@ def _apply(
             # module that is patched.
             _remember(patch, entry)
             return
-    _install(patch, module, patch.path, patch.factory)
+    factory = patch.factory if patch.area in TRACED else _when_called(patch.factory)
+    _install(patch, module, patch.path, factory, patch.made_by)
 
 
-def _install(patch: Patch, module: ModuleType, path: str, factory: Callable[[Function], Function]) -> None:
+def _when_called(factory: Factory) -> Factory:
+    """`factory`, put off until the target is called: a job imports the repairs of what it uses, and no others."""
+
+    def put_off(original: Function) -> Function:
+        made: list[Function] = []
+
+        @replaces(original)
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            if not made:
+                made.append(factory(original))
+            return made[0](*args, **kwargs)
+
+        return replacement
+
+    return put_off
+
+
+def _install(patch: Patch, module: ModuleType, path: str, factory: Factory, made_by: str) -> None:
     """Put what `factory` makes of the function at `path` in its place."""
 
     def make(original: Function) -> Function:
         replacement = factory(original)
         setattr(replacement, MARK, replacement)
-        setattr(replacement, MADE_BY, patch.made_by if factory is patch.factory else "")
+        setattr(replacement, MADE_BY, made_by)
         setattr(replacement, PLACE, path)
         return replacement
 
