@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Final
 from megatron_fp32_router.patching.record import FINALIZE, MOE_UTILS, ROUTER, UPSTREAM, Patch, deferred
 
 if TYPE_CHECKING:
-    from megatron_fp32_router.balance import update
+    from megatron_fp32_router.balance import rule, update
 else:
-    update = deferred(__package__, "update")
+    rule, update = deferred(__package__, "rule"), deferred(__package__, "update")
 
 #: with_context_parallel=True gives the ranks that share a balance update.
 _GROUP: Final = "megatron.core.parallel_state:get_tensor_and_data_parallel_group"
@@ -20,7 +20,7 @@ _ONCE_A_STEP: Final = f"{FINALIZE}:finalize_model_grads"
 _rule: Final = partial(
     Patch,
     path="get_updated_expert_bias",
-    factory=update.exact_rule,
+    factory=rule.exact_rule,
     issue=f"{UPSTREAM}/pull/7081",
     parameters=("tokens_per_expert", "expert_bias", "expert_bias_update_rate"),
     relies_on=(_GROUP,),

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Final
 from megatron_fp32_router.patching.record import MOE_UTILS, ROUTER, UPSTREAM, Patch, deferred
 
 if TYPE_CHECKING:
-    from megatron_fp32_router.gating import logits, split_cache
+    from megatron_fp32_router.gating import logits, schedule
 else:
-    logits, split_cache = deferred(__package__, "logits"), deferred(__package__, "split_cache")
+    logits, schedule = deferred(__package__, "logits"), deferred(__package__, "schedule")
 
 _output: Final = partial(
     Patch,
@@ -26,7 +26,7 @@ _output: Final = partial(
 _step: Final = partial(
     Patch,
     module="megatron.core.pipeline_parallel.schedules",
-    factory=split_cache.keep_splits,
+    factory=schedule.keep_splits,
     why="router weights are split again in every micro-batch",
     issue="none: it exists for the gating patch",
     remove_when="the gating patch goes",

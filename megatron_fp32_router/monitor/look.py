@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_fp32_router.casts.below import layer_of
+from megatron_fp32_router.casts.layer import layer_of
 from megatron_fp32_router.casts.router import COUNTER
 from megatron_fp32_router.gating.logits import score_watchers
 from megatron_fp32_router.log import say
@@ -268,6 +268,14 @@ def counted(seen: Seen) -> dict[str, float]:
     if seen.updated and (biases := _finite_biases(seen)) is not None:
         metrics |= bias.update(*biases, seen.reduced_E, seen.router.config.moe_router_bias_update_rate)
     return _finite(metrics)
+
+
+def count_own(entries: Mapping[Layer, Entry], seen: Mapping[Layer, Seen]) -> None:
+    """Add them to `entries`, where no other rank has counts: what each router has `seen` here is all there is."""
+    for layer, each in seen.items():
+        if each.reduced_E is None:
+            each.reduced_E = each.local_E
+        entries[layer]["metrics"].update(counted(each))
 
 
 def _finite_biases(seen: Seen) -> tuple[torch.Tensor, torch.Tensor] | None:

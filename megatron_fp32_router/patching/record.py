@@ -40,9 +40,6 @@ AREAS: Final = {
     "monitor": "the monitor",
 }
 
-#: Areas that a forward reaches. What is installed there has to be what torch.compile and a graph capture are to see.
-TRACED: Final = ("router", "inference")
-
 #: Why a patch is not for a Megatron: its function is not there, or upstream does by itself what the patch is for.
 Needless: TypeAlias = Literal["absent", "native"]
 
@@ -82,7 +79,7 @@ class Patch:
         module: the Megatron module that holds the target.
         path: the target inside it, `name` or `Class.method`.
         factory: takes the original and returns the replacement: a function of a `deferred` module, since a record
-            imports no torch. Outside TRACED it is called when the target is called for the first time.
+            imports no torch. It is called when the target is called for the first time, see `at_once`.
         why: what goes wrong without it.
         issue: where upstream discusses it.
         remove_when: how to see that upstream made it needless.
@@ -141,6 +138,15 @@ class Patch:
     def why_needless(self, how: Needless) -> str:
         """Why a Megatron needs no such patch, as the end of a sentence about it."""
         return "has no such function" if how == "absent" else f"needs no such patch: {self.remove_when}"
+
+    @property
+    def at_once(self) -> bool:
+        """Whether the replacement is made when it is installed.
+
+        A forward goes through the router's module: torch.compile and a graph capture have to see what runs there. The
+        monitor that the plugin was turned on with begins at once.
+        """
+        return self.module == ROUTER or self.monitor
 
     @property
     def key(self) -> str:

@@ -32,10 +32,10 @@ import torch
 
 from megatron_fp32_router.errors import RanksDisagreeError
 from megatron_fp32_router.log import say
+from megatron_fp32_router.patching.digest import digest
 from megatron_fp32_router.patching.megatron import of_module
-from megatron_fp32_router.patching.registry import mismatch, registry, replaces, runs, status
+from megatron_fp32_router.patching.registry import mismatch, registry, runs, status
 from megatron_fp32_router.ranks import verdict
-from megatron_fp32_router.ranks.verdict import ranks_text
 from megatron_fp32_router.settings import PREFIX
 from megatron_fp32_router.version import __version__
 from megatron_fp32_router.wrapping import survey
@@ -81,8 +81,6 @@ def what_must_agree() -> dict[str, str]:
     stage need not import what another one does. One that somebody has wrapped still works: a profiler on rank 0, say.
     The monitor's patches are not named where it is off: its interval, which always is, speaks for them.
     """
-    from megatron_fp32_router.patching import gate
-
     settings, megatron = registry.settings, of_module(sys.modules["megatron.core"])
     patches = {
         f"patch {record.id!r}": "applied" if record.state == "displaced" and runs(record.id) else record.state
@@ -99,7 +97,7 @@ def what_must_agree() -> dict[str, str]:
         f"{PREFIX}_PRODUCTS": settings.products,
         f"{PREFIX}_LIKE": settings.like or "unset",
         "Megatron": str(megatron),
-        _SOURCE: gate.digest(megatron),
+        _SOURCE: digest(megatron),
         **patches,
     }
 
@@ -218,17 +216,12 @@ def _judge(store: Any, rank: int, said: dict[int, dict[str, Any]], peers: int, w
 
 
 def _say_who_is_awaited(rank: int, said: dict[int, dict[str, Any]], peers: int) -> None:
+    from megatron_fp32_router.ranks import difference
+
     silent = [peer for peer in _ranks(peers) if peer not in said]
     building = [peer for peer in said if not _is_ready(said, peer)]
-    parts = [f"a first word from {ranks_text(silent)}"] if silent else []
-    parts += [f"the optimizer of {ranks_text(building)}"] if building else []
-    say(
-        logging.INFO,
-        f"waiting up to {registry.settings.agree_timeout:g} s for {' and '.join(parts) or 'the verdict'}, to learn "
-        "whether all ranks run the plugin alike",
-        threshold=registry.settings.log,
-        speaker=rank,
-    )
+    text = difference.awaited(registry.settings.agree_timeout, silent, building)
+    say(logging.INFO, text, threshold=registry.settings.log, speaker=rank)
 
 
 def _leave(store: Any, rank: int, found: dict[str, Any]) -> None:
@@ -305,13 +298,9 @@ def _agree(store: Any) -> None:
     problems = found["problems"] or _own_difference(rank, found["says"])
     if problems:
         _Agreed.ranks = _EVERYBODY
-        listed = "\n".join(f"  - {problem}" for problem in problems)
-        _Agreed.failure = (
-            f"the {ranks.bit_count()} ranks do not all run the plugin alike, so training would hang or mix up "
-            f"gradients:\n{listed}\nGive every rank the same installation and the same environment. "
-            f"{PREFIX}_AGREE_TIMEOUT (now {registry.settings.agree_timeout:g}) is how many seconds a slow rank may "
-            f"take, and 0 compares nothing; {PREFIX}_ON_MISMATCH=warn trains on as it is."
-        )
+        from megatron_fp32_router.ranks import difference
+
+        _Agreed.failure = difference.refusal(ranks.bit_count(), problems, registry.settings.agree_timeout)
     else:
         say(
             logging.INFO,
@@ -377,35 +366,3 @@ def _reach(*holders: Any) -> int:
                 with contextlib.suppress(KeyError):  # one that has been taken down
                     found |= sum(1 << rank for rank in torch.distributed.get_process_group_ranks(group))
     return found
-
-
-# The places ------------------------------------------------------------------------------------------------------
-
-
-def publish_when_wrapping(original: Callable[..., None]) -> Callable[..., None]:
-    """DistributedDataParallel.__init__: this rank has a model now, whatever its precision, and says so.
-
-    With NCCL's user buffers the constructor warms up with collectives, one round for each buffer: there the ranks
-    agree first.
-    """
-
-    @replaces(original)
-    def __init__(self: Any, config: Any, ddp_config: Any, module: Any, *args: Any, **kwargs: Any) -> None:
-        registry.models.add(module)
-        publish(module, *args, *kwargs.values())
-        if getattr(ddp_config, "nccl_ub", False):
-            agree(anew=True)
-        original(self, config, ddp_config, module, *args, **kwargs)
-
-    return __init__
-
-
-def agree_first(original: Callable[..., Any]) -> Callable[..., Any]:
-    """MegatronOptimizer.__init__ and DistributedDataParallel.broadcast_params: what comes before any step."""
-
-    @replaces(original)
-    def after_agreement(self: Any, *args: Any, **kwargs: Any) -> Any:
-        agree(anew=True)
-        return original(self, *args, **kwargs)
-
-    return after_agreement

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Final
 from megatron_fp32_router.patching.record import DDP, OPTIMIZER, UPSTREAM, Patch, deferred
 
 if TYPE_CHECKING:
-    from megatron_fp32_router.ranks import agreement
+    from megatron_fp32_router.ranks import places
 else:
-    agreement = deferred(__package__, "agreement")
+    places = deferred(__package__, "places")
 
 _compare: Final = partial(
     Patch,
@@ -25,7 +25,7 @@ PATCHES: Final = (
         id="ranks-speak",
         module=DDP,
         path="DistributedDataParallel.__init__",
-        factory=agreement.publish_when_wrapping,
+        factory=places.publish_when_wrapping,
         why="a rank without the plugin would be noticed by nobody",
         parameters=("self", "config", "ddp_config", "module"),
     ),
@@ -33,7 +33,7 @@ PATCHES: Final = (
         id="ranks-agree-before-broadcast",
         module=DDP,
         path="DistributedDataParallel.broadcast_params",
-        factory=agreement.agree_first,
+        factory=places.agree_first,
         why="parameters of different dtypes would be broadcast into each other where a rank lacks the plugin",
         parameters=("self",),
     ),
@@ -41,7 +41,7 @@ PATCHES: Final = (
         id="ranks-agree",
         module=OPTIMIZER,
         path="MegatronOptimizer.__init__",
-        factory=agreement.agree_first,
+        factory=places.agree_first,
         why="the first step would hang or mix up gradients where a rank lacks the plugin",
         parameters=("self", "optimizer", "config"),
     ),

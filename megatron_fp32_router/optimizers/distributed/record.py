@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Final
 from megatron_fp32_router.patching.record import DISTRIBUTED_OPTIMIZER, UPSTREAM, Patch, deferred
 
 if TYPE_CHECKING:
-    from megatron_fp32_router.optimizers.distributed import repair, resume
+    from megatron_fp32_router.optimizers.distributed import refusal, repair, resume
 else:
-    repair, resume = deferred(__package__, "repair"), deferred(__package__, "resume")
+    repair, refusal, resume = (deferred(__package__, name) for name in ("repair", "refusal", "resume"))
 
 _DIST_CHECKPOINTING: Final = "megatron.core.dist_checkpointing"
 
@@ -26,7 +26,7 @@ _patch: Final = partial(Patch, module=DISTRIBUTED_OPTIMIZER, goes_with="router-c
 
 _checkpoint: Final = partial(
     _patch,
-    factory=repair.refuse_stale_numbering,
+    factory=refusal.refuse_stale_numbering,
     why="with fp32 router parameters, optimizer checkpoints silently hold another parameter's state",
     issue=f"{UPSTREAM}/issues/2777",
     remove_when="the index map follows the groups (#5835)",
@@ -62,7 +62,7 @@ PATCHES: Final = (
     _patch(
         id="optimizer-misplaced-state",
         path="DistributedOptimizer.sharded_param_state_fully_reshardable",
-        factory=repair.refuse_misplaced_state,
+        factory=refusal.refuse_misplaced_state,
         why="the format that allows to turn the plugin on and off saves wrong state behind a padded bucket",
         issue=f"{UPSTREAM}/pull/5077",
         remove_when="padding between buckets is accounted for (#5077)",
