@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Final
 from megatron_fp32_router.patching.record import FINALIZE, OPTIMIZER, UPSTREAM, Patch, deferred
 
 if TYPE_CHECKING:
-    from megatron_fp32_router.monitor import contract, watch
+    from megatron_fp32_router.monitor import precision, watch
 else:
-    watch, contract = deferred(__package__, "watch"), deferred(__package__, "contract")
+    watch, precision = deferred(__package__, "watch"), deferred(__package__, "precision")
 
 _look: Final = partial(Patch, goes_with="router-casts", area="monitor", whole=False, monitor=True)
 
@@ -29,7 +29,7 @@ PATCHES: Final = (
         id="monitor-optimizer",
         module=OPTIMIZER,
         path="MegatronOptimizer.__init__",
-        factory=contract.remember_optimizer,
+        factory=precision.remember_optimizer,
         why="the monitor could not say what dtype main copies and moments have",
         issue=f"{UPSTREAM}/issues/2777",
         remove_when="the monitor goes",

@@ -86,7 +86,7 @@ class Monitor:
             self._fail(error)
         if self._unjudged:
             self._unjudged = False
-            self._judge()
+            self._refuse_what_is_broken()
 
     def _fail(self, error: Exception) -> None:
         place = traceback.extract_tb(error.__traceback__)[-1]
@@ -266,7 +266,7 @@ class Monitor:
 
             findings.say_what_is_not_finite(step, new)
 
-    def _judge(self) -> None:
+    def _refuse_what_is_broken(self) -> None:
         found = [f"layer {layer}, {text}" for layer, entry in self.entries.items() for text in entry["violations"]]
         if found:
             from megatron_fp32_router.monitor import findings

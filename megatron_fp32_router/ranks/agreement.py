@@ -194,7 +194,7 @@ def _wait(store: Any, rank: int, peers: int) -> dict[str, Any]:
                 peers = _listen(store, said, peers, each=True)
                 _say_who_is_awaited(rank, said, peers)
         if waited > timeout or (leads and all(_is_ready(said, peer) for peer in _ranks(peers))):
-            _judge(store, rank, said, peers, waited)
+            _give_verdict(store, rank, said, peers, waited)
         if waited > timeout + _GRACE:
             raise RuntimeError(f"no verdict after {waited:.0f} s: the rank that had to write it has gone")
         time.sleep(pause)
@@ -203,7 +203,7 @@ def _wait(store: Any, rank: int, peers: int) -> dict[str, Any]:
     return found
 
 
-def _judge(store: Any, rank: int, said: dict[int, dict[str, Any]], peers: int, waited: float) -> None:
+def _give_verdict(store: Any, rank: int, said: dict[int, dict[str, Any]], peers: int, waited: float) -> None:
     """Write the verdict for all that train together, one rank at a time, unless somebody has."""
     if store.compare_set(_JUDGE, "", str(rank)) != str(rank).encode():
         return
@@ -269,10 +269,10 @@ def agree(anew: bool = False) -> None:
         # More than once where this rank had been judged by what it had said before its last model.
         while not _agrees_with_all():
             _attempt(lambda: _agree(room))
-    _judged()
+    _raise_or_warn()
 
 
-def _judged() -> None:
+def _raise_or_warn() -> None:
     if _Agreed.failure is not None:
         mismatch(RanksDisagreeError, _Agreed.failure, speaker=_Agreed.speaker)
 
@@ -329,7 +329,7 @@ def _attempt(step: Callable[[], None]) -> None:
             "the key-value store of the default process group failed while the ranks were compared: "
             f"{error}. The rank that hosts it may have ended; what it said is in its own log."
         )
-        _judged()
+        _raise_or_warn()
 
 
 def _is_agreed() -> bool:
