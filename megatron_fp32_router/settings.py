@@ -84,7 +84,8 @@ class Settings:
 def _one_of(value: str, values: tuple[str, ...], name: str) -> Any:
     if value in values:
         return value
-    raise _refused(value, name, f"are {', '.join(repr(item) for item in values if item)}")
+    listed = ", ".join(repr(item) for item in values if item)
+    raise SettingsError(f"{name} has the value {value!r}; accepted are {listed}")
 
 
 def _text(value: str, values: tuple[str, ...], name: str) -> Any:
@@ -98,7 +99,7 @@ def _seconds(value: str, values: tuple[str, ...], name: str) -> Any:
     except ValueError:
         seconds = -1
     if not 0 <= seconds < float("inf"):
-        raise _refused(value, name, "is a number of seconds, 0 or more")
+        raise SettingsError(f"{name} has the value {value!r}; accepted is a number of seconds, 0 or more")
     return seconds
 
 
@@ -106,26 +107,26 @@ def _steps(value: str, values: tuple[str, ...], name: str) -> Any:
     if value == "off":
         return 0
     if not (value.isascii() and value.isdigit() and int(value)):
-        raise _refused(value, name, "are 'off' and a whole number of steps, at least 1")
+        raise SettingsError(
+            f"{name} has the value {value!r}; accepted are 'off' and a whole number of steps, at least 1"
+        )
     return int(value)
 
 
 def _tokens(value: str, values: tuple[str, ...], name: str) -> Any:
     if not (value.isascii() and value.isdigit() and int(value) <= SAMPLE):
-        raise _refused(value, name, f"is a whole number of tokens, 0 to {SAMPLE}")
+        raise SettingsError(f"{name} has the value {value!r}; accepted is a whole number of tokens, 0 to {SAMPLE}")
     return int(value)
 
 
 def _engine(value: str, values: tuple[str, ...], name: str) -> Any:
     """The form only. What is known of it is looked up when Megatron's router is patched."""
     if value and not re.fullmatch(r"[\w-]+==[^/?\s]+/\w+(\?\w+=[^&\s]+(&\w+=[^&\s]+)*)?", value):
-        example = "vllm==0.33.0/deepseek_v3, with ?KEY=VALUE for a key of config.json that the engine looks at"
-        raise _refused(value, name, f"is ENGINE==VERSION/ARCHITECTURE, for example {example}")
+        raise SettingsError(
+            f"{name} has the value {value!r}; accepted is ENGINE==VERSION/ARCHITECTURE, for example "
+            "vllm==0.33.0/deepseek_v3, with ?KEY=VALUE for a key of config.json that the engine looks at"
+        )
     return value
-
-
-def _refused(value: object, name: str, accepted: str) -> SettingsError:
-    return SettingsError(f"{name} has the value {value!r}; accepted {accepted}")
 
 
 @dataclass(frozen=True)

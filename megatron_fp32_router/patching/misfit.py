@@ -55,8 +55,10 @@ def refuse(patch: Patch, module: ModuleType, megatron: Megatron, problem: Proble
             once=True,
         )
         return None
-    error = TargetChangedError if problem.changed else TargetMissingError
-    accepting = _how_to_accept(patch, megatron) if problem.changed and megatron.path is not None else "Either "
+    error, accepting = TargetMissingError, "Either "
+    if problem.changed:
+        error = TargetChangedError
+        accepting = accepting if megatron.path is None else _how_to_accept(patch, megatron)
     message = (
         f"{patch.target} {problem.says} in {megatron} ({megatron.path}); the patch {patch.id!r} was written for "
         f"it. Without that patch {patch.why}. {accepting}use a release that the plugin knows, or set "

@@ -298,9 +298,13 @@ def _agree(store: Any) -> None:
     problems = found["problems"] or _own_difference(rank, found["says"])
     if problems:
         _Agreed.ranks = _EVERYBODY
-        from megatron_fp32_router.ranks import difference
-
-        _Agreed.failure = difference.refusal(ranks.bit_count(), problems, registry.settings.agree_timeout)
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        _Agreed.failure = (
+            f"the {ranks.bit_count()} ranks do not all run the plugin alike, so training would hang or mix up "
+            f"gradients:\n{listed}\nGive every rank the same installation and the same environment. "
+            f"{PREFIX}_AGREE_TIMEOUT (now {registry.settings.agree_timeout:g}) is how many seconds a slow rank may "
+            f"take, and 0 compares nothing; {PREFIX}_ON_MISMATCH=warn trains on as it is."
+        )
     else:
         say(
             logging.INFO,

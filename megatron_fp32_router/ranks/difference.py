@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from megatron_fp32_router.ranks.spans import ranks_text
-from megatron_fp32_router.settings import PREFIX
 
 Statements = Mapping[int, Mapping[str, Any]]
 
@@ -21,16 +20,6 @@ def awaited(timeout: float, silent: Sequence[int], building: Sequence[int]) -> s
     return (
         f"waiting up to {timeout:g} s for {' and '.join(parts) or 'the verdict'}, to learn whether all ranks run the "
         "plugin alike"
-    )
-
-
-def refusal(ranks: int, problems: Iterable[str], timeout: float) -> str:
-    """What is raised or warned of. `ranks`: how many train together."""
-    listed = "\n".join(f"  - {problem}" for problem in problems)
-    return (
-        f"the {ranks} ranks do not all run the plugin alike, so training would hang or mix up gradients:\n{listed}\n"
-        f"Give every rank the same installation and the same environment. {PREFIX}_AGREE_TIMEOUT (now {timeout:g}) is "
-        f"how many seconds a slow rank may take, and 0 compares nothing; {PREFIX}_ON_MISMATCH=warn trains on as it is."
     )
 
 
