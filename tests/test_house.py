@@ -8,11 +8,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 from bootstrap import NEWEST, ROOT, ensure_release
 from installing import copy_of_repository
+
+from megatron_fp32_router.patching.records import PATCHES
 
 PACKAGE = ROOT / "megatron_fp32_router"
 
@@ -115,6 +118,11 @@ def test_a_training_imports_what_it_uses_and_no_more() -> None:
         "patching/misfit",
     )
     assert not {f"{name}.py" for name in unused} & counted.keys()
+
+
+def test_every_record_names_a_function_that_is_there() -> None:
+    for patch in PATCHES:
+        assert callable(getattr(import_module(patch.factory.__module__), patch.factory.__name__)), patch.id
 
 
 def changes(file: Path) -> Iterator[str]:

@@ -62,6 +62,9 @@ class deferred:
         self._name = f"{package}.{module}"
 
     def __getattr__(self, function: str) -> Factory:
+        if function.startswith("_"):
+            raise AttributeError(function)  # asked by Python itself, say by inspect
+
         def factory(original: Function) -> Function:
             replacement: Function = getattr(import_module(self._name), function)(original)
             return replacement
