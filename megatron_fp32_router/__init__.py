@@ -88,7 +88,9 @@ def disable() -> None:
     Raises:
         DisplacedPatchError: somebody else's patch sits on one of ours; nothing has been changed then.
     """
-    _registry.undo_all()
+    from megatron_fp32_router.patching.undo import undo_all
+
+    undo_all()
     _hooks.disarm()
 
 
@@ -111,7 +113,7 @@ def protect_model(model: Any) -> Survey:
     Raises:
         ModelInUseError: DDP has taken hold of the parameters.
     """
-    from megatron_fp32_router.wrapping.survey import protect_model
+    from megatron_fp32_router.wrapping.protect import protect_model
 
     return protect_model(model)
 
@@ -137,7 +139,7 @@ def protect_router_class(cls: type[Any]) -> None:
     if not _registry.registry.active:
         _say(logging.WARNING, f"the plugin is off: {cls.__module__}.{cls.__qualname__} is not protected", once=True)
         return
-    from megatron_fp32_router.casts.router import protect_class
+    from megatron_fp32_router.casts.other_class import protect_class
 
     protect_class(cls)
 

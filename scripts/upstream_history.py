@@ -19,14 +19,14 @@ from typing import Final
 
 from bootstrap import ROOT
 
-from megatron_fp32_router.patching import canonical, fingerprints, judge, records, source
+from megatron_fp32_router.patching import canonical, fingerprints, judge, source, targets
 from megatron_fp32_router.patching.megatron import Megatron
 from megatron_fp32_router.patching.record import USUAL
 
 PAGE: Final = ROOT / "docs" / "commits.md"
 _DEV: Final = ("dev", "core_dev_r0.15.0", "core_dev_r0.16.0")
 _BRANCHES: Final = ("main", *_DEV, *(f"core_r0.{minor}.0" for minor in range(11, 20)))
-_MODULES: Final = {name.partition(":")[0].replace(".", "/") for name in records.relied_on()}
+_MODULES: Final = {name.partition(":")[0].replace(".", "/") for name in targets.relied_on()}
 _PATHS: Final = {path for module in _MODULES for path in (f"{module}.py", f"{module}/__init__.py")}
 
 
@@ -126,7 +126,7 @@ def write(gitdir: Path, *, show: bool) -> dict[str, str]:
     texts = _store(states, show=show)
     for state in (state for states in found.values() for state in states):
         judged = judge.Judge(state.tree, Megatron(None, None))
-        verdicts = (judged.one(*target, explain=False) for target in records.relied_on().items())
+        verdicts = (judged.one(*target, explain=False) for target in targets.relied_on().items())
         state.unfit = [verdict for verdict in verdicts if not verdict.fits]
     PAGE.write_text("\n".join(_page(found)) + "\n", encoding="utf-8")
     return texts
@@ -152,7 +152,7 @@ def _store(trees: Iterable[tuple[source.Tree, str]], *, show: bool) -> dict[str,
     seen = {digest for groups in reviewed.values() for _, bodies in groups for digest in bodies}
     texts: dict[str, str] = {}
     for tree, called in trees:
-        for name in filter(records.has_body, records.relied_on()):
+        for name in filter(targets.has_body, targets.relied_on()):
             body = tree.body(name) if tree.has(name.partition(":")[0]) else source.Body(None)
             if body.digest is None or body.module is None or body.digest in in_releases:
                 continue

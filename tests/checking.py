@@ -12,8 +12,8 @@ import pytest
 from bootstrap import ensure_release
 
 from megatron_fp32_router.cli import main
-from megatron_fp32_router.patching.records import relied_on
 from megatron_fp32_router.patching.source import file_of
+from megatron_fp32_router.patching.targets import relied_on
 
 ROUTER = "megatron/core/transformer/moe/router.py"
 MOE_UTILS = "megatron/core/transformer/moe/moe_utils.py"

@@ -26,11 +26,13 @@ from checking import FINALIZE, copier
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_fp32_router import lab
-from megatron_fp32_router.patching import gate
+from megatron_fp32_router.patching import drift, gate
+from megatron_fp32_router.patching.digest import digest
 from megatron_fp32_router.patching.megatron import Megatron, read_version
 from megatron_fp32_router.patching.registry import PatchStatus
 from megatron_fp32_router.ranks import agreement
-from megatron_fp32_router.ranks.verdict import judge, ranks_text
+from megatron_fp32_router.ranks.spans import ranks_text
+from megatron_fp32_router.ranks.verdict import judge
 from megatron_fp32_router.settings import SettingsError, from_environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -205,25 +207,25 @@ def test_a_patch_that_only_one_rank_has_wrapped_or_not_imported_is_no_difference
 
 
 def test_a_megatron_is_known_by_what_its_functions_do_and_not_by_its_version_or_place(tmp_path: Path) -> None:
-    def digest(tree: Path) -> str:
-        gate.digest.cache_clear()
-        gate._state.cache_clear()
-        gate._judge.cache_clear()
+    def digest_of(tree: Path) -> str:
+        digest.cache_clear()
+        gate.state_of.cache_clear()
+        drift.judge_of.cache_clear()
         core = tree / "megatron" / "core"
-        return gate.digest(Megatron(core, read_version(core / "package_info.py")))
+        return digest(Megatron(core, read_version(core / "package_info.py")))
 
-    release = digest(ensure_release("0.19.2"))
+    release = digest_of(ensure_release("0.19.2"))
     tree = copier(tmp_path)("0.19.2")
-    assert digest(tree) == release
+    assert digest_of(tree) == release
     edit(tree, UPDATE, f"\n    # a comment{UPDATE}")
-    assert digest(tree) == release
+    assert digest_of(tree) == release
     found = {release}
     edit(tree, UPDATE, "\n    if config.elsewhere:\n")
-    found.add(digest(tree))
+    found.add(digest_of(tree))
     (tree / FINALIZE).write_text("def broken(", encoding="utf-8")
-    found.add(digest(tree))
+    found.add(digest_of(tree))
     (tree / FINALIZE).unlink()
-    found.add(digest(tree))
+    found.add(digest_of(tree))
     assert len(found) == 4
 
 

@@ -307,7 +307,8 @@ from megatron_fp32_router.patching.megatron import Megatron, read_version
 core = Path(sys.argv[1]) / "megatron" / "core"
 megatron = Megatron(core, read_version(core / "package_info.py"))
 begun = time.process_time()
-from megatron_fp32_router.patching.gate import digest, look
+from megatron_fp32_router.patching.digest import digest
+from megatron_fp32_router.patching.gate import look
 found = [look(patch, megatron, "").objection for patch in PATCHES]
 assert len(digest(megatron)) == 16
 print(time.process_time() - begun, {*found})

@@ -15,11 +15,12 @@ from bootstrap import NEWEST, RELEASES, ensure_release
 from installing import pythons
 from packaging.version import Version
 
-from megatron_fp32_router.patching import canonical, fingerprints, gate
+from megatron_fp32_router.patching import canonical, drift, fingerprints, gate
 from megatron_fp32_router.patching.fingerprints import FILE, HISTORY, known
 from megatron_fp32_router.patching.megatron import Megatron
-from megatron_fp32_router.patching.records import PATCHES, has_body, relied_on
+from megatron_fp32_router.patching.records import PATCHES
 from megatron_fp32_router.patching.source import Tree
+from megatron_fp32_router.patching.targets import has_body, relied_on
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -231,4 +232,7 @@ def test_the_gate_answers_for_a_known_file_as_it_would_after_parsing_it() -> Non
     for release in (RELEASES[0], "0.14.0", NEWEST):
         megatron = Megatron(ensure_release(release) / "megatron" / "core", Version(release))
         for patch in PATCHES:
-            assert gate.look(patch, megatron, "") == gate._judged(patch, megatron, ""), (release, patch.id)
+            assert gate.look(patch, megatron, "") == gate.Finding(*drift.judged(patch, megatron, "")), (
+                release,
+                patch.id,
+            )

@@ -11,7 +11,7 @@ import torch
 import torch.utils.checkpoint
 from benchmarks import accuracy
 
-from megatron_fp32_router.gating import linear, split, split_cache
+from megatron_fp32_router.gating import choose, linear, schedule, split, split_cache
 
 
 def operands() -> accuracy.Operands:
@@ -58,10 +58,10 @@ WRITES = [
 def test_no_write_between_two_steps_or_outside_of_them_is_missed(write: Any) -> None:
     weight = torch.nn.Parameter(operands().w)
     twice = split.split_weight(weight.detach() * 2)
-    with split_cache.one_step():
+    with schedule.one_step():
         split_cache.parts_of(weight)
     write(weight)
-    with split_cache.one_step():
+    with schedule.one_step():
         assert torch.equal(split_cache.parts_of(weight), twice)
     weight = torch.nn.Parameter(operands().w)
     outside = split_cache.parts_of(weight)
@@ -74,7 +74,7 @@ def test_no_write_between_two_steps_or_outside_of_them_is_missed(write: Any) -> 
 def test_a_write_that_the_tensor_shows_is_noticed_inside_a_step_too(write: Any) -> None:
     weight = torch.nn.Parameter(operands().w)
     twice = split.split_weight(weight.detach() * 2)
-    with split_cache.one_step():
+    with schedule.one_step():
         first = split_cache.parts_of(weight)
         assert split_cache.parts_of(weight) is first
         write(weight)
@@ -83,7 +83,7 @@ def test_a_write_that_the_tensor_shows_is_noticed_inside_a_step_too(write: Any) 
 
 def test_two_layers_that_take_turns_at_one_address_have_a_split_each() -> None:
     storage = torch.zeros(16, 64)
-    with split_cache.one_step():
+    with schedule.one_step():
         for value in (1.0, 2.0, 3.0):
             layer = torch.nn.Parameter(torch.empty(0))
             storage.fill_(value)
@@ -97,10 +97,10 @@ def test_two_layers_that_take_turns_at_one_address_have_a_split_each() -> None:
 
 @pytest.mark.parametrize("hooks", ["checkpoint", "saved on the CPU", "detached"])
 def test_hooks_on_saved_tensors_do_not_make_a_step_keep_more(hooks: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split, "why_not", lambda *_: "")
+    monkeypatch.setattr(choose, "why_not", lambda *_: "")
     o = operands()
     x, weight = o.x.clone().requires_grad_(), torch.nn.Parameter(o.w)
-    with split_cache.one_step():
+    with schedule.one_step():
         for _ in range(3):
             if hooks == "checkpoint":
                 logits = torch.utils.checkpoint.checkpoint(
@@ -115,21 +115,21 @@ def test_hooks_on_saved_tensors_do_not_make_a_step_keep_more(hooks: str, monkeyp
                 with around:
                     logits = linear.RouterLinear.apply(x, weight, None, torch.float32)
             logits.backward(o.g)
-        assert len(split_cache._now[0].kept) == 1
+        assert len(schedule.running[0].kept) == 1
     assert torch.equal(weight.grad, 3 * split.gradients(o.g, o.x, split.split_weight(o.w), False, True)[1])
 
 
 def test_what_a_step_kept_is_let_go_at_its_end_also_when_it_fails() -> None:
     weight = torch.nn.Parameter(operands().w)
-    with contextlib.suppress(ZeroDivisionError), split_cache.one_step():
+    with contextlib.suppress(ZeroDivisionError), schedule.one_step():
         split_cache.parts_of(weight)
-        assert len(split_cache._now) == 1
+        assert len(schedule.running) == 1
         1 / 0  # noqa: B018
-    assert not split_cache._now
+    assert not schedule.running
 
 
 def test_tensors_of_inference_mode_are_split_anew() -> None:
-    with torch.inference_mode(), split_cache.one_step():
+    with torch.inference_mode(), schedule.one_step():
         weight = torch.ones(8, 8)
         assert split_cache.parts_of(weight) is not split_cache.parts_of(weight)
 
@@ -159,7 +159,7 @@ class OnCuda:
 
 def test_a_graph_of_one_layer_splits_inside_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     weight: Any = OnCuda(monkeypatch)
-    with split_cache.one_step():
+    with schedule.one_step():
         eager = split_cache.parts_of(weight)
         weight.capturing = True
         captured = split_cache.parts_of(weight)
@@ -171,13 +171,13 @@ def test_a_graph_of_one_layer_splits_inside_the_graph(monkeypatch: pytest.Monkey
 def test_a_graph_of_the_whole_schedule_splits_once_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     weight: Any = OnCuda(monkeypatch)
     weight.capturing = True
-    with split_cache.one_step():
+    with schedule.one_step():
         assert split_cache.parts_of(weight) is split_cache.parts_of(weight)
 
 
 def test_another_stream_makes_its_own_split(monkeypatch: pytest.MonkeyPatch) -> None:
     weight: Any = OnCuda(monkeypatch)
-    with split_cache.one_step():
+    with schedule.one_step():
         first = split_cache.parts_of(weight)
         weight.stream = 2
         assert split_cache.parts_of(weight) is not first

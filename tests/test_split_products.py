@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_fp32_router.gating import linear, split
+from megatron_fp32_router.gating import choose, linear, split
 from megatron_fp32_router.gating.matmul import mm, true_fp32
 
 LARGEST = float(torch.finfo(torch.bfloat16).max)
@@ -30,7 +30,7 @@ LARGEST = float(torch.finfo(torch.bfloat16).max)
 @pytest.fixture
 def chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Split products wherever their dtypes allow, on whatever device."""
-    monkeypatch.setattr(split, "why_not", lambda device, activations, weight, dtype: "")
+    monkeypatch.setattr(choose, "why_not", lambda device, activations, weight, dtype: "")
 
 
 def sum_of_parts(weight: torch.Tensor) -> np.ndarray:
@@ -230,13 +230,13 @@ def test_on_an_accelerator_no_activation_is_held_in_fp32_and_the_activations_are
 def test_plain_products_are_used_elsewhere_for_a_reason(
     activations: torch.dtype, weight: torch.dtype, dtype: torch.dtype, reason: str
 ) -> None:
-    assert reason in split.why_not(torch.device("cpu"), activations, torch.ones(8, 8, dtype=weight), dtype)
+    assert reason in choose.why_not(torch.device("cpu"), activations, torch.ones(8, 8, dtype=weight), dtype)
 
 
 def test_a_shape_that_tensor_cores_do_not_take_is_a_reason_too(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda", 0)
     monkeypatch.setitem(split._devices, cuda, "")
-    ask = lambda *shape: split.why_not(cuda, torch.bfloat16, torch.ones(shape), torch.float32)  # noqa: E731
+    ask = lambda *shape: choose.why_not(cuda, torch.bfloat16, torch.ones(shape), torch.float32)  # noqa: E731
     assert ask(8, 64) == ""
     assert "9 experts x hidden 64" in ask(9, 64)
     assert "8 experts x hidden 60" in ask(8, 60)
@@ -249,9 +249,9 @@ def test_a_device_is_tried_once_and_not_under_graph_capture(monkeypatch: pytest.
     weight = torch.ones(8, 8)
     with monkeypatch.context() as capturing:
         capturing.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        assert "graph capture" in split.why_not(cuda, torch.bfloat16, weight, torch.float32)
+        assert "graph capture" in choose.why_not(cuda, torch.bfloat16, weight, torch.float32)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert [split.why_not(cuda, torch.bfloat16, weight, torch.float32) for _ in range(2)] == ["no", "no"]
+    assert [choose.why_not(cuda, torch.bfloat16, weight, torch.float32) for _ in range(2)] == ["no", "no"]
     assert tried == [cuda]
 
 

@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from megatron_fp32_router.patching.record import FINALIZE, MOE_UTILS, ROUTER, UPSTREAM, Function, Patch
+from megatron_fp32_router.patching.record import FINALIZE, MOE_UTILS, ROUTER, UPSTREAM, Patch, deferred
 
-
-def exact_rule(original: Function) -> Function:
-    from megatron_fp32_router.balance import update
-
-    return update.exact_rule(original)
-
-
-def exact_update(original: Function) -> Function:
-    from megatron_fp32_router.balance import update
-
-    return update.exact_update(original)
-
-
-def reset_in_one_go(original: Function) -> Function:
-    from megatron_fp32_router.balance import update
-
-    return update.reset_in_one_go(original)
-
+if TYPE_CHECKING:
+    from megatron_fp32_router.balance import rule, update
+else:
+    rule, update = deferred(__package__, "rule"), deferred(__package__, "update")
 
 #: with_context_parallel=True gives the ranks that share a balance update.
 _GROUP: Final = "megatron.core.parallel_state:get_tensor_and_data_parallel_group"
@@ -34,7 +20,7 @@ _ONCE_A_STEP: Final = f"{FINALIZE}:finalize_model_grads"
 _rule: Final = partial(
     Patch,
     path="get_updated_expert_bias",
-    factory=exact_rule,
+    factory=rule.exact_rule,
     issue=f"{UPSTREAM}/pull/7081",
     parameters=("tokens_per_expert", "expert_bias", "expert_bias_update_rate"),
     relies_on=(_GROUP,),
@@ -60,7 +46,7 @@ PATCHES: Final = (
         id="bias-update",
         module=FINALIZE,
         path="_update_router_expert_bias",
-        factory=exact_update,
+        factory=update.exact_update,
         why="counts are stacked in bf16 or fp16; layers with different numbers of experts, or without a bias, crash",
         issue=f"{UPSTREAM}/pull/7081",
         remove_when="counts are integers and layers are grouped by their number of experts",
@@ -74,7 +60,7 @@ PATCHES: Final = (
         id="counter-reset",
         module=FINALIZE,
         path="reset_model_temporary_tensors",
-        factory=reset_in_one_go,
+        factory=update.reset_in_one_go,
         why="a router whose bias is None crashes; every counter is zeroed by a kernel of its own",
         issue=f"{UPSTREAM}/pull/7081",
         remove_when="upstream skips routers without a bias",

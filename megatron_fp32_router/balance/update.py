@@ -15,11 +15,10 @@ from typing import Any
 import torch
 
 from megatron_fp32_router.balance.walk import modules_of
-from megatron_fp32_router.casts.below import refuse, refuse_handed
 from megatron_fp32_router.casts.router import COUNTER, below_fp32
 from megatron_fp32_router.patching.owner import somebody_elses
 from megatron_fp32_router.patching.registry import replaces
-from megatron_fp32_router.ranks.agreement import agree
+from megatron_fp32_router.ranks.places import agree
 
 
 def direction(counts_LE: torch.Tensor) -> torch.Tensor:
@@ -50,34 +49,6 @@ def group_of(given: Any) -> Any:
     from megatron.core import parallel_state
 
     return parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-
-
-def exact_rule(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """get_updated_expert_bias: for whoever calls it, third parties' own update functions included.
-
-    As upstream's, it leaves the reduced counts in `tokens_per_expert`.
-    """
-
-    @replaces(original)
-    def get_updated_expert_bias(
-        tokens_per_expert: torch.Tensor,
-        expert_bias: torch.Tensor,
-        expert_bias_update_rate: float,
-        tp_dp_cp_group: Any = None,
-    ) -> torch.Tensor:
-        if below_fp32(tokens_per_expert.dtype):
-            refuse_handed("tokens_per_expert", tokens_per_expert.dtype, COUNTER)
-        if below_fp32(expert_bias.dtype):
-            refuse_handed("expert_bias", expert_bias.dtype, "expert_bias")
-        with torch.no_grad():
-            counts = tokens_per_expert.to(torch.int64)
-            torch.distributed.all_reduce(counts, group=group_of(tp_dp_cp_group))
-            if counts is not tokens_per_expert:
-                tokens_per_expert.copy_(counts)
-            step = direction(counts).to(expert_bias.dtype)
-            return torch.add(expert_bias, step, alpha=expert_bias_update_rate)
-
-    return get_updated_expert_bias
 
 
 @dataclass(frozen=True)
@@ -146,6 +117,8 @@ def exact_update(original: Callable[..., None]) -> Callable[..., None]:
             bias, counter = _held(module, "expert_bias"), _held(module, COUNTER)
             for name, tensor in (("expert_bias", bias), (COUNTER, counter)):
                 if below_fp32(tensor.dtype):
+                    from megatron_fp32_router.casts.below import refuse
+
                     refuse(module, name, "at the balance update")
             batches.setdefault((bias.shape[-1], bias.dtype, counter.dtype, bias.device), []).append(module)
         rate, theirs = config.moe_router_bias_update_rate, names.get("get_updated_expert_bias")

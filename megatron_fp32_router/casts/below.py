@@ -1,56 +1,30 @@
 """A router tensor that is below fp32 in a training: whose it is, and what has changed it, as far as that can be known.
 
-Nothing is worked out before there is something to say. What a router was when its model was wrapped is kept by weak
-references.
+Imported only where there is something to say.
 """
 
 from __future__ import annotations
 
-import re
 import sys
-import weakref
 from typing import Any, Final
 
 import torch
 
-from megatron_fp32_router.casts.router import below_fp32
+from megatron_fp32_router.casts.layer import layer_of
+from megatron_fp32_router.casts.router import below_fp32, wrapped
 from megatron_fp32_router.errors import UnprotectedRouterError
 from megatron_fp32_router.log import rank
 from megatron_fp32_router.patching.registry import mismatch, registry
 from megatron_fp32_router.settings import PREFIX
 
-#: Router -> its name in the model that was wrapped, and those of its tensors that were fp32 then.
-_wrapped: Final[weakref.WeakKeyDictionary[Any, tuple[str, dict[str, weakref.ref[torch.Tensor]]]]] = (
-    weakref.WeakKeyDictionary()
-)
-
 #: Tensors' names and types that the user chose to be warned of, which happens once and not for each layer.
 _warned: Final[set[tuple[str, torch.dtype]]] = set()
-
-
-def remember(name: str, router: torch.nn.Module) -> None:
-    """Keep what `router`, of that name in its model, is now."""
-    tensors = [*router.named_parameters(), *router.named_buffers()]
-    _wrapped[router] = (name, {key: weakref.ref(tensor) for key, tensor in tensors if not below_fp32(tensor.dtype)})
-
-
-def layer_of(router: Any, name: str) -> int | str | None:
-    """Megatron's layer number; of multi-token prediction "mtp 1", or "mtp 1.2" where depths have several layers.
-
-    `name`: of the router in its model, "" if it is not known. HybridModel numbers the layers of each depth from 1.
-    """
-    number: int | None = getattr(router, "layer_number", None)
-    depth = re.search(r"(?:^|\.)mtp\.layers\.(\d+)\..*\blayers\.", name)
-    if number is not None and depth is not None:
-        return f"mtp {int(depth[1]) + 1}.{number}"
-    in_mtp = getattr(router, "is_mtp_layer", False) or "mtp" in name.split(".")
-    return f"mtp {number}" if in_mtp and number is not None else number
 
 
 def place(router: Any, name: str = "") -> str:
     """For example "layer 61, pipeline stage 3 (the first is 0), rank 24". `name`: if it was not wrapped yet."""
     facts, state = [], sys.modules.get("megatron.core.parallel_state")
-    layer = layer_of(router, name or _wrapped.get(router, ("",))[0])
+    layer = layer_of(router, name or wrapped.get(router, ("",))[0])
     if layer is not None:
         facts.append(f"layer {layer}".replace("layer mtp", "MTP layer"))
     if state is not None and state.model_parallel_is_initialized():
@@ -82,7 +56,7 @@ def refuse_handed(name: str, dtype: torch.dtype, attribute: str) -> None:
     Raises:
         UnprotectedRouterError: under on_mismatch="raise".
     """
-    for router in list(_wrapped):
+    for router in list(wrapped):
         found = getattr(router, attribute, None)
         if found is not None and below_fp32(found.dtype):
             refuse(router, attribute, "at the balance update")
@@ -98,13 +72,13 @@ def refuse_handed(name: str, dtype: torch.dtype, attribute: str) -> None:
 
 
 def _whose(router: Any) -> str:
-    name = _wrapped[router][0] if router in _wrapped else f"a {type(router).__qualname__}"
+    name = wrapped[router][0] if router in wrapped else f"a {type(router).__qualname__}"
     return f"{name} ({place(router)})"
 
 
 def _cause(router: Any, name: str) -> str:
     tensor = getattr(router, name)
-    then = _wrapped[router][1].get(name) if router in _wrapped else None
+    then = wrapped[router][1].get(name) if router in wrapped else None
     if then is None:
         return (
             "Either the model was built or cast before megatron_fp32_router was active: import the plugin before the "

@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from megatron_fp32_router.patching.record import MODULE, ROUTER, UPSTREAM, Function, Patch
+from megatron_fp32_router.patching.record import MODULE, ROUTER, UPSTREAM, Patch, deferred
 
-
-def initialise_in_fp32(original: Function) -> Function:
+if TYPE_CHECKING:
     from megatron_fp32_router.casts import router
-
-    return router.initialise_in_fp32(original)
-
-
-def reset_in_fp32(original: Function) -> Function:
-    from megatron_fp32_router.casts import router
-
-    return router.reset_in_fp32(original)
-
-
-def keep_fp32(original: Function) -> Function:
-    from megatron_fp32_router.casts import router
-
-    return router.keep_fp32(original)
-
+else:
+    router = deferred(__package__, "router")
 
 #: Which parameters and buffers a router has, and that reset_parameters alone casts them at construction.
 _CONSTRUCTION: Final = f"{ROUTER}:Router Router.__init__ TopKRouter TopKRouter.__init__ InferenceTopKRouter.__init__"
@@ -33,7 +19,7 @@ PATCHES: Final = (
         id="router-init",
         module=ROUTER,
         path="Router.__init__",
-        factory=initialise_in_fp32,
+        factory=router.initialise_in_fp32,
         why="the router weight is cast to params_dtype as soon as it is initialised",
         issue=f"{UPSTREAM}/pull/683",
         remove_when="Router.__init__ no longer casts (from 0.13 reset_parameters does)",
@@ -48,7 +34,7 @@ PATCHES: Final = (
         id="router-reset",
         module=ROUTER,
         path="Router.reset_parameters",
-        factory=reset_in_fp32,
+        factory=router.reset_in_fp32,
         why="router weight and bias are cast to params_dtype as soon as they are initialised",
         issue=f"{UPSTREAM}/pull/683",
         remove_when="reset_parameters leaves the router's parameters in fp32",
@@ -64,7 +50,7 @@ PATCHES: Final = (
         id="router-casts",
         module=ROUTER,
         path="TopKRouter._apply",
-        factory=keep_fp32,
+        factory=router.keep_fp32,
         why="bfloat16(), half() and to(dtype) round the router's weight, biases and token counts",
         issue=f"{UPSTREAM}/issues/1482",
         remove_when="every router tensor carries main's keep_in_fp32 mark (#5929) through device moves",

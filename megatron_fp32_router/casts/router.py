@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -18,6 +19,11 @@ from megatron_fp32_router.patching.registry import KEPT, registry, replaces
 #: The counter that integers, and by third parties floats, are added to: float64 takes both and is exact to 2^53.
 #: Its companions `global_tokens_per_expert` and `ga_steps` stay fp32, because fused kernels take no float64.
 COUNTER: Final = "local_tokens_per_expert"
+
+#: Router -> its name in the model that was wrapped, and those of its tensors that were fp32 then.
+wrapped: Final[weakref.WeakKeyDictionary[Any, tuple[str, dict[str, weakref.ref[torch.Tensor]]]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def is_protected(parameter: torch.Tensor) -> bool:
@@ -34,16 +40,6 @@ def _is_ours(module: Any) -> bool:
     """Asked of the module as it is now: the function that we wrap may be somebody else's, with other globals."""
     kind = sys.modules["megatron.core.transformer.moe.router"].TopKRouter
     return isinstance(module, (kind, *registry.router_classes))
-
-
-def protect_class(cls: type[torch.nn.Module]) -> None:
-    """See megatron_fp32_router.protect_router_class."""
-    upstream = sys.modules.get("megatron.core.transformer.moe.router")
-    if cls in registry.router_classes or (upstream is not None and issubclass(cls, upstream.TopKRouter)):
-        return
-    ours = keep_fp32(cls._apply)
-    registry.router_classes[cls] = (vars(cls).get("_apply"), ours)
-    cls._apply = ours  # type: ignore[method-assign]
 
 
 def protects_parameters() -> bool:
@@ -163,3 +159,9 @@ def keep_fp32(original: Callable[..., torch.nn.Module]) -> Callable[..., torch.n
         return result
 
     return _apply
+
+
+def remember(name: str, router: torch.nn.Module) -> None:
+    """Keep what `router`, of that name in its model, is now."""
+    tensors = [*router.named_parameters(), *router.named_buffers()]
+    wrapped[router] = (name, {key: weakref.ref(tensor) for key, tensor in tensors if not below_fp32(tensor.dtype)})

@@ -18,8 +18,8 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from megatron_fp32_router.gating import split
-from megatron_fp32_router.gating.linear import RouterLinear, in_words
+from megatron_fp32_router.gating import choose, split
+from megatron_fp32_router.gating.linear import RouterLinear
 from megatron_fp32_router.gating.matmul import mm, tf32
 from megatron_fp32_router.settings import PREFIX
 
@@ -129,8 +129,8 @@ def measure(shape: Shape, device: torch.device, turns: int = 7) -> dict[str, Any
     del x, w, g
     chosen = _chosen(references["logits"][0])
     row: dict[str, Any] = dict(zip(("tokens", "hidden", "experts"), shape, strict=True)) | {"ways": {}}
-    reason = split.unfit(device, torch.bfloat16, o.w, torch.float32)
-    row["auto"] = in_words(reason)
+    reason = choose.unfit(device, torch.bfloat16, o.w, torch.float32)
+    row["auto"] = choose.in_words(reason)
     with _tf32_allowed():
         all_ways = ways(o)
         if reason and device.type != "cpu":

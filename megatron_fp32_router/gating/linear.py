@@ -1,7 +1,7 @@
 # No `from __future__ import annotations` here: torch reads the operators' schemas from the annotations themselves.
 """The router's linear layer: logits forward, three gradients backward, in fp32 or in split bf16 products.
 
-Which of the two is decided at each call, by device, dtypes, shape and torch version (split.why_not), and noted for
+Which of the two is decided at each call, by device, dtypes, shape and torch version (choose.why_not), and noted for
 status(). Eager code calls the Python functions. A traced program gets operators that tracers do not look into:
 switches of torch.backends cannot be turned inside a graph, and a split kept for the step must not become a constant
 of one.
@@ -14,28 +14,22 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from megatron_fp32_router.gating import split
+from megatron_fp32_router.gating import choose
 from megatron_fp32_router.gating.matmul import mm
-from megatron_fp32_router.gating.split_cache import parts_of
 from megatron_fp32_router.patching.registry import registry
-
-SPLIT = "split bf16 products"
-
-
-def in_words(reason: str) -> str:
-    """What products are used when split ones are not, because of `reason`; "" when they are."""
-    return f"plain products: {reason}" if reason else SPLIT
 
 
 def _uses_split(tokens: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> bool:
-    reason = split.why_not(tokens.device, tokens.dtype, weight, dtype)
-    registry.notes.setdefault("gating", set()).add(in_words(reason))
+    reason = choose.why_not(tokens.device, tokens.dtype, weight, dtype)
+    registry.notes.setdefault("gating", set()).add(choose.in_words(reason))
     return not reason
 
 
 def _logits(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     if _uses_split(tokens, weight, dtype):
-        return split.logits(tokens, parts_of(weight), weight.shape[0], bias)
+        from megatron_fp32_router.gating import split, split_cache
+
+        return split.logits(tokens, split_cache.parts_of(weight), weight.shape[0], bias)
     return mm(tokens.to(dtype), weight.to(dtype).t(), None if bias is None else bias.to(dtype))
 
 
@@ -43,7 +37,9 @@ def _gradients(
     grad: torch.Tensor, tokens: torch.Tensor, weight: torch.Tensor, needs_input: bool, needs_weight: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     if _uses_split(tokens, weight, grad.dtype):
-        parts = parts_of(weight, keep=False)
+        from megatron_fp32_router.gating import split, split_cache
+
+        parts = split_cache.parts_of(weight, keep=False)
         grad_input, grad_weight = split.gradients(grad, tokens, parts, needs_input, needs_weight)
     else:
         grad_input = mm(grad, weight.to(grad.dtype)).to(tokens.dtype) if needs_input else None

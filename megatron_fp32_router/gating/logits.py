@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from megatron_fp32_router.casts.below import refuse
 from megatron_fp32_router.casts.router import COUNTER, below_fp32, protects_parameters
 from megatron_fp32_router.gating.linear import RouterLinear
 from megatron_fp32_router.patching.registry import registry, replaces
@@ -64,6 +63,8 @@ def compute_in_fp32(original: Callable[..., torch.Tensor]) -> Callable[..., torc
             return original(self, input)
         weight, bias = self.weight, getattr(self, "bias", None)
         if protects_parameters() and below_fp32(weight.dtype):
+            from megatron_fp32_router.casts.below import refuse
+
             refuse(self, "weight", "at the forward")
         # As upstream does: a router initialised on the CPU follows its input to the GPU.
         if weight.device != input.device:
@@ -91,6 +92,8 @@ def hand_on_upstream_dtype(original: Callable[..., Any]) -> Callable[..., Any]:
         for name in ("expert_bias", COUNTER):
             buffer = getattr(self, name, None)
             if buffer is not None and below_fp32(buffer.dtype):
+                from megatron_fp32_router.casts.below import refuse
+
                 refuse(self, name, "at the forward")
         if (mirror := mirrored()) is None:
             probs, *rest = original(self, input, *args, **kwargs)

@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from megatron_fp32_router.patching.record import MOE_UTILS, ROUTER, UPSTREAM, Function, Patch
+from megatron_fp32_router.patching.record import MOE_UTILS, ROUTER, UPSTREAM, Patch, deferred
 
-
-def compute_in_fp32(original: Function) -> Function:
-    from megatron_fp32_router.gating import logits
-
-    return logits.compute_in_fp32(original)
-
-
-def hand_on_upstream_dtype(original: Function) -> Function:
-    from megatron_fp32_router.gating import logits
-
-    return logits.hand_on_upstream_dtype(original)
-
-
-def keep_splits(original: Function) -> Function:
-    from megatron_fp32_router.gating import split_cache
-
-    return split_cache.keep_splits(original)
-
+if TYPE_CHECKING:
+    from megatron_fp32_router.gating import logits, schedule
+else:
+    logits, schedule = deferred(__package__, "logits"), deferred(__package__, "schedule")
 
 _output: Final = partial(
     Patch,
     module=ROUTER,
-    factory=hand_on_upstream_dtype,
+    factory=logits.hand_on_upstream_dtype,
     why="fp32 probabilities would reach a dispatcher that expects the model's dtype",
     issue=f"{UPSTREAM}/issues/1421",
     remove_when="the gating patch goes",
@@ -40,7 +26,7 @@ _output: Final = partial(
 _step: Final = partial(
     Patch,
     module="megatron.core.pipeline_parallel.schedules",
-    factory=keep_splits,
+    factory=schedule.keep_splits,
     why="router weights are split again in every micro-batch",
     issue="none: it exists for the gating patch",
     remove_when="the gating patch goes",
@@ -55,7 +41,7 @@ PATCHES: Final = (
         id="gating",
         module=ROUTER,
         path="Router.gating",
-        factory=compute_in_fp32,
+        factory=logits.compute_in_fp32,
         why="logits and router gradients are computed in bf16 or TF32, from a weight that is bf16",
         issue=f"{UPSTREAM}/issues/1421",
         remove_when="gating computes fp32 logits from an fp32 weight without TF32",

@@ -35,89 +35,12 @@ from typing import Final
 
 import torch
 
-from megatron_fp32_router.errors import SettingsError
 from megatron_fp32_router.gating.matmul import true_fp32
-from megatron_fp32_router.patching.registry import registry
-from megatron_fp32_router.settings import PREFIX
 
 _LARGEST: Final = torch.finfo(torch.bfloat16).max
 
-#: Why a CPU's products are plain ones, unless emulation is asked for.
-_EMULATED: Final = "cpu has no bf16 product with fp32 output"
-
 #: Device -> why it cannot, or "" when it can.
 _devices: dict[torch.device, str] = {}
-
-
-# Choosing --------------------------------------------------------------------------------------------------------
-
-
-def why_not(device: torch.device, activations: torch.dtype, weight: torch.Tensor, dtype: torch.dtype) -> str:
-    """Why split products are not used for these tensors; "" when they are.
-
-    Args:
-        device: where the activations lie.
-        activations: their dtype.
-        weight: [E, H].
-        dtype: what the products have to be computed in.
-
-    Raises:
-        SettingsError: MEGATRON_FP32_ROUTER_PRODUCTS=split asks for them, and they cannot be had.
-    """
-    asked = registry.settings.products
-    if asked == "fp32":
-        return f"{PREFIX}_PRODUCTS=fp32"
-    reason = unfit(device, activations, weight, dtype)
-    if asked == "split":
-        if reason == _EMULATED:
-            return ""
-        if reason:
-            raise SettingsError(
-                f"{PREFIX}_PRODUCTS=split: expected routers whose products can be split, found that {reason}. "
-                f"Unset it, or set {PREFIX}_PRODUCTS=fp32: both are as exact."
-            )
-    return reason
-
-
-def unfit(device: torch.device, activations: torch.dtype, weight: torch.Tensor, dtype: torch.dtype) -> str:
-    """What is in the way, whatever was asked for."""
-    if dtype != torch.float32:
-        return f"products are {_name(dtype)}"
-    if activations != torch.bfloat16:
-        return f"activations are {_name(activations)}, not bfloat16"
-    if weight.dtype not in (torch.float32, torch.bfloat16):
-        return f"the weight is {_name(weight.dtype)}"
-    if device.type == "cpu":
-        return _EMULATED
-    if device.type != "cuda":
-        return f"{device.type} has no bf16 product with fp32 output"
-    if weight.shape[0] % 8 or weight.shape[1] % 8:
-        # 16 bytes, what tensor cores want of a row.
-        return f"{weight.shape[0]} experts x hidden {weight.shape[1]} are not multiples of 8"
-    if device not in _devices:
-        if torch.cuda.is_current_stream_capturing():
-            return "the device was not tried before graph capture"
-        _devices[device] = _trial(device)
-    return _devices[device]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _trial(device: torch.device) -> str:
-    """Try one small product whose result bf16 cannot hold. Synchronises with the device; done once for each."""
-    if not hasattr(torch.ops.aten.mm, "dtype"):
-        return f"torch {torch.__version__} has no mm(out_dtype=...); 2.8 has"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{torch.cuda.get_device_name(device)} has no bf16 tensor cores"
-    with torch.no_grad(), exact_products(device):
-        x = torch.full((16, 16), 1 + 2.0**-7, dtype=torch.bfloat16, device=device)
-        try:
-            exact = bool((torch.mm(x, x.t(), out_dtype=torch.float32) == 16 * (1 + 2.0**-7) ** 2).all())
-        except (RuntimeError, TypeError) as error:  # NotImplementedError is a RuntimeError
-            return f"mm(out_dtype=...) fails on this device: {str(error).splitlines()[0]}"
-    return "" if exact else "mm(out_dtype=...) rounds on this device"
 
 
 # Products --------------------------------------------------------------------------------------------------------
@@ -242,3 +165,30 @@ def gradients(
             out = _to_fp32(split_grad[:, : 3 * experts].t(), tokens_TH)
             grad_weight = out.view(3, experts, hidden).sum(dim=0)
     return grad_input, grad_weight
+
+
+# Trying ----------------------------------------------------------------------------------------------------------
+
+
+def tried(device: torch.device) -> str:
+    """Why a CUDA device cannot do it; "" when it can."""
+    if device not in _devices:
+        if torch.cuda.is_current_stream_capturing():
+            return "the device was not tried before graph capture"
+        _devices[device] = _trial(device)
+    return _devices[device]
+
+
+def _trial(device: torch.device) -> str:
+    """Try one small product whose result bf16 cannot hold. Synchronises with the device; done once for each."""
+    if not hasattr(torch.ops.aten.mm, "dtype"):
+        return f"torch {torch.__version__} has no mm(out_dtype=...); 2.8 has"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} has no bf16 tensor cores"
+    with torch.no_grad(), exact_products(device):
+        x = torch.full((16, 16), 1 + 2.0**-7, dtype=torch.bfloat16, device=device)
+        try:
+            exact = bool((torch.mm(x, x.t(), out_dtype=torch.float32) == 16 * (1 + 2.0**-7) ** 2).all())
+        except (RuntimeError, TypeError) as error:  # NotImplementedError is a RuntimeError
+            return f"mm(out_dtype=...) fails on this device: {str(error).splitlines()[0]}"
+    return "" if exact else "mm(out_dtype=...) rounds on this device"

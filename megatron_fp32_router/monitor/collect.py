@@ -27,7 +27,7 @@ from megatron_fp32_router.log import rank
 from megatron_fp32_router.monitor.look import Seen, counted
 from megatron_fp32_router.monitor.sinks import NOT_FINITE, Entry, Layer
 from megatron_fp32_router.ranks import agreement
-from megatron_fp32_router.ranks.verdict import ranks_text
+from megatron_fp32_router.ranks.spans import ranks_text
 
 _ROOM: Final = "megatron_fp32_router/monitor"
 _ENDED: Final = "ended"
@@ -161,6 +161,37 @@ class Exchange:
         key = f"{look}/{name}"
         store().set(key, json.dumps(value))
         self._posted.append(key)
+
+    def bring_together(
+        self, look: int, own: dict[Layer, Entry], seen: Mapping[Layer, Seen], meet: bool, writes: bool
+    ) -> dict[Layer, Entry]:
+        """The layers of all stages on the ranks that write, those of this stage elsewhere.
+
+        Args:
+            look: its number.
+            own: what this rank found, and gets what its stage adds.
+            seen: what `own` was made of.
+            meet: wait for other ranks.
+            writes: whether this rank hands the look on.
+        """
+        stage, stages, speaks = place()
+        notes, ranks, alone = {rank(): note(own, seen)}, peers(), store() is None
+        if not alone:
+            self.begin()
+            # JSON would turn layer numbers into strings as keys of an object.
+            self.post(look, f"rank {rank()}", list(notes[rank()].items()))
+            if speaks and meet:
+                told = self.gather(look, [f"rank {peer}" for peer in ranks], PATIENCE)
+                notes = {int(name.split()[1]): dict(value) for name, value in told.items()}
+        complete(own, seen, notes, len(ranks))
+        if alone:
+            return own
+        if speaks:
+            self.post(look, f"pipeline stage {stage}", list(own.items()))
+        if not (writes and meet):
+            return own
+        told = self.gather(look, [f"pipeline stage {each}" for each in range(stages)], 2 * PATIENCE)
+        return {layer: entry for entries in told.values() for layer, entry in entries}
 
     def gather(self, look: int, names: Sequence[str], patience: float) -> dict[str, Any]:
         """Name -> what was left under it: all of them, or those that are there when waiting has no more sense."""

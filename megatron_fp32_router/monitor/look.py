@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from megatron_fp32_router.casts.below import layer_of
+from megatron_fp32_router.casts.layer import layer_of
 from megatron_fp32_router.casts.router import COUNTER
 from megatron_fp32_router.gating.logits import score_watchers
 from megatron_fp32_router.log import say
-from megatron_fp32_router.monitor import bias, contract, stability
+from megatron_fp32_router.monitor import bias, precision, stability
 from megatron_fp32_router.monitor.load import load
 from megatron_fp32_router.monitor.sinks import NOT_FINITE, Entry, Layer
 from megatron_fp32_router.settings import SAMPLE
@@ -141,7 +141,7 @@ class Seen:
 class Memory:
     """What is kept of one layer between looks."""
 
-    watch: contract.Watch = field(default_factory=contract.Watch)
+    watch: precision.Watch = field(default_factory=precision.Watch)
     probe: stability.Probe | None = None
     mean: float | None = None
     #: None: whoever looked did not say.
@@ -153,14 +153,14 @@ def see(name: str, router: Any, listener: Listener | None, samples: bool, memory
     if listener is not None and listener.error is not None:
         raise listener.error
     counter, expert_bias = getattr(router, COUNTER, None), getattr(router, "expert_bias", None)
-    seen = Seen(name, router, contract.facts(router), None if expert_bias is None else expert_bias.detach().clone())
+    seen = Seen(name, router, precision.facts(router), None if expert_bias is None else expert_bias.detach().clone())
     if counter is not None:
         seen.local_E = counter.to(torch.int64)
     elif listener is not None:
         seen.local_E = listener.counts_E
     dtype = listener.input_dtype if listener is not None else None
-    seen.pending = {f"{NOT_FINITE}{name}": count for name, count in contract.not_finite(router).items()}
-    measured = contract.probe(router, dtype or _input_dtype(router.config))
+    seen.pending = {f"{NOT_FINITE}{name}": count for name, count in precision.not_finite(router).items()}
+    measured = precision.probe(router, dtype or _input_dtype(router.config))
     if measured is not None:
         seen.dtypes["logits"], seen.pending["arithmetic"] = measured
     if listener is not None and listener.scores_dtype is not None:
@@ -188,7 +188,7 @@ def _see_stability(seen: Seen, listener: Listener | None, memory: Memory) -> Non
             once=True,
         )
         return
-    seen.pending[f"{NOT_FINITE}input"] = contract.count_not_finite(listener.sample.hidden_TH)
+    seen.pending[f"{NOT_FINITE}input"] = precision.count_not_finite(listener.sample.hidden_TH)
     seen.pending |= stability.stability(rule, listener.sample)
     if memory.probe is None:
         memory.probe = stability.new_probe(rule, listener.sample)
@@ -201,7 +201,7 @@ def _input_dtype(config: Any) -> torch.dtype:
 def broken(seen: Seen) -> bool:
     """Whether a promise is broken that can be seen without waiting for the device."""
     mixed = is_mixed(seen.router.config)
-    return any(contract.breaks(name, dtype, mixed) for name, dtype in seen.dtypes.items())
+    return any(precision.breaks(name, dtype, mixed) for name, dtype in seen.dtypes.items())
 
 
 def is_mixed(config: Any) -> bool:
@@ -246,7 +246,7 @@ def entry(seen: Seen, memory: Memory, step: int | None) -> Entry:
     metrics = {f"precision/{name.replace('.', '_')}_bits": dtype.itemsize * 8.0 for name, dtype in seen.dtypes.items()}
     bits, error = None, numbers.pop("arithmetic", math.nan)
     if not math.isnan(error):
-        bits = contract.bits_of(error, seen.dtypes["logits"])
+        bits = precision.bits_of(error, seen.dtypes["logits"])
         metrics["precision/arithmetic_bits"] = bits
     violations = memory.watch.violations(seen.name, seen.dtypes, bits, is_mixed(config), step or 0)
     if any(value for name, value in numbers.items() if name.startswith(NOT_FINITE)):
@@ -268,6 +268,14 @@ def counted(seen: Seen) -> dict[str, float]:
     if seen.updated and (biases := _finite_biases(seen)) is not None:
         metrics |= bias.update(*biases, seen.reduced_E, seen.router.config.moe_router_bias_update_rate)
     return _finite(metrics)
+
+
+def count_own(entries: Mapping[Layer, Entry], seen: Mapping[Layer, Seen]) -> None:
+    """Add them to `entries`, where no other rank has counts: what each router has `seen` here is all there is."""
+    for layer, each in seen.items():
+        if each.reduced_E is None:
+            each.reduced_E = each.local_E
+        entries[layer]["metrics"].update(counted(each))
 
 
 def _finite_biases(seen: Seen) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from megatron_fp32_router.monitor import look, sinks, watch
+from megatron_fp32_router.monitor import look, watch, writers
 from megatron_fp32_router.monitor.sinks import Layer
 from megatron_fp32_router.patching.registry import registry
 
@@ -56,10 +56,8 @@ def metrics(model: Any, step: int | None = None) -> dict[str, float]:
             seen[layer] = look.see(name, router, _heard.pop(router, None), True, memory)
     look.read(seen.values())
     entries = {layer: look.entry(each, _memory[each.router], step) for layer, each in seen.items()}
-    for layer, each in seen.items():
-        each.reduced_E = each.local_E
-        entries[layer]["metrics"] |= look.counted(each)
-    return sinks.flat(entries)
+    look.count_own(entries, seen)
+    return writers.flat(entries)
 
 
 def latest() -> dict[str, float]:
@@ -68,4 +66,4 @@ def latest() -> dict[str, float]:
     Empty before the first look, and where MEGATRON_FP32_ROUTER_MONITOR is off.
     """
     on = registry.active and registry.settings.monitor
-    return sinks.flat(watch.current.entries) if on and watch.current.entries else {}
+    return writers.flat(watch.current.entries) if on and watch.current.entries else {}

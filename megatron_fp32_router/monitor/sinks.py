@@ -1,4 +1,4 @@
-"""Where a look goes: monitor.jsonl, and Megatron's own TensorBoard and W&B writers where megatron.training has them."""
+"""What a look found, and the file that it goes to: monitor.jsonl."""
 
 from __future__ import annotations
 
@@ -7,21 +7,17 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, TypedDict
 
 from megatron_fp32_router.log import rank, say
 from megatron_fp32_router.patching.registry import registry
 
-#: In front of every name in TensorBoard and W&B.
-PREFIX: Final = "moe_router"
-
 #: In front of the name of a tensor, of how many values in it are NaN or infinite.
 NOT_FINITE: Final = "not_finite/"
 
-#: What is worth a curve for every single layer in TensorBoard and W&B; monitor.jsonl has everything.
-PER_LAYER: Final = ("load/max_vio", "load/dead_experts", "bias/spread", "update/swallowed", "flips/bf16_weight")
+_TRAINING: Final = "megatron.training.global_vars"
 
 
 class Entry(TypedDict):
@@ -31,7 +27,7 @@ class Entry(TypedDict):
     violations: list[str]
 
 
-#: Megatron's layer number, or "mtp 1" and the like (casts.below.layer_of).
+#: Megatron's layer number, or "mtp 1" and the like (casts.layer.layer_of).
 Layer = int | str
 
 Entries = Mapping[Layer, Entry]
@@ -65,18 +61,6 @@ def _percentile(values: list[float], percent: int) -> float:
     low = math.floor(place)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] * (1 - (place - low)) + ordered[high] * (place - low)
-
-
-def flat(entries: Entries) -> dict[str, float]:
-    """One dict: `layer_3/load/max_vio`, `all/load/max_vio/mean`; `violations` counts the broken promises."""
-    found = {
-        f"layer_{str(layer).replace(' ', '_')}/{name}": value
-        for layer, entry in entries.items()
-        for name, value in entry["metrics"].items()
-    }
-    found |= {f"all/{name}": value for name, value in aggregate(entries).items()}
-    found["violations"] = float(sum(len(entry["violations"]) for entry in entries.values()))
-    return found
 
 
 # The file --------------------------------------------------------------------------------------------------------
@@ -139,60 +123,14 @@ def _ends_inside_a_line(stream: Any) -> bool:
     return last != b"\n"
 
 
-# TensorBoard and W&B ---------------------------------------------------------------------------------------------
-
-_own_writer: Any = None
-
-
 def megatron_writers() -> tuple[Any, Any]:
     """(TensorBoard, W&B) writers of megatron.training; it has them on the last rank only. None: not there."""
-    module = sys.modules.get("megatron.training.global_vars")
-    if module is None:
-        return None, None
-    return (
-        getattr(module, "_GLOBAL_TENSORBOARD_WRITER", None),
-        getattr(module, "_GLOBAL_WANDB_WRITER", None),
-    )
+    module = sys.modules.get(_TRAINING)
+    return getattr(module, "_GLOBAL_TENSORBOARD_WRITER", None), getattr(module, "_GLOBAL_WANDB_WRITER", None)
 
 
-def publish(step: int, entries: Entries) -> None:
-    """Hand the aggregates, and PER_LAYER of every layer, to the writers that this rank has."""
-    tensorboard, wandb = megatron_writers()
-    ours = tensorboard is None and "megatron.training.global_vars" not in sys.modules and rank() == 0
-    if tensorboard is None and wandb is None and not ours:
-        return
-    wanted = {
-        f"{PREFIX}/{name}": value
-        for name, value in flat(entries).items()
-        if not name.startswith("layer_") or name.partition("/")[2] in PER_LAYER
-    }
-
-    def to_tensorboard() -> None:
-        writer = _writer_of_our_own() if ours else tensorboard
-        for name, value in wanted.items() if writer is not None else ():
-            writer.add_scalar(name, value, step)
-
-    _attempt("TensorBoard", to_tensorboard)
-    if wandb is not None:
-        _attempt("W&B", lambda: wandb.log(wanted, step))
-
-
-def _attempt(name: str, write: Callable[[], None]) -> None:
-    """Somebody else's writer may fail in any way, which must end neither the training nor the monitor."""
-    try:
-        write()
-    except Exception as error:
-        what = f"the monitor cannot write to {name}: {type(error).__name__}: {' '.join(str(error).split())}"
-        say(logging.WARNING, what, threshold=registry.settings.log, once=True, speaker=rank())
-
-
-def _writer_of_our_own() -> Any:
-    """TensorBoard beside monitor.jsonl, for programs without megatron.training, where it is installed."""
-    global _own_writer
-    if _own_writer is None and path().exists():  # else append() has said why not
-        _own_writer = False  # tried once, whatever comes of it
-        if importlib.util.find_spec("tensorboard") is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            _own_writer = SummaryWriter(log_dir=registry.settings.monitor_dir)
-    return _own_writer or None
+def has_writers() -> bool:
+    """Whether this rank has a writer beside the file: megatron.training's, or one of our own where that is not used."""
+    if any(writer is not None for writer in megatron_writers()):
+        return True
+    return _TRAINING not in sys.modules and rank() == 0 and importlib.util.find_spec("tensorboard") is not None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_fp32_router.gating.matmul import mm
-from megatron_fp32_router.monitor.contract import sharded
+from megatron_fp32_router.monitor.precision import sharded
 from megatron_fp32_router.patching.registry import registry
 from megatron_fp32_router.settings import PREFIX
 

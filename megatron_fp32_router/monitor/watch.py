@@ -12,17 +12,20 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megatron_fp32_router.balance import update
-from megatron_fp32_router.errors import UnprotectedRouterError
 from megatron_fp32_router.log import rank, say
-from megatron_fp32_router.monitor import collect, look, sinks
+from megatron_fp32_router.monitor import look, sinks
 from megatron_fp32_router.monitor.sinks import Entry, Layer
-from megatron_fp32_router.patching.registry import mismatch, registry, replaces
+from megatron_fp32_router.patching.registry import registry, replaces
+from megatron_fp32_router.ranks.places import is_alone
 from megatron_fp32_router.settings import PREFIX
+
+if TYPE_CHECKING:
+    from megatron_fp32_router.monitor.collect import Exchange
 
 
 class Monitor:
@@ -44,7 +47,8 @@ class Monitor:
         self._unjudged = False
         #: (layer, name) of what was not finite at the last look.
         self._not_finite: set[tuple[Layer, str]] = set()
-        self._exchange = collect.Exchange()
+        #: See _others().
+        self._exchange: Exchange | None = None
 
     # The clock ---------------------------------------------------------------------------------------------------
 
@@ -82,7 +86,7 @@ class Monitor:
             self._fail(error)
         if self._unjudged:
             self._unjudged = False
-            self._judge()
+            self._refuse_what_is_broken()
 
     def _fail(self, error: Exception) -> None:
         place = traceback.extract_tb(error.__traceback__)[-1]
@@ -91,7 +95,7 @@ class Monitor:
         )
         why = f"on rank {rank()} it failed with {what}"
         try:
-            told = self._exchange.end(why)
+            told = (others := self._others()) is not None and others.end(why)
         except Exception as another:  # the store itself: nobody else can say it
             told, why = False, f"{why}, and could not tell the other ranks ({type(another).__name__}: {another})"
         self._end(why, speaker=0 if told else rank())
@@ -109,6 +113,14 @@ class Monitor:
             threshold=registry.settings.log,
             speaker=speaker,
         )
+
+    def _others(self) -> Exchange | None:
+        """How the other ranks are met; None where there are none."""
+        if self._exchange is None and not is_alone():
+            from megatron_fp32_router.monitor.collect import Exchange
+
+            self._exchange = Exchange()
+        return self._exchange
 
     def _take_listeners(self) -> dict[Layer, look.Listener]:
         """Take the hooks off the routers; who has listened."""
@@ -146,14 +158,15 @@ class Monitor:
         if looks:
             self._look(layers, config)
         if (step + 1) % interval == 0 and not self._ended:
-            self._listeners = look.listen(layers, samples=collect.place()[2])
+            self._listeners = look.listen(layers, samples=self._place()[1])
 
     def _look(self, layers: dict[Layer, tuple[str, Any]], config: Any) -> None:
         listeners = self._take_listeners()
-        if self._exchange.has_ended():
-            self._end(str(self._exchange.ended))
+        others = self._others()
+        if others is not None and others.has_ended():
+            self._end(str(others.ended))
             return
-        samples = collect.place()[2]
+        samples = self._place()[1]
         self._open = {}
         with torch.no_grad():
             for layer, (name, router) in layers.items():
@@ -201,31 +214,26 @@ class Monitor:
             from megatron_fp32_router.monitor import recording
 
             recorded, self._recorded = self._recorded, {}
-            recording.write(self._label(self.step), collect.place()[0], recorded)
-        if self._exchange.ended is not None:
+            recording.write(self._label(self.step), self._place()[0], recorded)
+        if self._exchange is not None and self._exchange.ended is not None:
             self._end(self._exchange.ended)
 
+    def _place(self) -> tuple[int, bool]:
+        """(pipeline stage, whether this rank speaks for its stage)."""
+        if self._others() is None:
+            return 0, rank() == 0
+        from megatron_fp32_router.monitor import collect
+
+        stage, _, speaks = collect.place()
+        return stage, speaks
+
     def _bring_together(self, seen: dict[Layer, look.Seen], meet: bool) -> dict[Layer, Entry]:
-        """The layers of all stages on the ranks that write, those of this stage elsewhere."""
-        exchange, own, (stage, stages, speaks) = self._exchange, self.entries, collect.place()
-        notes, ranks, alone = {rank(): collect.note(own, seen)}, collect.peers(), collect.store() is None
-        if not alone:
-            exchange.begin()
-            # JSON would turn layer numbers into strings as keys of an object.
-            exchange.post(self.step, f"rank {rank()}", list(notes[rank()].items()))
-            if speaks and meet:
-                told = exchange.gather(self.step, [f"rank {peer}" for peer in ranks], collect.PATIENCE)
-                notes = {int(name.split()[1]): dict(value) for name, value in told.items()}
-        collect.complete(own, seen, notes, len(ranks))
-        if alone:
-            return own
-        if speaks:
-            exchange.post(self.step, f"pipeline stage {stage}", list(own.items()))
+        """Complete what this rank has seen; on the ranks that write, with the layers of all pipeline stages."""
+        if self._exchange is None:
+            look.count_own(self.entries, seen)
+            return self.entries
         writes = rank() == 0 or any(writer is not None for writer in sinks.megatron_writers())
-        if not (writes and meet):
-            return own
-        told = exchange.gather(self.step, [f"pipeline stage {each}" for each in range(stages)], 2 * collect.PATIENCE)
-        return {layer: entry for entries in told.values() for layer, entry in entries}
+        return self._exchange.bring_together(self.step, self.entries, seen, meet, writes)
 
     def _hand_on(self) -> None:
         """Write the look, and warn of what is not finite."""
@@ -237,10 +245,13 @@ class Monitor:
             where = f"the monitor looks every {registry.settings.monitor} steps and writes {sinks.path()}{before}"
             if sinks.append(step, self.entries):
                 say(logging.INFO, where, threshold=registry.settings.log, once=True)
-            self._warn_of_what_is_not_finite(step)
-        sinks.publish(step, self.entries)
+            self._say_what_is_not_finite(step)
+        if sinks.has_writers():
+            from megatron_fp32_router.monitor import writers
 
-    def _warn_of_what_is_not_finite(self, step: int) -> None:
+            writers.publish(step, self.entries)
+
+    def _say_what_is_not_finite(self, step: int) -> None:
         """In one line, when it is seen first. Whether a training may go on with it is upstream's to say."""
         found = {
             (layer, name.removeprefix(sinks.NOT_FINITE)): value
@@ -248,31 +259,19 @@ class Monitor:
             for name, value in entry["metrics"].items()
             if name.startswith(sinks.NOT_FINITE) and value
         }
-        new = [
-            f"layer {layer}, {name}: {found[layer, name]:.0f}"
-            for layer, name in found
-            if (layer, name) not in self._not_finite
-        ]
+        new = {place: value for place, value in found.items() if place not in self._not_finite}
         self._not_finite = set(found)
         if new:
-            say(
-                logging.WARNING,
-                f"the monitor found values that are not finite, since step {step}: {_listed(new)}; nothing is stopped",
-                threshold=registry.settings.log,
-            )
+            from megatron_fp32_router.monitor import findings
 
-    def _judge(self) -> None:
+            findings.say_what_is_not_finite(step, new)
+
+    def _refuse_what_is_broken(self) -> None:
         found = [f"layer {layer}, {text}" for layer, entry in self.entries.items() for text in entry["violations"]]
         if found:
-            mismatch(
-                UnprotectedRouterError,
-                f"the monitor found routers that are no longer in fp32: {_listed(found)}. Something has changed them "
-                f"since the model was wrapped. {PREFIX}_ON_MISMATCH=warn trains on as it is.",
-            )
+            from megatron_fp32_router.monitor import findings
 
-
-def _listed(found: list[str]) -> str:
-    return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
+            findings.refuse(found)
 
 
 #: The monitor that runs now; a new one each time the plugin is turned on.

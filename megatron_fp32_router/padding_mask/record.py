@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from megatron_fp32_router.patching.record import ROUTER, UPSTREAM, Function, Patch
+from megatron_fp32_router.patching.record import ROUTER, UPSTREAM, Patch, deferred
 
-
-def mask_padding_per_token(original: Function) -> Function:
+if TYPE_CHECKING:
     from megatron_fp32_router.padding_mask import mask
-
-    return mask.mask_padding_per_token(original)
-
+else:
+    mask = deferred(__package__, "mask")
 
 PATCHES: Final = (
     Patch(
         id="padding-mask",
         module=ROUTER,
         path="TopKRouter._apply_expert_bias",
-        factory=mask_padding_per_token,
+        factory=mask.mask_padding_per_token,
         why="a padding mask is broadcast along experts instead of tokens: a crash, or wrong counts",
         issue=f"{UPSTREAM}/issues/6111",
         remove_when="_apply_expert_bias broadcasts the mask itself (#6114)",

@@ -18,8 +18,9 @@ from typing import Final
 import wrapt
 
 from megatron_fp32_router.log import say
+from megatron_fp32_router.patching.apply import apply_all, initializing, settle
 from megatron_fp32_router.patching.records import PATCHES
-from megatron_fp32_router.patching.registry import apply_all, initializing, registry, settle
+from megatron_fp32_router.patching.registry import registry
 from megatron_fp32_router.settings import Settings
 
 GROUP: Final = "megatron_fp32_router.hooks"

@@ -15,8 +15,9 @@ from megatron_fp32_router.patching import canonical
 from megatron_fp32_router.patching.fingerprints import Fingerprints, known
 from megatron_fp32_router.patching.megatron import Megatron
 from megatron_fp32_router.patching.record import MOE_UTILS, ROUTER, Needless, Patch
-from megatron_fp32_router.patching.records import PATCHES, has_body, relied_on
+from megatron_fp32_router.patching.records import PATCHES
 from megatron_fp32_router.patching.source import Body, Tree
+from megatron_fp32_router.patching.targets import has_body, relied_on
 
 State: TypeAlias = Literal["match", "known", "drifted", "missing"]
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Final, Literal, TypeAlias
 
 Function: TypeAlias = Callable[..., Any]
+Factory: TypeAlias = Callable[[Function], Function]
 
 #: Where its issues and pull requests are.
 UPSTREAM: Final = "https://github.com/NVIDIA/Megatron-LM"
@@ -45,6 +47,32 @@ Needless: TypeAlias = Literal["absent", "native"]
 USUAL: Final = ("router", "data_parallel", "optimizer", "distributed", "torch_dist")
 
 
+class deferred:
+    """A module beside a record, whose functions are factories. It is imported when one of them is called.
+
+    Type checkers and editors follow the import, and see the functions as they are:
+
+        if TYPE_CHECKING:
+            from megatron_fp32_router.casts import router
+        else:
+            router = deferred(__package__, "router")
+    """
+
+    def __init__(self, package: str, module: str) -> None:
+        self._name = f"{package}.{module}"
+
+    def __getattr__(self, function: str) -> Factory:
+        if function.startswith("_"):
+            raise AttributeError(function)  # asked by Python itself, say by inspect
+
+        def factory(original: Function) -> Function:
+            replacement: Function = getattr(import_module(self._name), function)(original)
+            return replacement
+
+        factory.__module__, factory.__name__ = self._name, function
+        return factory
+
+
 @dataclass(frozen=True)
 class Patch:
     """One patched function.
@@ -53,8 +81,8 @@ class Patch:
         id: a name for messages and status().
         module: the Megatron module that holds the target.
         path: the target inside it, `name` or `Class.method`.
-        factory: takes the original and returns the replacement. It imports what it needs when it is called, since a
-            record imports no torch.
+        factory: takes the original and returns the replacement: a function of a `deferred` module, since a record
+            imports no torch. It is called when the target is called for the first time, see `at_once`.
         why: what goes wrong without it.
         issue: where upstream discusses it.
         remove_when: how to see that upstream made it needless.
@@ -88,7 +116,7 @@ class Patch:
     id: str
     module: str
     path: str
-    factory: Callable[[Function], Function]
+    factory: Factory
     why: str
     issue: str
     remove_when: str
@@ -115,6 +143,15 @@ class Patch:
         return "has no such function" if how == "absent" else f"needs no such patch: {self.remove_when}"
 
     @property
+    def at_once(self) -> bool:
+        """Whether the replacement is made when it is installed.
+
+        A forward goes through the router's module: torch.compile and a graph capture have to see what runs there. The
+        monitor that the plugin was turned on with begins at once.
+        """
+        return self.module == ROUTER or self.monitor
+
+    @property
     def key(self) -> str:
         """The target's name in fingerprints and accepted files: `module:path`."""
         return f"{self.module}:{self.path}"
@@ -128,7 +165,7 @@ class Patch:
     @property
     def mechanism(self) -> str:
         """The folder that its record lies in, below the package: `casts`, `optimizers.refit`."""
-        return self.factory.__module__.removeprefix("megatron_fp32_router.").removesuffix(".record")
+        return self.factory.__module__.removeprefix("megatron_fp32_router.").rpartition(".")[0]
 
     @property
     def made_by(self) -> str:

@@ -5,7 +5,6 @@ A mechanism goes by deleting its folder; nothing lists them.
 
 from __future__ import annotations
 
-import functools
 import pkgutil
 from collections.abc import Iterator
 from importlib import import_module
@@ -31,23 +30,3 @@ def _discovered() -> Iterator[Patch]:
 
 #: In the order in which they are put in place, that of AREAS: of two with one target, the later one is the outer one.
 PATCHES: Final = tuple(sorted(_discovered(), key=lambda patch: list(AREAS).index(patch.area)))
-
-
-@functools.cache
-def relied_on() -> dict[str, tuple[str, ...]]:
-    """What patches replace or rely on, `module:path` -> ids of the patches that stand or fall with it."""
-    found: dict[str, tuple[str, ...]] = {patch.key: () for patch in PATCHES}
-    for patch in PATCHES:
-        for name in (patch.key, *patch.names):
-            found[name] = (*found.get(name, ()), patch.id)
-    return {name: tuple(dict.fromkeys(ids)) for name, ids in found.items()}
-
-
-@functools.cache
-def _whole() -> frozenset[str]:
-    return frozenset(name for patch in PATCHES for name in ((patch.key,) if patch.whole else ()) + patch.names)
-
-
-def has_body(name: str) -> bool:
-    """Whether the whole body of that target counts, so that it has fingerprints; otherwise facts about it do."""
-    return name in _whole()

@@ -32,10 +32,10 @@ import torch
 
 from megatron_fp32_router.errors import RanksDisagreeError
 from megatron_fp32_router.log import say
+from megatron_fp32_router.patching.digest import digest
 from megatron_fp32_router.patching.megatron import of_module
-from megatron_fp32_router.patching.registry import mismatch, registry, replaces, runs, status
+from megatron_fp32_router.patching.registry import mismatch, registry, runs, status
 from megatron_fp32_router.ranks import verdict
-from megatron_fp32_router.ranks.verdict import ranks_text
 from megatron_fp32_router.settings import PREFIX
 from megatron_fp32_router.version import __version__
 from megatron_fp32_router.wrapping import survey
@@ -81,8 +81,6 @@ def what_must_agree() -> dict[str, str]:
     stage need not import what another one does. One that somebody has wrapped still works: a profiler on rank 0, say.
     The monitor's patches are not named where it is off: its interval, which always is, speaks for them.
     """
-    from megatron_fp32_router.patching import gate
-
     settings, megatron = registry.settings, of_module(sys.modules["megatron.core"])
     patches = {
         f"patch {record.id!r}": "applied" if record.state == "displaced" and runs(record.id) else record.state
@@ -99,7 +97,7 @@ def what_must_agree() -> dict[str, str]:
         f"{PREFIX}_PRODUCTS": settings.products,
         f"{PREFIX}_LIKE": settings.like or "unset",
         "Megatron": str(megatron),
-        _SOURCE: gate.digest(megatron),
+        _SOURCE: digest(megatron),
         **patches,
     }
 
@@ -196,7 +194,7 @@ def _wait(store: Any, rank: int, peers: int) -> dict[str, Any]:
                 peers = _listen(store, said, peers, each=True)
                 _say_who_is_awaited(rank, said, peers)
         if waited > timeout or (leads and all(_is_ready(said, peer) for peer in _ranks(peers))):
-            _judge(store, rank, said, peers, waited)
+            _give_verdict(store, rank, said, peers, waited)
         if waited > timeout + _GRACE:
             raise RuntimeError(f"no verdict after {waited:.0f} s: the rank that had to write it has gone")
         time.sleep(pause)
@@ -205,7 +203,7 @@ def _wait(store: Any, rank: int, peers: int) -> dict[str, Any]:
     return found
 
 
-def _judge(store: Any, rank: int, said: dict[int, dict[str, Any]], peers: int, waited: float) -> None:
+def _give_verdict(store: Any, rank: int, said: dict[int, dict[str, Any]], peers: int, waited: float) -> None:
     """Write the verdict for all that train together, one rank at a time, unless somebody has."""
     if store.compare_set(_JUDGE, "", str(rank)) != str(rank).encode():
         return
@@ -218,17 +216,12 @@ def _judge(store: Any, rank: int, said: dict[int, dict[str, Any]], peers: int, w
 
 
 def _say_who_is_awaited(rank: int, said: dict[int, dict[str, Any]], peers: int) -> None:
+    from megatron_fp32_router.ranks import difference
+
     silent = [peer for peer in _ranks(peers) if peer not in said]
     building = [peer for peer in said if not _is_ready(said, peer)]
-    parts = [f"a first word from {ranks_text(silent)}"] if silent else []
-    parts += [f"the optimizer of {ranks_text(building)}"] if building else []
-    say(
-        logging.INFO,
-        f"waiting up to {registry.settings.agree_timeout:g} s for {' and '.join(parts) or 'the verdict'}, to learn "
-        "whether all ranks run the plugin alike",
-        threshold=registry.settings.log,
-        speaker=rank,
-    )
+    text = difference.awaited(registry.settings.agree_timeout, silent, building)
+    say(logging.INFO, text, threshold=registry.settings.log, speaker=rank)
 
 
 def _leave(store: Any, rank: int, found: dict[str, Any]) -> None:
@@ -276,10 +269,10 @@ def agree(anew: bool = False) -> None:
         # More than once where this rank had been judged by what it had said before its last model.
         while not _agrees_with_all():
             _attempt(lambda: _agree(room))
-    _judged()
+    _raise_or_warn()
 
 
-def _judged() -> None:
+def _raise_or_warn() -> None:
     if _Agreed.failure is not None:
         mismatch(RanksDisagreeError, _Agreed.failure, speaker=_Agreed.speaker)
 
@@ -340,7 +333,7 @@ def _attempt(step: Callable[[], None]) -> None:
             "the key-value store of the default process group failed while the ranks were compared: "
             f"{error}. The rank that hosts it may have ended; what it said is in its own log."
         )
-        _judged()
+        _raise_or_warn()
 
 
 def _is_agreed() -> bool:
@@ -377,35 +370,3 @@ def _reach(*holders: Any) -> int:
                 with contextlib.suppress(KeyError):  # one that has been taken down
                     found |= sum(1 << rank for rank in torch.distributed.get_process_group_ranks(group))
     return found
-
-
-# The places ------------------------------------------------------------------------------------------------------
-
-
-def publish_when_wrapping(original: Callable[..., None]) -> Callable[..., None]:
-    """DistributedDataParallel.__init__: this rank has a model now, whatever its precision, and says so.
-
-    With NCCL's user buffers the constructor warms up with collectives, one round for each buffer: there the ranks
-    agree first.
-    """
-
-    @replaces(original)
-    def __init__(self: Any, config: Any, ddp_config: Any, module: Any, *args: Any, **kwargs: Any) -> None:
-        registry.models.add(module)
-        publish(module, *args, *kwargs.values())
-        if getattr(ddp_config, "nccl_ub", False):
-            agree(anew=True)
-        original(self, config, ddp_config, module, *args, **kwargs)
-
-    return __init__
-
-
-def agree_first(original: Callable[..., Any]) -> Callable[..., Any]:
-    """MegatronOptimizer.__init__ and DistributedDataParallel.broadcast_params: what comes before any step."""
-
-    @replaces(original)
-    def after_agreement(self: Any, *args: Any, **kwargs: Any) -> Any:
-        agree(anew=True)
-        return original(self, *args, **kwargs)
-
-    return after_agreement

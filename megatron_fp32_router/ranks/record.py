@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from megatron_fp32_router.patching.record import DDP, OPTIMIZER, UPSTREAM, Function, Patch
+from megatron_fp32_router.patching.record import DDP, OPTIMIZER, UPSTREAM, Patch, deferred
 
-
-def publish_when_wrapping(original: Function) -> Function:
-    from megatron_fp32_router.ranks import agreement
-
-    return agreement.publish_when_wrapping(original)
-
-
-def agree_first(original: Function) -> Function:
-    from megatron_fp32_router.ranks import agreement
-
-    return agreement.agree_first(original)
-
+if TYPE_CHECKING:
+    from megatron_fp32_router.ranks import places
+else:
+    places = deferred(__package__, "places")
 
 _compare: Final = partial(
     Patch,
@@ -33,7 +25,7 @@ PATCHES: Final = (
         id="ranks-speak",
         module=DDP,
         path="DistributedDataParallel.__init__",
-        factory=publish_when_wrapping,
+        factory=places.publish_when_wrapping,
         why="a rank without the plugin would be noticed by nobody",
         parameters=("self", "config", "ddp_config", "module"),
     ),
@@ -41,7 +33,7 @@ PATCHES: Final = (
         id="ranks-agree-before-broadcast",
         module=DDP,
         path="DistributedDataParallel.broadcast_params",
-        factory=agree_first,
+        factory=places.agree_first,
         why="parameters of different dtypes would be broadcast into each other where a rank lacks the plugin",
         parameters=("self",),
     ),
@@ -49,7 +41,7 @@ PATCHES: Final = (
         id="ranks-agree",
         module=OPTIMIZER,
         path="MegatronOptimizer.__init__",
-        factory=agree_first,
+        factory=places.agree_first,
         why="the first step would hang or mix up gradients where a rank lacks the plugin",
         parameters=("self", "optimizer", "config"),
     ),

@@ -5,8 +5,10 @@ No torch and no store: a statement is what agreement.py writes for one rank, as 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from megatron_fp32_router.ranks.spans import ranks_text
 
 Statements = Mapping[int, Mapping[str, Any]]
 
@@ -39,7 +41,7 @@ def judge(ranks: Sequence[int], world: int, statements: Statements, waited: floa
     if others:
         line += f"; not compared, because no process group of Megatron's joins them to these: {ranks_text(others)}"
     return {
-        "problems": _missing(ranks, statements, waited) + _differences(statements),
+        "problems": _problems(ranks, statements, waited),
         "line": line,
         "says": {label: value for statement in statements.values() for label, value in statement["says"].items()},
         "speaker": min(statements),
@@ -47,68 +49,14 @@ def judge(ranks: Sequence[int], world: int, statements: Statements, waited: floa
     }
 
 
-def _missing(ranks: Sequence[int], statements: Statements, waited: float) -> list[str]:
-    # A rank that says nothing does not say where it is; its neighbours on the node do, under torchrun.
-    nodes = {}
-    for rank, statement in statements.items():
-        size = str(statement["local world size"])
-        if size.isdigit() and int(size) > 0:
-            nodes[rank // int(size), int(size)] = str(statement["host"])
-    by_host: dict[str, list[int]] = {}
-    for rank in sorted(set(ranks) - set(statements)):
-        known = [host for (node, size), host in nodes.items() if rank // size == node]
-        by_host.setdefault(known[0] if known else "unknown, no rank of that node runs the plugin", []).append(rank)
-    return [
-        f"nothing was heard for {waited:.0f} s from {ranks_text(silent)} (host {host}): the plugin is not on there "
-        "(not installed, not imported, or switched off), building the model takes longer there, or no model is "
-        "trained there, though it shares a process group of Megatron's with ranks that train one"
-        for host, silent in by_host.items()
-    ]
+def _problems(ranks: Sequence[int], statements: Statements, waited: float) -> list[str]:
+    first = next(iter(statements.values()))["says"]
+    if len(statements) == len(ranks) and all(statement["says"] == first for statement in statements.values()):
+        return []
+    from megatron_fp32_router.ranks import difference
 
-
-def _differences(statements: Statements) -> list[str]:
-    """What is not alike. A thing that a rank does not mention is not compared: see what_must_agree()."""
-    labels = list(dict.fromkeys(label for statement in statements.values() for label in statement["says"]))
-    found = []
-    for label in labels:
-        sides: dict[str, list[int]] = {}
-        for rank, statement in statements.items():
-            if label in statement["says"]:
-                sides.setdefault(str(statement["says"][label]), []).append(rank)
-        if len(sides) > 1:
-            texts = [
-                f"{value!r} on {ranks_text(ranks)} ({_places(label, statements, ranks)})"
-                for value, ranks in sides.items()
-            ]
-            found.append(f"{label} is {', but '.join(texts)}")
-    return found
-
-
-def _places(label: str, statements: Statements, ranks: Sequence[int]) -> str:
-    """The hosts of these ranks, and where on them lies what the label is about, for what lies anywhere."""
-    hosts = f"host {_few({str(statements[rank]['host']) for rank in ranks})}"
-    # An earlier version of the plugin does not say where.
-    paths = {str(path) for rank in ranks if (path := statements[rank].get("where", {}).get(label)) is not None}
-    return f"{hosts}: {_few(paths)}" if paths else hosts
+    return difference.missing(ranks, statements, waited) + difference.differences(statements)
 
 
 def _count(number: int, thing: str) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
-
-
-def _few(names: Iterable[str]) -> str:
-    listed = sorted(names)
-    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
-
-
-def ranks_text(ranks: Sequence[int]) -> str:
-    """For example "rank 3", or "ranks 0-2, 7"."""
-    spans: list[list[int]] = []
-    for rank in sorted(ranks):
-        if spans and spans[-1][1] == rank - 1:
-            spans[-1][1] = rank
-        else:
-            spans.append([rank, rank])
-    texts = [str(first) if first == last else f"{first}-{last}" for first, last in spans]
-    listed = ", ".join(texts[:20]) + (f" and {len(texts) - 20} more spans" if len(texts) > 20 else "")
-    return f"rank{'' if len(ranks) == 1 else 's'} {listed}"

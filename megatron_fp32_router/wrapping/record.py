@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from megatron_fp32_router.patching.record import MODULE, UPSTREAM, Function, Patch
+from megatron_fp32_router.patching.record import MODULE, UPSTREAM, Patch, deferred
 
-
-def look_after_wrapping(original: Function) -> Function:
+if TYPE_CHECKING:
     from megatron_fp32_router.wrapping import survey
-
-    return survey.look_after_wrapping(original)
-
+else:
+    survey = deferred(__package__, "survey")
 
 _check: Final = partial(
     Patch,
     path="Float16Module.__init__",
-    factory=look_after_wrapping,
+    factory=survey.look_after_wrapping,
     issue=f"{UPSTREAM}/issues/1482",
     goes_with="router-casts",
 )

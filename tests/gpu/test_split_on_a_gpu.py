@@ -13,7 +13,7 @@ from benchmarks import accuracy
 
 import megatron_fp32_router
 from megatron_fp32_router import cli, lab
-from megatron_fp32_router.gating import split, split_cache
+from megatron_fp32_router.gating import choose, schedule, split
 from megatron_fp32_router.gating.linear import RouterLinear
 from megatron_fp32_router.gating.matmul import mm
 
@@ -30,7 +30,7 @@ def gate(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 
 def test_this_device_is_chosen(device: torch.device) -> None:
-    assert split.why_not(device, torch.bfloat16, torch.ones(8, 8, device=device), torch.float32) == ""
+    assert choose.why_not(device, torch.bfloat16, torch.ones(8, 8, device=device), torch.float32) == ""
 
 
 @pytest.mark.parametrize("case", ["random", "ill-conditioned", "heavy-tailed"])
@@ -118,14 +118,14 @@ def test_a_replayed_graph_sees_the_weight_as_it_is_now(whole_schedule: bool, dev
         if not whole_schedule:
             logits = gate(x, w)
             return (logits, *torch.autograd.grad(logits, (x, w), o.g))
-        with split_cache.one_step():
+        with schedule.one_step():
             logits = gate(x, w)
             return (logits, *torch.autograd.grad(logits, (x, w), o.g))
 
     if whole_schedule:
         graph, out = captured(step)
     else:
-        with split_cache.one_step():  # a layer is captured in a step that has split the weight already
+        with schedule.one_step():  # a layer is captured in a step that has split the weight already
             graph, out = captured(step)
     for factor in (1.0, 1.5, 0.3):
         w.data.mul_(factor)

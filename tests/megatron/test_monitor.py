@@ -18,7 +18,7 @@ import megatron_fp32_router
 from megatron_fp32_router import lab, monitor
 from megatron_fp32_router.balance import update
 from megatron_fp32_router.gating.logits import score_watchers
-from megatron_fp32_router.monitor import contract, look
+from megatron_fp32_router.monitor import look, precision
 
 # What is asked here is alike on the lines in between.
 pytestmark = pytest.mark.on_lines("0.11", "0.15", "0.19")
@@ -143,7 +143,7 @@ def _narrow_gradient(router: Any) -> None:
 def _narrow_moment(router: Any) -> None:
     """In the optimizer's state, wherever it keeps that of this weight."""
     narrowed = 0
-    for optimizer in list(contract._optimizers):
+    for optimizer in list(precision._optimizers):
         for parameter, state in getattr(getattr(optimizer, "optimizer", None), "state", {}).items():
             if parameter.shape == router.weight.shape and "exp_avg" in state:
                 state["exp_avg"] = state["exp_avg"].bfloat16()
@@ -304,7 +304,7 @@ def test_where_only_buffers_are_protected_a_bf16_weight_breaks_no_promise(build:
 
 
 def test_the_probe_tells_fp32_from_tf32_from_bf16(router: Any, plugin: Any) -> None:
-    from megatron_fp32_router.monitor.contract import bits_of, probe
+    from megatron_fp32_router.monitor.precision import bits_of, probe
     from megatron_fp32_router.monitor.stability import tf32
 
     r = router()

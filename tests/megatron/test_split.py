@@ -14,7 +14,7 @@ import torch
 import megatron_fp32_router
 from megatron_fp32_router import lab
 from megatron_fp32_router.errors import SettingsError
-from megatron_fp32_router.gating import linear, split, split_cache
+from megatron_fp32_router.gating import choose, schedule, split, split_cache
 
 # What is asked here is alike on the lines in between.
 pytestmark = pytest.mark.on_lines("0.11", "0.16", "0.19")
@@ -24,7 +24,7 @@ SCHEDULES = "megatron.core.pipeline_parallel.schedules"
 
 @pytest.fixture
 def chosen(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split, "why_not", lambda device, activations, weight, dtype: "")
+    monkeypatch.setattr(choose, "why_not", lambda device, activations, weight, dtype: "")
 
 
 @pytest.fixture
@@ -44,13 +44,14 @@ def splits(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 def never_stale(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     """Every split that the router gets is compared with one made on the spot."""
     seen: list[bool] = []
+    parts_of = split_cache.parts_of
 
     def checked(weight: torch.Tensor, **how: bool) -> torch.Tensor:
-        parts = split_cache.parts_of(weight, **how)
+        parts = parts_of(weight, **how)
         seen.append(torch.equal(parts, split.split_weight(weight)))
         return parts
 
-    monkeypatch.setattr(linear, "parts_of", checked)
+    monkeypatch.setattr(split_cache, "parts_of", checked)
     yield seen
     assert seen
     assert all(seen)
@@ -72,7 +73,7 @@ def test_a_weight_is_split_once_in_a_step_and_never_stale(
         splits.clear()
         room.step(batches)
         assert len(splits) == len(room.routers()) == 2
-        assert not split_cache._now
+        assert not schedule.running
         for _, router in room.routers():
             router.weight.data.mul_(1.25)  # as a fused kernel writes: torch keeps no record of it
 
@@ -95,7 +96,7 @@ def test_training_is_that_of_plain_fp32_and_the_same_bits_twice(build: Any, chos
     assert once == again
     assert all(torch.equal(r.weight, w) for w, (_, r) in zip(weights, room.routers(), strict=True))
     with pytest.MonkeyPatch.context() as plain:
-        plain.setattr(split, "why_not", lambda *_: "a test")
+        plain.setattr(choose, "why_not", lambda *_: "a test")
         room, losses = train(build)
     assert losses == pytest.approx(once, abs=2e-3)
     for weight, (_, router) in zip(weights, room.routers(), strict=True):
@@ -119,7 +120,7 @@ def test_a_traced_router_uses_the_split_of_its_weight_as_it_is_now(
         found = []
         for gate in (built.gating, compiled):
             built.weight.grad = x.grad = None
-            with split_cache.one_step():
+            with schedule.one_step():
                 logits = gate(x)
                 logits.square().sum().backward()
             found.append((logits.detach(), x.grad, built.weight.grad))
@@ -138,7 +139,7 @@ def test_the_log_line_and_status_say_which_products_are_used(
         train(build, steps=1)
         assert detail() == "plain products: cpu has no bf16 product with fp32 output"
         assert f"gating in {detail()}" in caplog.text
-        monkeypatch.setattr(split, "why_not", lambda *_: "")
+        monkeypatch.setattr(choose, "why_not", lambda *_: "")
         caplog.clear()
         train(build, steps=1)
         assert "gating in split bf16 products" in caplog.text
@@ -216,11 +217,11 @@ def test_the_variable_says_which_products_are_used_and_all_have_fp32s_accuracy(
 
 
 def test_fp32_is_used_also_where_products_could_be_split(router: Any, asking: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(split, "unfit", lambda *_: "")
+    monkeypatch.setattr(choose, "unfit", lambda *_: "")
     weight = torch.ones(8, 8)
     for products, reason in (("auto", ""), ("split", ""), ("fp32", "MEGATRON_FP32_ROUTER_PRODUCTS=fp32")):
         asking(products)
-        assert split.why_not(weight.device, torch.bfloat16, weight, torch.float32) == reason
+        assert choose.why_not(weight.device, torch.bfloat16, weight, torch.float32) == reason
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,8 @@ def scenes(recipe: Any, arguments: dict[str, Any]) -> dict[str, str]:
         question()
 
     finalize = import_module("megatron.core.distributed.finalize_model_grads")
-    wrapping = agreement.publish_when_wrapping(lambda *_: None)
+    places = import_module("megatron_fp32_router.ranks.places")
+    wrapping = places.publish_when_wrapping(lambda *_: None)
     ask("broadcast_params asks", built.chunks[0].broadcast_params)
     ask("the balance update asks", lambda: finalize._update_router_expert_bias(built.chunks, built.config))
     ask("user buffers ask", lambda: wrapping(None, None, SimpleNamespace(nccl_ub=True), built.chunks[0]))

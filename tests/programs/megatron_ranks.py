@@ -53,17 +53,18 @@ def train(recipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
 
 def emulate_split_products() -> list[bool]:
     """Use split products on this CPU; returns a list that tells of each one whether it is that of its weight."""
-    from megatron_fp32_router.gating import linear, split, split_cache
+    from megatron_fp32_router.gating import choose, split, split_cache
 
     fresh: list[bool] = []
+    parts_of = split_cache.parts_of
 
     def checked(weight: torch.Tensor, **how: bool) -> torch.Tensor:
-        parts = split_cache.parts_of(weight, **how)
+        parts = parts_of(weight, **how)
         fresh.append(torch.equal(parts, split.split_weight(weight)))
         return parts
 
-    split.why_not = lambda *tensors: ""  # type: ignore[assignment]
-    linear.parts_of = checked  # type: ignore[assignment]
+    choose.why_not = lambda *tensors: ""  # type: ignore[assignment]
+    split_cache.parts_of = checked  # type: ignore[assignment]
     return fresh
 
 

@@ -3,52 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from megatron_fp32_router.patching.record import DISTRIBUTED_OPTIMIZER, UPSTREAM, Function, Patch
+from megatron_fp32_router.patching.record import DISTRIBUTED_OPTIMIZER, UPSTREAM, Patch, deferred
 
-
-def repair_mixed_groups(original: Function) -> Function:
-    from megatron_fp32_router.optimizers.distributed import repair
-
-    return repair.repair_mixed_groups(original)
-
-
-def refuse_stale_numbering(original: Function) -> Function:
-    from megatron_fp32_router.optimizers.distributed import repair
-
-    return repair.refuse_stale_numbering(original)
-
-
-def refuse_misplaced_state(original: Function) -> Function:
-    from megatron_fp32_router.optimizers.distributed import repair
-
-    return repair.refuse_misplaced_state(original)
-
-
-def refuse_other_buffers_legacy(original: Function) -> Function:
-    from megatron_fp32_router.optimizers.distributed import resume
-
-    return resume.refuse_other_buffers_legacy(original)
-
-
-def read_apart_from_the_model(original: Function) -> Function:
-    from megatron_fp32_router.optimizers.distributed import resume
-
-    return resume.read_apart_from_the_model(original)
-
-
-def spread_loaded_weights(original: Function) -> Function:
-    from megatron_fp32_router.optimizers.distributed import resume
-
-    return resume.spread_loaded_weights(original)
-
-
-def refuse_other_buffers(original: Function) -> Function:
-    from megatron_fp32_router.optimizers.distributed import resume
-
-    return resume.refuse_other_buffers(original)
-
+if TYPE_CHECKING:
+    from megatron_fp32_router.optimizers.distributed import refusal, repair, resume
+else:
+    repair, refusal, resume = (deferred(__package__, name) for name in ("repair", "refusal", "resume"))
 
 _DIST_CHECKPOINTING: Final = "megatron.core.dist_checkpointing"
 
@@ -64,7 +26,7 @@ _patch: Final = partial(Patch, module=DISTRIBUTED_OPTIMIZER, goes_with="router-c
 
 _checkpoint: Final = partial(
     _patch,
-    factory=refuse_stale_numbering,
+    factory=refusal.refuse_stale_numbering,
     why="with fp32 router parameters, optimizer checkpoints silently hold another parameter's state",
     issue=f"{UPSTREAM}/issues/2777",
     remove_when="the index map follows the groups (#5835)",
@@ -76,7 +38,7 @@ _checkpoint: Final = partial(
 _load: Final = partial(
     Patch,
     path="load",
-    factory=refuse_other_buffers,
+    factory=resume.refuse_other_buffers,
     why="a checkpoint of a run without the plugin stops with an opaque error, or after the model was overwritten",
     issue=f"{UPSTREAM}/issues/2777",
     remove_when="optimizer state is stored by parameter name in every format",
@@ -89,7 +51,7 @@ PATCHES: Final = (
     _patch(
         id="optimizer-mixed-groups",
         path="DistributedOptimizer.__init__",
-        factory=repair_mixed_groups,
+        factory=repair.repair_mixed_groups,
         why="with fp32 router parameters, optimizer checkpoints silently hold another parameter's state, or fail",
         issue=f"{UPSTREAM}/issues/2777",
         remove_when="the index map follows the groups and fp32 shards are detached (#5835); status() then says native",
@@ -100,7 +62,7 @@ PATCHES: Final = (
     _patch(
         id="optimizer-misplaced-state",
         path="DistributedOptimizer.sharded_param_state_fully_reshardable",
-        factory=refuse_misplaced_state,
+        factory=refusal.refuse_misplaced_state,
         why="the format that allows to turn the plugin on and off saves wrong state behind a padded bucket",
         issue=f"{UPSTREAM}/pull/5077",
         remove_when="padding between buckets is accounted for (#5077)",
@@ -112,7 +74,7 @@ PATCHES: Final = (
     _patch(
         id="optimizer-load-legacy",
         path="DistributedOptimizer.load_parameter_state_from_dp_zero",
-        factory=refuse_other_buffers_legacy,
+        factory=resume.refuse_other_buffers_legacy,
         why="a checkpoint of a run without the plugin stops one rank with an opaque error while the others wait",
         issue=f"{UPSTREAM}/issues/2777",
         remove_when="the legacy format goes",
@@ -121,7 +83,7 @@ PATCHES: Final = (
     _patch(
         id="optimizer-load-apart",
         path="DistributedOptimizer.sharded_param_state_fs_model_space",
-        factory=read_apart_from_the_model,
+        factory=resume.read_apart_from_the_model,
         why="a resume from a run without the plugin may take the router weight that was rounded to bf16",
         issue=f"{UPSTREAM}/pull/5835",
         remove_when="fully_sharded_model_space goes",
@@ -130,7 +92,7 @@ PATCHES: Final = (
     _patch(
         id="optimizer-load-spread",
         path="DistributedOptimizer.load_state_dict",
-        factory=spread_loaded_weights,
+        factory=resume.spread_loaded_weights,
         why="after a resume from a run without the plugin, ranks run their first forward with different router weights",
         issue=f"{UPSTREAM}/pull/5835",
         remove_when="loading gathers fp32 parameters",

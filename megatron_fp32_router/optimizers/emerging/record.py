@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from megatron_fp32_router.patching.record import OPTIMIZER, UPSTREAM, Function, Patch
+from megatron_fp32_router.patching.record import OPTIMIZER, UPSTREAM, Patch, deferred
 
-
-def look_at_configuration(original: Function) -> Function:
+if TYPE_CHECKING:
     from megatron_fp32_router.optimizers.emerging import refusal
-
-    return refusal.look_at_configuration(original)
-
+else:
+    refusal = deferred(__package__, "refusal")
 
 PATCHES: Final = (
     Patch(
         id="refuse-optimizers",
         module=OPTIMIZER,
         path="MixedPrecisionOptimizer.__init__",
-        factory=look_at_configuration,
+        factory=refusal.look_at_configuration,
         why="nobody has run this emerging optimizer with fp32 router parameters",
         issue=f"{UPSTREAM}/issues/5470",
         remove_when="every emerging optimizer has been tested",

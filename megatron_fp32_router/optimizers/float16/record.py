@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from megatron_fp32_router.patching.record import OPTIMIZER, UPSTREAM, Function, Patch
+from megatron_fp32_router.patching.record import OPTIMIZER, UPSTREAM, Patch, deferred
 
-
-def state_with_every_main_copy(original: Function) -> Function:
+if TYPE_CHECKING:
     from megatron_fp32_router.optimizers.float16 import repair
-
-    return repair.state_with_every_main_copy(original)
-
-
-def sharded_state_with_every_main_copy(original: Function) -> Function:
-    from megatron_fp32_router.optimizers.float16 import repair
-
-    return repair.sharded_state_with_every_main_copy(original)
-
-
-def load_every_main_copy(original: Function) -> Function:
-    from megatron_fp32_router.optimizers.float16 import repair
-
-    return repair.load_every_main_copy(original)
-
+else:
+    repair = deferred(__package__, "repair")
 
 _patch: Final = partial(
     Patch,
@@ -40,19 +26,19 @@ PATCHES: Final = (
     _patch(
         id="float16-state",
         path="Float16OptimizerWithFloat16Params.state_dict",
-        factory=state_with_every_main_copy,
+        factory=repair.state_with_every_main_copy,
         parameters=("self",),
     ),
     _patch(
         id="float16-sharded-state",
         path="Float16OptimizerWithFloat16Params.sharded_state_dict",
-        factory=sharded_state_with_every_main_copy,
+        factory=repair.sharded_state_with_every_main_copy,
         parameters=("self", "model_sharded_state_dict", "is_loading"),
     ),
     _patch(
         id="float16-load",
         path="Float16OptimizerWithFloat16Params.load_state_dict",
-        factory=load_every_main_copy,
+        factory=repair.load_every_main_copy,
         parameters=("self", "state_dict"),
     ),
 )

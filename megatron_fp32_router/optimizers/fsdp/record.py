@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from megatron_fp32_router.patching.record import UPSTREAM, Function, Patch
+from megatron_fp32_router.patching.record import UPSTREAM, Patch, deferred
 
-
-def look_at_fsdp2(original: Function) -> Function:
+if TYPE_CHECKING:
     from megatron_fp32_router.optimizers.fsdp import refusal
-
-    return refusal.look_at_fsdp2(original)
-
-
-def look_at_megatron_fsdp(original: Function) -> Function:
-    from megatron_fp32_router.optimizers.fsdp import refusal
-
-    return refusal.look_at_megatron_fsdp(original)
-
+else:
+    refusal = deferred(__package__, "refusal")
 
 _DISTRIBUTED: Final = "megatron.core.distributed"
 
@@ -26,7 +18,7 @@ _patch: Final = partial(Patch, goes_with="router-casts", area="fsdp", whole=Fals
 
 _megatron: Final = partial(
     _patch,
-    factory=look_at_megatron_fsdp,
+    factory=refusal.look_at_megatron_fsdp,
     why="nobody has run fp32 router parameters in it",
     issue=f"{UPSTREAM}/pull/5929",
     remove_when="it has been run on a GPU",
@@ -41,7 +33,7 @@ PATCHES: Final = (
         id="refuse-fsdp2",
         module=f"{_DISTRIBUTED}.torch_fully_sharded_data_parallel",
         path="TorchFullyShardedDataParallel.__init__",
-        factory=look_at_fsdp2,
+        factory=refusal.look_at_fsdp2,
         why="torch FSDP2 stops at fp32 router parameters in the first forward",
         issue="https://github.com/pytorch/pytorch",
         remove_when="FSDP2 takes several parameter dtypes in one unit",

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from megatron_fp32_router.patching.record import OPTIMIZERS, UPSTREAM, Function, Patch
+from megatron_fp32_router.patching.record import OPTIMIZERS, UPSTREAM, Patch, deferred
 
-
-def gather_by_dtype(original: Function) -> Function:
+if TYPE_CHECKING:
     from megatron_fp32_router.optimizers.layer_wise import repair
-
-    return repair.gather_by_dtype(original)
-
-
-def spread_loaded_weights(original: Function) -> Function:
-    from megatron_fp32_router.optimizers.layer_wise import repair
-
-    return repair.spread_loaded_weights(original)
-
+else:
+    repair = deferred(__package__, "repair")
 
 _CLASS: Final = "LayerWiseDistributedOptimizer"
 
@@ -34,7 +26,7 @@ _patch: Final = partial(
 
 _load: Final = partial(
     _patch,
-    factory=spread_loaded_weights,
+    factory=repair.spread_loaded_weights,
     why="after a resume from a run without the plugin, ranks go on with different router weights",
     remove_when="loading gathers fp32 parameters",
     whole=False,
@@ -44,7 +36,7 @@ PATCHES: Final = (
     _patch(
         id="layer-wise-gather",
         path=f"{_CLASS}.allgather_params",
-        factory=gather_by_dtype,
+        factory=repair.gather_by_dtype,
         why="the layer-wise optimizer gathers fp32 router parameters as if they were bf16",
         remove_when="parameters are gathered by dtype",
     ),

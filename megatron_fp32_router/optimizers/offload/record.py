@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from megatron_fp32_router.patching.record import DISTRIBUTED_OPTIMIZER, OPTIMIZERS, UPSTREAM, Function, Patch
+from megatron_fp32_router.patching.record import DISTRIBUTED_OPTIMIZER, OPTIMIZERS, UPSTREAM, Patch, deferred
 
-
-def hand_on_gradients(original: Function) -> Function:
+if TYPE_CHECKING:
     from megatron_fp32_router.optimizers.offload import repair
-
-    return repair.hand_on_gradients(original)
-
-
-def load_native(original: Function) -> Function:
-    from megatron_fp32_router.optimizers.offload import repair
-
-    return repair.load_native(original)
-
-
-def refresh_native(original: Function) -> Function:
-    from megatron_fp32_router.optimizers.offload import repair
-
-    return repair.refresh_native(original)
-
+else:
+    repair = deferred(__package__, "repair")
 
 _patch: Final = partial(
     Patch,
@@ -38,7 +24,7 @@ PATCHES: Final = (
     _patch(
         id="offload-gradients",
         path="HybridDeviceOptimizer._set_sub_optimizer_grads",
-        factory=hand_on_gradients,
+        factory=repair.hand_on_gradients,
         why="with CPU offload, fp32 router parameters that stay on the GPU are silently never updated",
         issue=f"{UPSTREAM}/issues/6212",
         remove_when="decoupled_grad reaches GPU parameters that have no fp32 copy",
@@ -47,7 +33,7 @@ PATCHES: Final = (
     _patch(
         id="offload-load",
         path="HybridDeviceOptimizer._update_fp32_params_by_new_state",
-        factory=load_native,
+        factory=repair.load_native,
         why="with CPU offload, loading the state of fp32 router parameters fails, or leaves out their main copy",
         issue=f"{UPSTREAM}/pull/5929",
         remove_when="a loaded main copy reaches parameters that have no fp32 copy (#5929 only skips them)",
@@ -56,7 +42,7 @@ PATCHES: Final = (
     _patch(
         id="offload-reload",
         path="HybridDeviceOptimizer.update_fp32_param_by_new_param",
-        factory=refresh_native,
+        factory=repair.refresh_native,
         why="with CPU offload, a model loaded without optimizer state gets its old router weights back",
         issue=f"{UPSTREAM}/issues/6212",
         remove_when="update_fp32_param_by_new_param refreshes the CPU copies of fp32 parameters",

@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from megatron_fp32_router.patching.record import DISTRIBUTED_OPTIMIZER, UPSTREAM, Function, Patch
+from megatron_fp32_router.patching.record import DISTRIBUTED_OPTIMIZER, UPSTREAM, Patch, deferred
 
-
-def save_the_parameter(original: Function) -> Function:
+if TYPE_CHECKING:
     from megatron_fp32_router.optimizers.precision_aware import repair
-
-    return repair.save_the_parameter(original)
-
-
-def load_the_parameter(original: Function) -> Function:
-    from megatron_fp32_router.optimizers.precision_aware import repair
-
-    return repair.load_the_parameter(original)
-
-
-def warn_before_a_save_in_vain(original: Function) -> Function:
-    from megatron_fp32_router.optimizers.precision_aware import repair
-
-    return repair.warn_before_a_save_in_vain(original)
-
+else:
+    repair = deferred(__package__, "repair")
 
 _patch: Final = partial(Patch, module=DISTRIBUTED_OPTIMIZER, goes_with="router-casts", area="distributed")
 
@@ -36,7 +22,7 @@ _main_copy: Final = partial(
 
 _formats: Final = partial(
     _patch,
-    factory=warn_before_a_save_in_vain,
+    factory=repair.warn_before_a_save_in_vain,
     why="Megatron saves a precision-aware optimizer in formats that it cannot load, and nobody is told",
     issue="not reported upstream",
     remove_when="every format that can be saved can be loaded",
@@ -49,14 +35,14 @@ PATCHES: Final = (
     _main_copy(
         id="precision-aware-save",
         path="DistributedOptimizer._get_main_param_and_optimizer_states",
-        factory=save_the_parameter,
+        factory=repair.save_the_parameter,
         why="with the precision-aware optimizer, checkpoints hold the router weight of the first step as its main copy",
         parameters=("self", "model_param"),
     ),
     _main_copy(
         id="precision-aware-load",
         path="DistributedOptimizer._set_main_param_and_optimizer_states",
-        factory=load_the_parameter,
+        factory=repair.load_the_parameter,
         why="with the precision-aware optimizer, a loaded main copy never reaches an fp32 router weight",
         parameters=("self", "model_param", "tensors"),
     ),

@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from megatron_fp32_router.patching.record import UPSTREAM, Function, Patch
+from megatron_fp32_router.patching.record import UPSTREAM, Patch, deferred
 
-
-def say_who_converts(original: Function) -> Function:
+if TYPE_CHECKING:
     from megatron_fp32_router.optimizers.refit import repair
-
-    return repair.say_who_converts(original)
-
-
-def name_dtypes(original: Function) -> Function:
-    from megatron_fp32_router.optimizers.refit import repair
-
-    return repair.name_dtypes(original)
-
-
-def convert(original: Function) -> Function:
-    from megatron_fp32_router.optimizers.refit import repair
-
-    return repair.convert(original)
-
+else:
+    repair = deferred(__package__, "repair")
 
 _RESHARDING: Final = "megatron.core.resharding"
 
@@ -42,7 +28,7 @@ _patch: Final = partial(
 _convert: Final = partial(
     _patch,
     path="execute_reshard_plan",
-    factory=convert,
+    factory=repair.convert,
     parameters=("plan", "src_module", "dst_module", "service"),
     # What is sent is looked up by name among the source model's parameters and buffers. No more of refit: its other
     # functions change often, and what they might change here shows (an operation whose name is not read, an
@@ -55,14 +41,14 @@ PATCHES: Final = (
         id="refit-senders",
         module=f"{_RESHARDING}.planner",
         path="extract_param_metadata",
-        factory=say_who_converts,
+        factory=repair.say_who_converts,
         parameters=("param", "param_name"),
     ),
     _patch(
         id="refit-dtypes",
         module=f"{_RESHARDING}.planner",
         path="select_src_metadata_balanced",
-        factory=name_dtypes,
+        factory=repair.name_dtypes,
         parameters=("src_meta_list", "dst_metadata", "dst_rank"),
         needs=("refit-senders",),
     ),

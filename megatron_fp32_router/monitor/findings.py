@@ -1,0 +1,39 @@
+"""What the monitor says of what it has found. Imported only where there is something."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from megatron_fp32_router.errors import UnprotectedRouterError
+from megatron_fp32_router.log import say
+from megatron_fp32_router.monitor.sinks import Layer
+from megatron_fp32_router.patching.registry import mismatch, registry
+from megatron_fp32_router.settings import PREFIX
+
+
+def say_what_is_not_finite(step: int, found: Mapping[tuple[Layer, str], float]) -> None:
+    """Warn. `found`: (layer, tensor) -> how many of its values are NaN or infinite."""
+    listed = _listed([f"layer {layer}, {name}: {value:.0f}" for (layer, name), value in found.items()])
+    say(
+        logging.WARNING,
+        f"the monitor found values that are not finite, since step {step}: {listed}; nothing is stopped",
+        threshold=registry.settings.log,
+    )
+
+
+def refuse(found: list[str]) -> None:
+    """Raise, or warn: broken promises.
+
+    Raises:
+        UnprotectedRouterError: under on_mismatch="raise".
+    """
+    mismatch(
+        UnprotectedRouterError,
+        f"the monitor found routers that are no longer in fp32: {_listed(found)}. Something has changed them since the "
+        f"model was wrapped. {PREFIX}_ON_MISMATCH=warn trains on as it is.",
+    )
+
+
+def _listed(found: list[str]) -> str:
+    return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")

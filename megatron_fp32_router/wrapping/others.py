@@ -1,0 +1,60 @@
+"""What of somebody else's runs in the place of ours. Imported only where there may be something."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+
+from megatron_fp32_router.log import say
+from megatron_fp32_router.patching.registry import PatchStatus, registry
+
+
+def own_functions(router: torch.nn.Module) -> Iterator[tuple[str, str]]:
+    """(name, its full name) of what a subclass, or an attribute of this router, has in the place of a patched function.
+
+    Not those that call super(): ours runs below them. What somebody put on Megatron's own class is status()'s matter.
+    """
+    users = itertools.takewhile(lambda cls: cls.__module__.partition(".")[0] != "megatron", type(router).__mro__)
+    places = [vars(router), *map(vars, users)]
+    for name in ("gating", "forward", "_apply"):
+        function = next((place[name] for place in places if name in place), None)
+        if function is None:
+            continue
+        code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+        if code is None or not {"super", name} <= set(code.co_names):
+            module = getattr(function, "__module__", type(function).__module__)
+            yield name, f"{module}.{getattr(function, '__qualname__', type(function).__name__)}"
+
+
+def say_whose_functions_run(owners: Iterable[Mapping[str, str]]) -> None:
+    """Once: routers of a class of the user's decide for themselves in what precision they compute.
+
+    `owners`: own_functions() of every TopKRouter.
+    """
+    own = sorted({found for names in owners for found in names.items()})
+    if own:
+        registry.notes.setdefault("gating", set()).update(f"not in {owner}" for name, owner in own if name == "gating")
+        say(
+            logging.WARNING,
+            f"routers of this model have functions of their own: {', '.join(owner for _, owner in own)}. The plugin's "
+            "run only where these call super(); what they compute in is theirs to decide, on fp32 weights.",
+            threshold=registry.settings.log,
+            once=True,
+        )
+
+
+def say_what_is_displaced(displaced: Iterable[PatchStatus]) -> None:
+    """Once, not on every chunk. Their functions get fp32 tensors and exact counters; what they do is theirs."""
+    places = [f"{record.target} ({record.detail})" for record in displaced]
+    if places:
+        say(
+            logging.WARNING,
+            "not in effect, because somebody else's function is in its place: " + "; ".join(places) + ". Router "
+            "tensors are fp32 and token counters exact all the same.",
+            threshold=registry.settings.log,
+            once=True,
+        )
