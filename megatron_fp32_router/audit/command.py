@@ -149,7 +149,7 @@ def _main(arguments: argparse.Namespace) -> int:
             from megatron_fp32_router.audit.page import page
 
             # Names in a file may hold halves of characters, which no encoding has.
-            arguments.html.write_text(page(found), encoding="utf-8", errors="backslashreplace")
+            arguments.html.write_text(page(found, _asked(arguments)), encoding="utf-8", errors="backslashreplace")
         if not arguments.json:
             report.show(found, sys.stdout)
         if arguments.router_dtype is not None:
@@ -169,6 +169,17 @@ def _main(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(printed[0] if len(printed) == 1 else printed, indent=2, allow_nan=False))
     return 1 if 1 in codes else max(codes)
+
+
+def _asked(arguments: argparse.Namespace) -> dict[str, str]:
+    """The options that decide about verdicts, for the page."""
+    asked = {
+        "--against": str(arguments.against or ""),
+        "--rate": " ".join(f"{rate:g}" for rate in arguments.rate),
+        "--protect": "" if arguments.protect == "all" else arguments.protect,
+        "--for": ",".join(arguments.engines),
+    }
+    return {name: value for name, value in asked.items() if value}
 
 
 def _check_page(page: Path, path: Path) -> None:
