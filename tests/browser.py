@@ -53,7 +53,16 @@ class Browser:
         self._in, theirs_out = os.pipe()
         # Chromium reads commands from descriptor 3 and answers on 4. What is at those numbers here must not be lost.
         script = f'exec 3<&{theirs_in} 4>&{theirs_out}; exec "$@"'
-        command = ["bash", "-c", script, "-", self.program, *_OPTIONS, f"--user-data-dir={self._home.name}", "about:blank"]
+        command = [
+            "bash",
+            "-c",
+            script,
+            "-",
+            self.program,
+            *_OPTIONS,
+            f"--user-data-dir={self._home.name}",
+            "about:blank",
+        ]
         self._process = subprocess.Popen(
             command, pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )

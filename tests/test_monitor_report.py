@@ -108,9 +108,7 @@ def test_a_file_that_is_not_there_is_refused_in_one_line(tmp_path: Path, capsys:
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_the_command_writes_a_page_that_shows_every_layer(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_writes_a_page_that_shows_every_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a_run(tmp_path)
     assert report.main(argparse.Namespace(run=tmp_path / "run.jsonl", out=None, json=True)) == 0
     summary = json.loads(capsys.readouterr().out)

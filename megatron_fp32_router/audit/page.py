@@ -13,12 +13,12 @@ from megatron_fp32_router.pages.chart import Chart, Line, side_by_side
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from megatron_fp32_router.audit.finding import Audit, Verdict
+    from megatron_fp32_router.audit.finding import Audit
     from megatron_fp32_router.audit.tensors import RouterTensor
     from megatron_fp32_router.pages import State
 
 #: The audit's words for what a page calls a state.
-_STATES: Final[Mapping[Verdict, State]] = {"good": "good", "problem": "bad", "unknown": "unknown", "note": "note"}
+_STATES: Final[Mapping[str, State]] = {"good": "good", "problem": "bad", "unknown": "unknown", "note": "note"}
 
 _ORDER: Final = ("problem", "unknown", "good", "note")
 
@@ -34,14 +34,13 @@ def page(found: Audit, settings: Mapping[str, str] | None = None) -> str:
     table = pages.table(report.COLUMNS, rows, row_classes=classes)
     biases = [drawn for tensor in found.checkpoint.tensors if (drawn := _biases(tensor))]
     explained = (
-        "Experts in order of their bias; the axis does not start at 0. A square is a value that several experts have, bit "
-        "for bit. Many of them, or steps as high as a spacing of bf16, are what a cast or swallowed updates leave."
+        "Experts in order of their bias; the axis does not start at 0. A square is a value that several experts have, "
+        "bit for bit. Many of them, or steps as high as a spacing of bf16, are what a cast or swallowed updates leave."
     )
-    about = "Verdict"
     return pages.document(
         f"Router audit: {found.verdict}",
         "What a checkpoint on disk says about its routers.",
-        [(_STATES[found.verdict], about, verdict.removeprefix("verdict: "))],
+        [(_STATES[found.verdict], "Verdict", verdict.removeprefix("verdict: "))],
         _facts(found, read, settings or {}),
         [
             pages.section("Findings", table),
@@ -52,13 +51,17 @@ def page(found: Audit, settings: Mapping[str, str] | None = None) -> str:
 
 def _facts(found: Audit, read: list[str], settings: Mapping[str, str]) -> dict[str, str]:
     tensors = found.checkpoint.tensors
-    experts = sum(tensor.values.size for tensor in tensors if tensor.kind == "expert_bias" and tensor.values is not None)
+    experts = sum(
+        tensor.values.size for tensor in tensors if tensor.kind == "expert_bias" and tensor.values is not None
+    )
     return {
         "Megatron": "a checkpoint does not say which version wrote it",
         "Checkpoint": read[0],
         **({"Compared with": read[1].removeprefix("against ")} if len(read) > 1 else {}),
         "Settings": ", ".join(f"{name} {value}" for name, value in settings.items()) or "none, all by default",
-        "Sample": f"all {len(tensors)} router tensors, with {experts:,} expert biases" if tensors else "no router tensor",
+        "Sample": f"all {len(tensors)} router tensors, with {experts:,} expert biases"
+        if tensors
+        else "no router tensor",
     }
 
 

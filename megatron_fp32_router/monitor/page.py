@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from typing import TYPE_CHECKING, Final
 
 from megatron_fp32_router import pages
@@ -98,7 +99,7 @@ def _band(run: Run, metric: str) -> list[Line]:
     columns = []
     for step in run.steps:
         values = sorted(by_step[step] for by_step in run.values[metric].values() if step in by_step)
-        columns.append((values[0], values[len(values) // 2], values[-1]) if values else (math.nan,) * 3)
+        columns.append((values[0], statistics.median(values), values[-1]) if values else (math.nan,) * 3)
     low, middle, high = zip(*columns, strict=True)
     lines = [
         Line("smallest", low, "s1", width=1),
@@ -119,8 +120,8 @@ def _described(run: Run, metric: str) -> str:
         return "No number at the last look."
     low, high = min(now, key=lambda layer: now[layer]), max(now, key=lambda layer: now[layer])
     return (
-        f"Steps {run.steps[0]} to {run.steps[-1]}. At the last one from {now[low]:.4g} (layer {low}) to {now[high]:.4g} "
-        f"(layer {high})."
+        f"Steps {run.steps[0]} to {run.steps[-1]}. At the last one from {now[low]:.4g} (layer {low}) to "
+        f"{now[high]:.4g} (layer {high})."
     )
 
 
@@ -175,8 +176,8 @@ def _flips(run: Run) -> str:
         said.append(f"{label} {means[-1]:.2%}" if not math.isnan(means[-1]) else f"{label} unknown")
     return Chart(
         "Flips: what less precision would change",
-        "Tokens of the sample whose set of experts would be another one if only that were narrower. “As it is”: whom the "
-        "router really chose, against fp32; 0 is right.",
+        "Tokens of the sample whose set of experts would be another one if only that were narrower. “As it is”: whom "
+        "the router really chose, against fp32; 0 is right.",
         f"At the last look: {', '.join(said)}.",
         _STEP,
         run.steps,
@@ -227,7 +228,7 @@ def render(run: Run, found: list[Finding]) -> str:
             drawings.append(_flips(run))
         if metric in run.values:
             drawings.append(_layered(run, metric, title, label, caption))
-    points = [("bad" if finding.problem else "note", finding.text) for finding in found]
+    points: list[tuple[pages.State, str]] = [("bad" if finding.problem else "note", finding.text) for finding in found]
     return pages.document(
         f"Router monitor, steps {run.steps[0]} to {run.steps[-1]}",
         "Is everything still fp32, do bias updates take effect, is the load even?",

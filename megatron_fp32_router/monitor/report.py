@@ -54,9 +54,7 @@ def main(arguments: argparse.Namespace) -> int:
             "last_step": run.steps[-1],
             "looks": len(run.steps),
             "layers": run.layers,
-            "headline": [
-                {"state": state, "about": about, "text": text} for state, about, text in headline(run, found)
-            ],
+            "headline": [{"state": state, "about": about, "text": text} for state, about, text in headline(run, found)],
             "findings": [asdict(finding) for finding in found],
         }
         print(json.dumps(summary, indent=1))

@@ -206,8 +206,10 @@ def _evenness(run: Run) -> tuple[State, str, str]:
         else f"the busiest expert gets {1 + vio[worst]:.2f} times its share"
     )
     where = f" in layer {worst}" if len(uneven) > 1 else ""
-    return "bad" if any(idle.get(layer, 0) for layer in uneven) else "unknown", "Load", (
-        f"{_names(uneven)} uneven, {what}{where}."
+    return (
+        "bad" if any(idle.get(layer, 0) for layer in uneven) else "unknown",
+        "Load",
+        (f"{_names(uneven)} uneven, {what}{where}."),
     )
 
 

@@ -1,9 +1,8 @@
 """The page that the demo, the monitor and the audit write: one HTML file that loads nothing and asks nobody.
 
-`document` is the shell, `table` and `chart` make what goes into it. Charts are drawn in the browser by uPlot (uplot/ holds
-its released files, unchanged; its licence is beside them) and charts.js, which both go into the page. Its content
-security policy allows these scripts by their hash and nothing else: no network, and no script that a name in somebody's
-checkpoint may hold.
+`document` is the shell, `table` and `chart` make what goes into it. Charts are drawn in the browser by uPlot (uplot/
+holds its released files, unchanged, with its licence) and charts.js, which both go into the page. Its content security
+policy allows these scripts by their hash and nothing else: no network, and no script that a name in a checkpoint holds.
 
 A colour means the same on every page (page.css): `off` and `on` are runs without and with the plugin, `exact` what is
 right by exact arithmetic, `good`, `bad`, `unknown` and `note` are verdicts, `s1` to `s6` anything else.
@@ -27,8 +26,8 @@ State = Literal["good", "bad", "unknown", "note"]
 SIGNS: Final[Mapping[State, str]] = {"good": "✓", "bad": "✗", "unknown": "?", "note": "•"}
 
 _HINT: Final = (
-    "Point at a drawing, or move over it with the arrow keys, for its values. Drag across it to zoom; double-click to see "
-    "all of it again."
+    "Point at a drawing, or move over it with the arrow keys, for its values. Drag across it to zoom; double-click to "
+    "see all of it again."
 )
 
 
@@ -69,7 +68,7 @@ def document(
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{_read('uplot/uPlot.min.css')}{_read('page.css')}</style></head>"
         f'<body><main><h1>{escape(title)}</h1><p class="soft">{escape(lead)}</p><ul class="headline">{said}</ul>'
-        "<noscript><p>JavaScript is off here, so nothing is drawn. The sentences and tables are complete.</p></noscript>"
+        "<noscript><p>JavaScript is off, so nothing is drawn. The sentences and tables are complete.</p></noscript>"
         f'{"".join(sections)}<section><h2>What this page is made of</h2><dl class="facts">{listed}</dl>'
         f'<p class="soft">{_HINT}</p></section></main><script>{script}</script></body></html>\n'
     )
@@ -88,7 +87,8 @@ def paragraph(text: str) -> str:
 def bullets(points: Iterable[tuple[State, str]]) -> str:
     """Sentences, each with its state."""
     items = "".join(
-        f'<li class="{state}"><span aria-hidden="true">{SIGNS[state]}</span> {escape(text)}</li>' for state, text in points
+        f'<li class="{state}"><span aria-hidden="true">{SIGNS[state]}</span> {escape(text)}</li>'
+        for state, text in points
     )
     return f'<ul class="points">{items}</ul>'
 
@@ -103,7 +103,7 @@ def table(
 ) -> str:
     """A table of plain text whose first column names the rows.
 
-    On a phone its rows become blocks, or, with `wide` (which says what the table shows), it scrolls in a box of its own.
+    On a phone its rows become blocks, or, with `wide` (what the table shows), it scrolls in a box of its own.
     Roles are spelt out because browsers forget them once rows are blocks.
 
     Args:

@@ -102,7 +102,7 @@ class Chart:
 class Map:
     """Rows from top to bottom, x from left to right, a shade for each number.
 
-    Shades have 254 steps, so that sixty layers at a thousand looks are 80 kB; what is shown for a cell is as exact as that.
+    Shades have 254 steps, so that sixty layers at a thousand looks are 80 kB. What is shown for a cell is no finer.
     """
 
     title: str

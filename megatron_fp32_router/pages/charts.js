@@ -7,7 +7,7 @@
   const SHAPES = { circle: "●", square: "■", triangle: "▲", diamond: "◆", cross: "✕" };
   const drawn = [];
 
-  // Axes ---------------------------------------------------------------------------------------------------------------
+  // Axes --------------------------------------------------------------------------------------------------------------
 
   function axis(label, more) {
     const line = { stroke: () => css("line"), width: 1 };
@@ -27,8 +27,9 @@
   // As many digits as it takes to tell neighbours apart.
   function written(u, splits) {
     const apart = splits.length > 1 ? Math.abs(splits[1] - splits[0]) : 1;
-    const digits = Math.min(12, Math.max(0, -Math.floor(Math.log10(apart) + 1e-9)) + (/[^0]5/.test(apart.toPrecision(2)) ? 1 : 0));
-    return splits.map((split) => (split == null ? "" : split.toLocaleString("en-US", { maximumFractionDigits: digits })));
+    const places = Math.max(0, -Math.floor(Math.log10(apart) + 1e-9)) + (/[^0]5/.test(apart.toPrecision(2)) ? 1 : 0);
+    const form = { maximumFractionDigits: Math.min(12, places) };
+    return splits.map((split) => (split == null ? "" : split.toLocaleString("en-US", form)));
   }
 
   function whole() {
@@ -53,7 +54,7 @@
     return (u, low, high) => (low === high ? [low - 1, high + 1] : [low - edge, high + edge]);
   }
 
-  // Lines --------------------------------------------------------------------------------------------------------------
+  // Lines -------------------------------------------------------------------------------------------------------------
 
   function mark(ctx, shape, x, y, size) {
     ctx.beginPath();
@@ -106,15 +107,18 @@
     ctx.font = FONT.replace("12px", `${12 * scale}px`);
     ctx.textBaseline = "middle";
     ctx.textAlign = "left";
-    for (const word of words) { ctx.fillStyle = word.colour; ctx.fillText(word.text, left + width + 6 * scale, word.y); }
+    for (const word of words) {
+      ctx.fillStyle = word.colour;
+      ctx.fillText(word.text, left + width + 6 * scale, word.y);
+    }
     ctx.restore();
   }
 
   function lines(spec) {
     const longest = Math.max(0, ...spec.series.map((series) => series.label.length));
     const series = spec.series.map((one) => ({
-      label: `${SHAPES[one.marker] ?? ""} ${one.name}`.trim(), width: one.width, dash: one.dash, points: { show: false },
-      stroke: () => css(one.colour), value: (u, value) => shown(value, one.digits),
+      label: `${SHAPES[one.marker] ?? ""} ${one.name}`.trim(), width: one.width, dash: one.dash,
+      points: { show: false }, stroke: () => css(one.colour), value: (u, value) => shown(value, one.digits),
       paths: one.width ? undefined : () => null,
     }));
     return {
@@ -122,7 +126,8 @@
       padding: [10, Math.max(28, 10 + 7 * longest), 0, 0],
       series: [{ label: spec.x.label, value: (u, value) => (value == null ? "–" : String(value)) }, ...series],
       bands: spec.bands.map(([high, low, colour]) => ({ series: [high + 1, low + 1], fill: () => css(colour) + "38" })),
-      axes: [axis(spec.x.label, { incrs: whole(), space: 60, size: 32 }), axis(spec.y.label, { size: room, values: written })],
+      axes: [axis(spec.x.label, { incrs: whole(), space: 60, size: 32 }),
+        axis(spec.y.label, { size: room, values: written })],
       legend: { markers: { width: 3, dash: (u, which) => (series[which - 1]?.dash.length ? "dashed" : "solid") } },
       cursor: { y: false, drag: { x: true, y: false }, points: { size: 8 } },
       hooks: { draw: [(u) => finish(u, spec)] },
@@ -130,7 +135,7 @@
     };
   }
 
-  // Maps ---------------------------------------------------------------------------------------------------------------
+  // Maps --------------------------------------------------------------------------------------------------------------
 
   function rgb(colour) {
     return [1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16));
@@ -139,11 +144,9 @@
   function map(spec, say) {
     const x = spec.x.values, rows = spec.rows.length;
     const shades = Uint8Array.from(atob(spec.shades), (character) => character.charCodeAt(0));
-    const edges = [];
-    for (let i = 0; i <= x.length; i++) {
-      const before = i ? x[i - 1] : 2 * x[0] - (x[1] ?? x[0] + 1), after = i < x.length ? x[i] : 2 * x[i - 1] - (x[i - 2] ?? x[i - 1] - 1);
-      edges.push((before + after) / 2);
-    }
+    // A cell reaches half way to its neighbours.
+    const ends = [2 * x[0] - (x[1] ?? x[0] + 1), ...x, 2 * x.at(-1) - (x.at(-2) ?? x.at(-1) - 1)];
+    const edges = ends.slice(1).map((end, i) => (end + ends[i]) / 2);
     function cells(u) {
       const ctx = u.ctx, from = rgb(css("card")), to = rgb(css("s1"));
       const { left, top, width, height } = u.bbox;
@@ -157,7 +160,7 @@
         for (let i = 0; i < x.length; i++) {
           const shade = shades[row * x.length + i];
           if (shade === 255 || at[i + 1] < left || at[i] > left + width) continue;
-          const part = shade / 254, mixed = from.map((value, channel) => Math.round(value + part * (to[channel] - value)));
+          const mixed = from.map((value, channel) => Math.round(value + (shade / 254) * (to[channel] - value)));
           ctx.fillStyle = `rgb(${mixed})`;
           ctx.fillRect(at[i], above, Math.max(1, at[i + 1] - at[i]), below - above);
         }
@@ -188,11 +191,11 @@
     };
   }
 
-  // Figures ------------------------------------------------------------------------------------------------------------
+  // Figures -----------------------------------------------------------------------------------------------------------
 
   function draw(figure) {
     const box = figure.querySelector(".plot"), spec = JSON.parse(figure.querySelector("script").textContent);
-    const line = document.createElement("p"), ramp = document.createElement("span"), told = document.createElement("span");
+    const [line, ramp, told] = ["p", "span", "span"].map((name) => document.createElement(name));
     line.className = "shown";
     ramp.className = "ramp";
     const isMap = spec.kind === "map";
@@ -208,7 +211,8 @@
       const move = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
       if (!move) return;
       event.preventDefault();
-      const index = Math.min(data[0].length - 1, Math.max(0, (chart.cursor.idx ?? (move > 0 ? -1 : data[0].length)) + move));
+      const from = chart.cursor.idx ?? (move > 0 ? -1 : data[0].length);
+      const index = Math.min(data[0].length - 1, Math.max(0, from + move));
       const top = chart.cursor.top > 0 ? chart.cursor.top : 1;
       chart.setCursor({ left: chart.valToPos(data[0][index], "x"), top });
     });
@@ -218,9 +222,9 @@
   // A page may have hundreds of them: each is drawn when it comes near the window, all before it is printed.
   const waiting = new Set(document.querySelectorAll("figure.chart"));
   const now = (figure) => { if (waiting.delete(figure)) draw(figure); };
-  const watcher = new IntersectionObserver(
-    (entries) => entries.forEach((entry) => { if (entry.isIntersecting) { watcher.unobserve(entry.target); now(entry.target); } }),
-    { rootMargin: "600px" });
+  const watcher = new IntersectionObserver((entries) => {
+    for (const entry of entries) if (entry.isIntersecting) { watcher.unobserve(entry.target); now(entry.target); }
+  }, { rootMargin: "600px" });
   waiting.forEach((figure) => watcher.observe(figure));
   addEventListener("beforeprint", () => [...waiting].forEach(now));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawn.forEach((chart) => chart.redraw()));
