@@ -19,6 +19,7 @@ PACKAGE = ROOT / "megatron_fp32_router"
 ORDER = (
     ("version", "errors"),
     ("settings", "log", "pages", "serving/contracts"),
+    ("terminal",),
     ("patching",),
     ("casts",),
     ("gating", "padding_mask"),

@@ -146,7 +146,7 @@ def test_numbers_that_the_monitor_never_writes_are_refused_by_line(
     path.write_text(path.read_text() + line + "\n")
     assert report.main(argparse.Namespace(run=path, out=None, json=False)) == 2
     (said,) = capsys.readouterr().err.splitlines()
-    assert said.startswith(f"report: {path}, line 2: ")
+    assert said.startswith(f"megatron-fp32-router report: {path}, line 2: ")
     assert not path.with_suffix(".html").exists()
 
 

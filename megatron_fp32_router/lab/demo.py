@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
-import sys
 import tempfile
 import threading
 import time
@@ -22,6 +21,7 @@ from megatron_fp32_router.lab import demo_page as drawn
 from megatron_fp32_router.lab import demo_report as report
 from megatron_fp32_router.lab.recipe import LabError, Recipe
 from megatron_fp32_router.patching.megatron import read_version
+from megatron_fp32_router.terminal import tell
 from megatron_fp32_router.version import __version__
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _refuse(reason: str, code: int = 2) -> int:
-    print(f"megatron-fp32-router demo: {reason}", file=sys.stderr)
+    tell("demo", reason)
     return code
 
 

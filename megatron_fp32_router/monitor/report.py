@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Final
@@ -12,6 +11,7 @@ from typing import Final
 from megatron_fp32_router.log import printable
 from megatron_fp32_router.monitor import page
 from megatron_fp32_router.monitor.runs import UnreadableRunError, findings, headline, read
+from megatron_fp32_router.terminal import painted, refuse, tell
 
 #: A file larger than this takes more than a moment to read, so it is announced.
 _LARGE: Final = 30_000_000
@@ -25,8 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _refuse(why: str) -> int:
-    print(f"report: {printable(why)}", file=sys.stderr)
-    return 2
+    return refuse("report", why)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -34,7 +33,7 @@ def main(arguments: argparse.Namespace) -> int:
     try:
         path: Path = arguments.run
         if path.is_file() and path.stat().st_size > _LARGE:
-            print(f"report: reading {printable(str(path))} ({path.stat().st_size / 1e6:,.0f} MB)", file=sys.stderr)
+            tell("report", f"reading {path} ({path.stat().st_size / 1e6:,.0f} MB)")
         run = read(path)
         found = findings(run)
         out: Path = arguments.out or run.path.with_suffix(".html")
@@ -59,9 +58,9 @@ def main(arguments: argparse.Namespace) -> int:
         }
         print(json.dumps(summary, indent=1))
     else:
-        for _, about, text in headline(run, found):
-            print(printable(f"{about}: {text}"))
+        for state, about, text in headline(run, found):
+            print(painted(printable(f"{about}: {text}"), state))
         for finding in found:
-            print(f"{'! ' if finding.problem else '  '}{printable(finding.text)}")
+            print(f"{painted('!', 'bad') if finding.problem else ' '} {printable(finding.text)}")
         print(f"page: {printable(str(out))}")
     return 0
