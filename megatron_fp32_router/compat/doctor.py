@@ -266,7 +266,7 @@ def _look_at_patches(found: Diagnosis, judge: Judge, targets: list[Target]) -> N
         if off:
             found.patches.append((patch, "off", ""))
         elif needless is not None and not unfit:
-            state = "n/a" if patch.gone else "native"
+            state = "n/a" if needless == "absent" else "native"
             found.patches.append((patch, state, patch.why_needless(needless)))
         elif unfit:
             worst = unfit[0]
