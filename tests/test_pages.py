@@ -205,7 +205,6 @@ def test_a_chart_tells_values_to_pointer_and_keys_and_zooms(
     chromium.ask("window.written.length = 0")
     _drag(chromium, chromium.ask(where))
     chromium.ask("new Promise(done => setTimeout(done, 100))")
-    ticks = chromium.ask("window.written.map(({text}) => text)")
-    assert "550" in ticks or "600" in ticks
-    assert "100" not in ticks
+    steps = chromium.ask("window.written.map(({text}) => Number(text)).filter(step => step >= 10)")
+    assert 400 < min(steps) < max(steps) < 750
     assert chromium.errors == []
