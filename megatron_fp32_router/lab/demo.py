@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 
-STEPS: Final = 60
+STEPS: Final = 45
 
 #: How often each training is repeated from other draws: what differs from one to the next is noise.
 SEEDS: Final = 3
@@ -264,6 +264,7 @@ def _write(data: dict[str, Any], out: Path, picture: str | None) -> list[Path]:
 
 def _print(data: dict[str, Any], written: list[Path]) -> None:
     """The story first: what happened, then the figures, then what was run."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -273,9 +274,10 @@ def _print(data: dict[str, Any], written: list[Path]) -> None:
         style = "green" if state == "good" else "red"
         console.print(Text.assemble((about, f"bold {style}"), f": {sentence}"))
     console.print()
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in report.header(data):
-        table.add_column(name, style={"off": "red", "on": "green"}.get(name.rpartition(" ")[2]))
+        style = {"off": "yellow", "on": "blue"}.get(name.rpartition(" ")[2])
+        table.add_column(name, style=style, min_width=0 if name else 26)
     for row in report.rows(data):
         table.add_row(*row)
     console.print(table)

@@ -150,7 +150,7 @@ def render(data: dict[str, Any]) -> str:
             pages.section("Tokens are miscounted", counter),
             pages.section("Updates: due, and made", _updates(data)),
             pages.section("What becomes of a bias", side_by_side(*(_bias(data, release) for release in releases))),
-            pages.section("How the trainings went: mostly noise", _outcomes(data)),
+            pages.section("How the trainings went, and what of that is noise", _outcomes(data)),
             pages.section("All figures, off beside on", table),
             pages.section("What was run, and why", f'<dl class="choices">{choices}</dl>'),
         ],

@@ -153,6 +153,9 @@ def without(release: dict[str, Any], rate: float) -> str:
     runs = release["off"]
     due, stuck, turned = (total(runs, key) for key in ("expected", "stuck", "reversed"))
     parts = []
+    error = span(runs, "count_error")[1]
+    if error:
+        parts.append(f"the token counter is wrong by up to {error:,.0f} tokens")
     if stuck:
         parts.append(f"{stuck:,} of {due:,} bias updates are swallowed")
     if turned:
@@ -165,9 +168,6 @@ def without(release: dict[str, Any], rate: float) -> str:
             f"{total(runs, 'wrong_size'):,} of {due:,} move by another step than {rate:g}, usually by {step:.7f} "
             f"({abs(step / rate - 1):.3%} {'less' if step < rate else 'more'})"
         )
-    error = span(runs, "count_error")[1]
-    if error:
-        parts.append(f"the token counter is wrong by up to {error:,.0f} tokens")
     return f"{_joined(parts)}." if parts else "every update is exact by itself, and so is the token counter."
 
 
