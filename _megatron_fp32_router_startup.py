@@ -68,7 +68,7 @@ class Gate:
 
         leave_out = getattr(_frozen_importlib, "_call_with_frames_removed", None)
         if leave_out is not None:
-            self.find_spec = type(self.tell)(leave_out, self.find_spec)  # type: ignore[method-assign]
+            self.find_spec = type(self.tell)(leave_out, self.find_spec)  # type: ignore[method-assign, misc]
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> "ModuleSpec | None":
         """Arm the plugin if *name* is Megatron or a part of it. Raises RuntimeError if that fails."""

@@ -15,10 +15,6 @@ if TYPE_CHECKING:
 
     from megatron_fp32_router.audit.finding import Audit
     from megatron_fp32_router.audit.tensors import RouterTensor
-    from megatron_fp32_router.pages import State
-
-#: The audit's words for what a page calls a state.
-_STATES: Final[Mapping[str, State]] = {"good": "good", "problem": "bad", "unknown": "unknown", "note": "note"}
 
 _ORDER: Final = ("problem", "unknown", "good", "note")
 
@@ -30,7 +26,7 @@ def page(found: Audit, settings: Mapping[str, str] | None = None) -> str:
     """The whole document. `settings`: what the audit was asked, by option."""
     *read, verdict = report.summary(found)
     rows = sorted(report.rows(found), key=lambda row: _ORDER.index(row[2]))
-    classes = [{0: "name", 2: _STATES[verdict]} for _, _, verdict, _ in rows]
+    classes = [{0: "name", 2: report.STATES[verdict]} for _, _, verdict, _ in rows]
     table = pages.table(report.COLUMNS, rows, row_classes=classes)
     biases = [drawn for tensor in found.checkpoint.tensors if (drawn := _biases(tensor))]
     explained = (
@@ -40,7 +36,7 @@ def page(found: Audit, settings: Mapping[str, str] | None = None) -> str:
     return pages.document(
         f"Router audit: {found.verdict}",
         "What a checkpoint on disk says about its routers.",
-        [(_STATES[found.verdict], "Verdict", verdict.removeprefix("verdict: "))],
+        [(report.STATES[found.verdict], "Verdict", verdict.removeprefix("verdict: "))],
         _facts(found, read, settings or {}),
         [
             pages.section("Findings", table),

@@ -276,8 +276,8 @@ def _print(data: dict[str, Any], written: list[Path]) -> None:
     console.print()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in report.header(data):
-        style = {"off": "yellow", "on": "blue"}.get(name.rpartition(" ")[2])
-        table.add_column(name, style=style, min_width=0 if name else 26)
+        shade = {"off": "yellow", "on": "blue"}.get(name.rpartition(" ")[2])
+        table.add_column(name, style=shade, min_width=0 if name else 26)
     for row in report.rows(data):
         table.add_row(*row)
     console.print(table)
