@@ -62,6 +62,14 @@ class Gate:
         self._opening: set[int] = set()
         self._told = False
 
+        # Python leaves the import system's frames out of a traceback where this function of its own is the last of
+        # them. What is to be read is the message below.
+        import _frozen_importlib
+
+        leave_out = getattr(_frozen_importlib, "_call_with_frames_removed", None)
+        if leave_out is not None:
+            self.find_spec = type(self.tell)(leave_out, self.find_spec)  # type: ignore[method-assign, misc]
+
     def find_spec(self, name: str, path: object = None, target: object = None) -> "ModuleSpec | None":
         """Arm the plugin if *name* is Megatron or a part of it. Raises RuntimeError if that fails."""
         if self.is_open or (name != "megatron" and not name.startswith("megatron.")):

@@ -14,14 +14,14 @@ from megatron_fp32_router.audit import command as audit_command
 from megatron_fp32_router.compat import check as compat_check
 from megatron_fp32_router.compat import doctor as compat_doctor
 from megatron_fp32_router.monitor import report as monitor_report
+from megatron_fp32_router.terminal import refuse
 from megatron_fp32_router.version import __version__
 
 
 def _run(arguments: argparse.Namespace) -> int:
     """Run a script or module as __main__; importing this package has armed the plugin already."""
     if not arguments.program:
-        print("megatron-fp32-router run: expected a script, or -m and a module, to run", file=sys.stderr)
-        return 2
+        return refuse("run", "expected a script, or -m and a module, to run")
     name, *rest = arguments.program
     if arguments.module:
         sys.argv = [name, *rest]
@@ -29,8 +29,7 @@ def _run(arguments: argparse.Namespace) -> int:
         runpy.run_module(name, run_name="__main__", alter_sys=True)
         return 0
     if not os.path.exists(name):
-        print(f"megatron-fp32-router run: no such file: {name}", file=sys.stderr)
-        return 2
+        return refuse("run", f"no such file: {name}")
     sys.argv = [name, *rest]
     # What python itself does for a script.
     sys.path.insert(0, os.path.dirname(os.path.abspath(name)))

@@ -12,7 +12,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from importlib.resources import files
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_fp32_router.errors import Fp32RouterError
 from megatron_fp32_router.patching.megatron import read_version
+from megatron_fp32_router.terminal import refuse, tell
 
 if TYPE_CHECKING:
     from importlib.abc import Traversable  # importlib.resources.abc from Python 3.11 on
@@ -280,11 +280,10 @@ def main(root: Path, *, check: bool, reverse: bool) -> int:
             return 0 if now == wanted else 1
         changed = change(root, line, reverse=reverse)
     except DirtyTreeError as error:
-        print(f"megatron-fp32-router patch: {error}", file=sys.stderr)
+        tell("patch", str(error))
         return 1
     except (UnknownTreeError, OSError) as error:
-        print(f"megatron-fp32-router patch: {error}", file=sys.stderr)
-        return 2
+        return refuse("patch", str(error))
     if not changed:
         print(f"{root}: {line.name}, {now} already; nothing to do")
         return 0

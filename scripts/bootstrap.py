@@ -63,6 +63,15 @@ MEGATRON_BRIDGE = "0.6.2"
 WHEEL_PYTHONS = ("3.12", "3.11", "3.10")
 
 
+if sys.version_info < (3, 10):  # noqa: UP036 - whoever runs a script may well have an older one
+    print(
+        f"{sys.argv[0]} needs Python 3.10 or newer; this is {platform.python_version()} ({sys.executable}).\n"
+        f"Run it with a newer one, for example: python3.12 {' '.join(sys.argv)}",
+        file=sys.stderr,
+    )
+    raise SystemExit(2)
+
+
 class SetupError(Exception):
     """The environment or a release could not be had; the text says why and what to do."""
 
@@ -78,11 +87,6 @@ def ensure_environment(extra: str) -> Path:
     A stamp records what was installed, so that a second call costs nothing until pyproject.toml, the extra or
     the Python changes. The repository itself is installed in place: edits need no new installation.
     """
-    if sys.version_info < (3, 10):  # noqa: UP036 - whoever runs the script may well have an older one
-        raise SetupError(
-            f"Python 3.10 or newer is needed; this is {platform.python_version()} ({sys.executable}).\n"
-            "Run the script with a newer one, for example: python3.11 scripts/test"
-        )
     home = ROOT / ".venv"
     python = home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     stamp = home / f"installed-{extra}"

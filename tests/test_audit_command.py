@@ -8,7 +8,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -90,31 +89,20 @@ def test_names_from_a_file_cannot_steer_the_terminal(tmp_path: Path, capsys: pyt
     assert "[red]" in said
 
 
-class Loads(HTMLParser):
-    """Collects whatever a page would fetch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.found += [f"{tag} {name}" for name, _ in attributes if name in ("src", "href", "xlink:href", "data")]
-        if tag in ("script", "link", "iframe", "img", "object"):
-            self.found.append(tag)
-
-
-def test_the_page_loads_nothing_and_escapes_what_a_file_names(tmp_path: Path) -> None:
+def test_the_page_escapes_what_a_file_names_and_shows_equal_biases(tmp_path: Path) -> None:
     values = {"<script>x</script>.layers.0.mlp.gate.weight": np.ones((2, 4), np.float16)}
-    values["model.layers.1.mlp.gate.e_score_correction_bias"] = np.arange(8, dtype=np.float32) / 1000
+    values["model.layers.1.mlp.gate.e_score_correction_bias"] = np.array([0.5, 0.5, 0.25, 0.5], np.float32)
+    values["</script>.layers.2.mlp.gate.e_score_correction_bias"] = np.full(4, 0.125, np.float32)
     save_file(values, tmp_path / "model.safetensors")
-    main(["audit", str(tmp_path), "--html", str(tmp_path / "page.html")])
+    main(["audit", str(tmp_path), "--rate", "1e-3", "--html", str(tmp_path / "page.html")])
     text = (tmp_path / "page.html").read_text()
-    parser = Loads()
-    parser.feed(text)
-    assert parser.found == []
-    assert "url(" not in text
     assert "&lt;script&gt;" in text
-    assert text.count("<rect") == 8
+    # Two charts, each with its data, and the page's own script.
+    assert (text.count("<script"), text.count("</script>")) == (3, 3)
+    assert "4 biases from 0.25 to 0.5; 3 are 0.5." in text
+    assert "4 biases from 0.125 to 0.125; 4 are 0.125." in text
+    assert '"values":[null,0.5,0.5,0.5]' in text
+    assert "--rate 0.001" in text
 
 
 def test_repair_writes_exact_values_beside_and_says_what_it_could_not(
@@ -147,7 +135,10 @@ def test_neither_torch_nor_megatron_is_imported_and_a_missing_extra_is_named(tmp
         text = program.replace("ARGV", repr(blocked.split(","))).replace("PATH", repr(ON))
         done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=120)
         assert done.returncode == code, done.stderr
-        assert code == 0 or f"{blocked} is not installed: pip install 'megatron-fp32-router[audit]'" in done.stderr
+        hint = (
+            f"megatron-fp32-router audit: {blocked} is not installed: {sys.executable} -m pip install numpy ml_dtypes"
+        )
+        assert code == 0 or done.stderr.startswith(hint)
 
 
 # Large checkpoints -----------------------------------------------------------------------------------------------

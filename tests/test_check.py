@@ -191,7 +191,7 @@ def test_a_number_that_the_code_contradicts_is_said_and_decides_nothing(copy: Co
     assert "it calls itself 0.13.3, and more of its functions are those of 0.12" in report["notes"]
     main(["doctor", "--json", "--megatron", str(tree)])
     states_of = {patch["id"]: patch["state"] for patch in json.loads(capsys.readouterr().out)["patches"]}
-    assert (states_of["router-init"], states_of["router-reset"]) == ("applied", "native")
+    assert (states_of["router-init"], states_of["router-reset"]) == ("applied", "n/a")
     _, report = check(capsys, "--megatron", ensure_release("0.13.1"))
     assert not any("calls itself" in note or "its router is that of" in note for note in report["notes"])
 

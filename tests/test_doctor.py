@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from bootstrap import ensure_release
 from packaging.version import Version
 
@@ -80,7 +82,7 @@ def test_in_a_healthy_environment_nothing_stands_in_the_way_and_nothing_heavy_is
 def test_a_patch_whose_function_is_gone_and_one_that_upstream_made_needless_say_so(capsys: Any) -> None:
     _, report = doctor(capsys, "--megatron", ensure_release("0.19.2"))
     details = {patch["id"]: (patch["state"], patch["detail"]) for patch in report["patches"]}
-    assert details["refuse-custom-fsdp"] == ("native", "has no such function")
+    assert details["refuse-custom-fsdp"] == ("n/a", "has no such function")
     said = "needs no such patch: Router.__init__ no longer casts (from 0.13 reset_parameters does)"
     assert details["router-init"] == ("native", said)
     for patch in PATCHES:
@@ -229,7 +231,7 @@ def test_an_accepted_file_that_cannot_be_read_is_the_problem_and_the_patches_are
     (text,) = said(report, "problem", "accepted file")
     assert text.startswith("the accepted file none.json cannot be read: No such file or directory")
     assert said(report, "unknown", "Megatron") == []
-    assert {patch["state"] for patch in report["patches"]} == {"applied", "native"}
+    assert {patch["state"] for patch in report["patches"]} == {"applied", "native", "n/a"}
     assert main(["doctor", "--megatron", str(ensure_release("0.19.2"))]) == 1
     assert "could be looked at" not in capsys.readouterr().out
 
@@ -242,6 +244,29 @@ def test_a_value_that_is_not_accepted_is_a_problem_and_the_patches_are_shown(
     assert code == 1
     assert "MEGATRON_FP32_ROUTER_MONITOR has the value 'abc'" in said(report, "problem", "variable")[0]
     assert report["patches"]
+
+
+def test_without_torch_something_stands_in_the_way(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = environment.libraries()
+    without = [*[found for found in real if found.name != "torch"], environment.Library("torch", None, None)]
+    monkeypatch.setattr(environment, "libraries", lambda: without)
+    code, report = doctor(capsys, "--megatron", ensure_release("0.19.2"))
+    assert (code, report["verdict"]) == (1, "problem")
+    (text,) = said(report, "problem", "torch")
+    assert f"{sys.executable} -m pip install torch" in text
+    main(["doctor", "--megatron", str(ensure_release("0.19.2"))])
+    assert "Nothing stands in the way" not in capsys.readouterr().out
+
+
+def test_doctor_fits_a_terminal_as_it_opens_and_verbose_has_the_rest(capsys: Any) -> None:
+    main(["doctor", "--megatron", str(ensure_release("0.11.0"))])
+    brief = capsys.readouterr().out
+    assert sum(-(-len(line) // 80) for line in brief.splitlines()) <= 24
+    assert f"{Path(torch.__file__).parent}" not in brief
+    assert f"torch {torch.__version__}" in brief
+    assert re.search(r"would be: \d+ applied, \d+ n/a", brief)
+    main(["doctor", "--verbose", "--megatron", str(ensure_release("0.11.0"))])
+    assert torch.__file__ in capsys.readouterr().out
 
 
 def test_wrapt_that_is_too_old_is_a_problem(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

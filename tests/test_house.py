@@ -23,7 +23,8 @@ PACKAGE = ROOT / "megatron_fp32_router"
 #: gating reads where MEGATRON_FP32_ROUTER_LIKE names an engine.
 ORDER = (
     ("version", "errors"),
-    ("settings", "log", "drawing", "serving/contracts"),
+    ("settings", "log", "pages", "serving/contracts"),
+    ("terminal",),
     ("patching",),
     ("casts",),
     ("gating", "padding_mask"),

@@ -34,6 +34,7 @@ def test_load_is_what_numpy_says(counts: list[int]) -> None:
     assert found["load/cv"] == pytest.approx(values.std() / values.mean(), abs=1e-12)
     assert found["load/diversity"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()) / len(values))
     assert found["load/dead_experts"] == (values == 0).sum()
+    assert found["load/experts"] == len(values)
 
 
 # Biases ----------------------------------------------------------------------------------------------------------

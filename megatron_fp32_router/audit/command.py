@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_fp32_router.errors import Fp32RouterError
 from megatron_fp32_router.log import printable
+from megatron_fp32_router.terminal import AUDIT, lacking, refuse
 
 #: `open_checkpoint` has the same default; this file must be importable without the `audit` extra.
 _SEARCH_LIMIT = 2 << 30
@@ -84,16 +85,15 @@ def main(arguments: argparse.Namespace) -> int:
     except BrokenPipeError:
         raise
     except ImportError as error:
-        if error.name not in ("numpy", "ml_dtypes", "safetensors"):
+        if error.name not in AUDIT:
             raise
-        return _refuse(f"{error.name} is not installed: pip install 'megatron-fp32-router[audit]'")
+        return _refuse(lacking(error.name, *AUDIT))
     except (Fp32RouterError, OSError) as error:
         return _refuse(str(error))
 
 
 def _refuse(why: str) -> int:
-    print(f"megatron-fp32-router audit: {printable(why)}", file=sys.stderr)
-    return 2
+    return refuse("audit", why)
 
 
 def _main(arguments: argparse.Namespace) -> int:
@@ -149,7 +149,7 @@ def _main(arguments: argparse.Namespace) -> int:
             from megatron_fp32_router.audit.page import page
 
             # Names in a file may hold halves of characters, which no encoding has.
-            arguments.html.write_text(page(found), encoding="utf-8", errors="backslashreplace")
+            arguments.html.write_text(page(found, _asked(arguments)), encoding="utf-8", errors="backslashreplace")
         if not arguments.json:
             report.show(found, sys.stdout)
         if arguments.router_dtype is not None:
@@ -171,6 +171,17 @@ def _main(arguments: argparse.Namespace) -> int:
     return 1 if 1 in codes else max(codes)
 
 
+def _asked(arguments: argparse.Namespace) -> dict[str, str]:
+    """The options that decide about verdicts, for the page."""
+    asked = {
+        "--against": str(arguments.against or ""),
+        "--rate": " ".join(f"{rate:g}" for rate in arguments.rate),
+        "--protect": "" if arguments.protect == "all" else arguments.protect,
+        "--for": ",".join(arguments.engines),
+    }
+    return {name: value for name, value in asked.items() if value}
+
+
 def _check_page(page: Path, path: Path) -> None:
     """Refuse a page that cannot be written, or that would replace a file of the checkpoint, before anything is read."""
     if page.is_dir() or not page.absolute().parent.is_dir():
@@ -182,8 +193,6 @@ def _check_page(page: Path, path: Path) -> None:
 
 
 def _show_fill(done: dict[str, Any], out: Path) -> None:
-    from megatron_fp32_router.log import printable
-
     print(
         f"repair: {len(done['replaced'])} router tensors replaced and {len(done['added'])} added, {done['dtype']}, "
         f"in the copy {out}"

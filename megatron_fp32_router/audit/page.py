@@ -1,71 +1,87 @@
-"""The audit as one HTML page without scripts, fonts or pictures from elsewhere."""
+"""The audit as one HTML page that loads nothing: findings, and every expert bias as it is on disk."""
 
 from __future__ import annotations
 
-from html import escape
+import math
+from collections import Counter
 from typing import TYPE_CHECKING, Final
 
+from megatron_fp32_router import pages
 from megatron_fp32_router.audit import report
+from megatron_fp32_router.pages.chart import Chart, Line, side_by_side
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from megatron_fp32_router.audit.finding import Audit
+    from megatron_fp32_router.audit.tensors import RouterTensor
 
-_STYLE: Final = """
-:root { color-scheme: light dark; --line: #8886; --good: #1a7f37; --problem: #cf222e; --unknown: #9a6700; --note: #777 }
-@media (prefers-color-scheme: dark) { :root { --good: #3fb950; --problem: #ff7b72; --unknown: #d29922; --note: #999 } }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem }
-table { border-collapse: collapse; width: 100% }
-td:nth-child(2) { white-space: nowrap }
-th, td { text-align: left; vertical-align: top; padding: .35rem .6rem; border-bottom: 1px solid var(--line) }
-td:first-child { font-family: ui-monospace, monospace; font-size: .85em; overflow-wrap: anywhere; width: 32% }
-.good, .problem, .unknown, .note { font-weight: 600 }
-.good { color: var(--good) } .problem { color: var(--problem) } .unknown { color: var(--unknown) }
-.note { color: var(--note); font-weight: 400 }
-svg { width: 100%; height: 2.2rem; display: block } svg rect { fill: currentColor; opacity: .75 }
-"""
+_ORDER: Final = ("problem", "unknown", "good", "note")
+
+#: Values that several experts share are named up to so many.
+_NAMED: Final = 3
 
 
-def page(found: Audit) -> str:
-    """The whole document."""
-    said = "".join(f"<p>{escape(line)}</p>" for line in report.summary(found)[:-1])
-    order = ("problem", "unknown", "good", "note")
-    body = "".join(
-        f"<tr><td>{escape(name)}</td><td>{escape(check)}</td>"
-        f'<td class="{verdict}">{verdict}</td><td>{escape(text)}</td></tr>'
-        for name, check, verdict, text in sorted(report.rows(found), key=lambda row: order.index(row[2]))
+def page(found: Audit, settings: Mapping[str, str] | None = None) -> str:
+    """The whole document. `settings`: what the audit was asked, by option."""
+    *read, verdict = report.summary(found)
+    rows = sorted(report.rows(found), key=lambda row: _ORDER.index(row[2]))
+    classes = [{0: "name", 2: report.STATES[verdict]} for _, _, verdict, _ in rows]
+    table = pages.table(report.COLUMNS, rows, row_classes=classes)
+    biases = [drawn for tensor in found.checkpoint.tensors if (drawn := _biases(tensor))]
+    explained = (
+        "Experts in order of their bias; the axis does not start at 0. A square is a value that several experts have, "
+        "bit for bit. Many of them, or steps as high as a spacing of bf16, are what a cast or swallowed updates leave."
     )
-    head = "".join(f"<th>{name}</th>" for name in report.COLUMNS)
-    verdict = report.summary(found)[-1]
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Router audit: {found.verdict}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style>'
-        f'<h1>Router audit</h1>{said}<p class="{found.verdict}">{escape(verdict)}</p>'
-        f"<h2>Findings</h2><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{_biases(found)}</html>\n"
+    return pages.document(
+        f"Router audit: {found.verdict}",
+        "What a checkpoint on disk says about its routers.",
+        [(report.STATES[found.verdict], "Verdict", verdict.removeprefix("verdict: "))],
+        _facts(found, read, settings or {}),
+        [
+            pages.section("Findings", table),
+            *([pages.section("Expert biases", pages.paragraph(explained), side_by_side(*biases))] if biases else []),
+        ],
     )
 
 
-def _biases(found: Audit) -> str:
-    """Every expert_bias as bars, experts in order of size: steps and plateaus show what a cast leaves."""
-    drawn = []
-    for tensor in found.checkpoint.tensors:
-        values = tensor.values
-        if tensor.kind != "expert_bias" or values is None or values.size < 2:
-            continue
-        numbers = sorted(float(value) for value in values.astype("float64").ravel())
-        low, high = numbers[0], numbers[-1]
-        if not (high - low < float("inf")) or high == low:
-            continue
-        width = 1000 / len(numbers)
-        bars = "".join(
-            f'<rect x="{i * width:.2f}" width="{width * 0.85:.2f}" y="{100 - h:.1f}" height="{h:.1f}"/>'
-            for i, h in enumerate(4 + 96 * (number - low) / (high - low) for number in numbers)
-        )
-        chart = (
-            f'<svg viewBox="0 0 1000 100" preserveAspectRatio="none" role="img" '
-            f'aria-label="{len(numbers)} biases from {low:.6g} to {high:.6g}">{bars}</svg>'
-        )
-        drawn.append(f"<tr><td>{escape(tensor.name)}</td><td>{low:.6g} to {high:.6g}</td><td>{chart}</td></tr>")
-    if not drawn:
+def _facts(found: Audit, read: list[str], settings: Mapping[str, str]) -> dict[str, str]:
+    tensors = found.checkpoint.tensors
+    experts = sum(
+        tensor.values.size for tensor in tensors if tensor.kind == "expert_bias" and tensor.values is not None
+    )
+    return {
+        "Megatron": "a checkpoint does not say which version wrote it",
+        "Checkpoint": read[0],
+        **({"Compared with": read[1].removeprefix("against ")} if len(read) > 1 else {}),
+        "Settings": ", ".join(f"{name} {value}" for name, value in settings.items()) or "none, all by default",
+        "Sample": f"all {len(tensors)} router tensors, with {experts:,} expert biases"
+        if tensors
+        else "no router tensor",
+    }
+
+
+def _biases(tensor: RouterTensor) -> str:
+    """Every bias of a router, sorted: steps and plateaus show what a cast leaves."""
+    if tensor.kind != "expert_bias" or tensor.values is None or tensor.values.size < 2:
         return ""
-    return "<h2>Expert biases, sorted</h2><table><tbody>" + "".join(drawn) + "</tbody></table>"
+    everything = [float(value) for value in tensor.values.astype("float64").ravel()]
+    numbers = sorted(value for value in everything if math.isfinite(value))
+    if not numbers:
+        return ""
+    shared = {value: times for value, times in Counter(numbers).items() if times > 1}
+    most = sorted(shared, key=lambda value: -shared[value])
+    named = ", ".join(f"{shared[value]} are {value:.9g}" for value in most[:_NAMED])
+    more = f", and {len(most) - _NAMED} more values are shared" if len(most) > _NAMED else ""
+    said = f"{len(numbers)} biases from {numbers[0]:.9g} to {numbers[-1]:.9g}; "
+    said += f"{named}{more}." if shared else "no two are equal."
+    if len(numbers) < len(everything):
+        said += f" {len(everything) - len(numbers)} more are not finite, and are not drawn."
+    apart = [math.nan if value in shared else value for value in numbers]
+    equal = [value if value in shared else math.nan for value in numbers]
+    lines = (
+        Line("a value of its own", apart, "s1", marker="circle", width=0, digits=9),
+        Line("shared by several", equal, "s3", marker="square", width=0, digits=9),
+    )
+    x = range(1, len(numbers) + 1)
+    return Chart(tensor.name, said, said, "expert, by size of its bias", x, "expert_bias", lines).html()

@@ -7,11 +7,13 @@ import time
 from typing import TYPE_CHECKING, Final, TextIO
 
 from megatron_fp32_router.log import printable
+from megatron_fp32_router.terminal import painted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from megatron_fp32_router.audit.finding import Audit, Finding
+    from megatron_fp32_router.pages import State
 
 #: Tables of large models are cut here; --json and --html have everything.
 MAX_ROWS: Final = 400
@@ -19,6 +21,9 @@ MAX_ROWS: Final = 400
 COLUMNS: Final = ("tensor", "question", "verdict", "answer")
 
 _STYLES: Final = {"good": "green", "problem": "bold red", "unknown": "yellow", "note": "dim"}
+
+#: What pages and terminal.py call a verdict.
+STATES: Final[Mapping[str, State]] = {"good": "good", "problem": "bad", "unknown": "unknown", "note": "note"}
 
 _VERDICTS: Final = {
     "good": "good: nothing speaks against these routers",
@@ -121,8 +126,10 @@ def show(found: Audit, out: TextIO) -> None:
         out.write(captured.get())
     if len(table) > len(shown):
         print(f"… and {len(table) - len(shown)} more rows: see --json or --html", file=out)
-    for line in summary(found):
+    *read, verdict = summary(found)
+    for line in read:
         print(printable(line), file=out)
+    print(painted(verdict, STATES[found.verdict]), file=out)
 
 
 def progress(out: TextIO) -> Callable[[int, str], None]:

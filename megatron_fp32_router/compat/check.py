@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +27,7 @@ from megatron_fp32_router.patching.record import AREAS, USUAL
 from megatron_fp32_router.patching.records import PATCHES
 from megatron_fp32_router.patching.source import Tree, UnreadableSourceError
 from megatron_fp32_router.settings import PREFIX
+from megatron_fp32_router.terminal import painted, tell
 from megatron_fp32_router.version import __version__
 
 if TYPE_CHECKING:
@@ -320,7 +320,7 @@ def _accept(report: Report, arguments: argparse.Namespace) -> None:
 
 def _print(report: Report, form: str) -> None:
     if report.unknown:
-        print(f"megatron-fp32-router check: {report.unknown}", file=sys.stderr)
+        tell("check", report.unknown)
     if form == "json":
         print(json.dumps(report.to_json(), indent=1))
     elif form == "github":
@@ -368,7 +368,7 @@ def _print_table(report: Report) -> None:
         table(("probe", "holds", "detail"), tried)
     for sentence in (*report.problems, *report.notes):
         print(f"- {sentence}")
-    print(_summary(report))
+    print(painted(_summary(report), {"fits": "good", "does not fit": "bad", "unknown": "unknown"}[report.verdict]))
     if report.unfit and report.probe is None and all(t.patchable for t in report.unfit):
         print("What has drifted may be harmless: `check --accept` trains on this tree and records it if it is.")
 

@@ -25,11 +25,18 @@ from megatron_fp32_router.patching.record import USUAL, Patch
 from megatron_fp32_router.patching.records import PATCHES
 from megatron_fp32_router.patching.source import Tree, UnreadableSourceError
 from megatron_fp32_router.settings import PREFIX, Settings, from_environment
+from megatron_fp32_router.terminal import painted
 from megatron_fp32_router.version import __version__
 
 Level: TypeAlias = Literal["ok", "note", "problem", "unknown"]
 
-_SIGNS: Final[dict[Level, str]] = {"ok": "ok", "note": "--", "problem": "!!", "unknown": "??"}
+#: How each level is marked, and painted.
+_SIGNS: Final[dict[Level, tuple[str, str]]] = {
+    "ok": ("ok", "good"),
+    "note": ("--", "note"),
+    "problem": ("!!", "bad"),
+    "unknown": ("??", "unknown"),
+}
 
 
 @dataclass(frozen=True)
@@ -169,9 +176,11 @@ def _look_at_libraries(found: Diagnosis) -> None:
             fits = environment.WRAPT.contains(library.version, prereleases=True)
             needed = "" if fits else f"; {environment.WRAPT} is needed: {sys.executable} -m pip install 'wrapt>=2.4,<3'"
             found.add("ok" if fits else "problem", library.name, text + needed)
+        elif library.path is None and library.name == "TransformerEngine":
+            found.add("note", library.name, "not here")
         elif library.path is None:
-            absent = "not here" if library.name == "TransformerEngine" else "not here, and Megatron needs it"
-            found.add("note", library.name, absent)
+            hint = f"{sys.executable} -m pip install {library.name}"
+            found.add("problem", library.name, f"not here, and nothing trains without it: {hint}")
         else:
             found.add("ok", library.name, text)
 
@@ -257,7 +266,8 @@ def _look_at_patches(found: Diagnosis, judge: Judge, targets: list[Target]) -> N
         if off:
             found.patches.append((patch, "off", ""))
         elif needless is not None and not unfit:
-            found.patches.append((patch, "native", patch.why_needless(needless)))
+            state = "n/a" if needless == "absent" else "native"
+            found.patches.append((patch, state, patch.why_needless(needless)))
         elif unfit:
             worst = unfit[0]
             found.patches.append((patch, "drifted", f"{worst.dotted} {_what(worst)}; {worst.file}:{worst.line}"))
@@ -293,10 +303,23 @@ def _what(target: Target) -> str:
     return "does not exist" if target.state == "missing" else "has changed"
 
 
+def _brief(findings: list[Finding]) -> list[Finding]:
+    """The same, with all good libraries in one line and without their folders: paths are long, a screen is small."""
+    names = {library.name for library in environment.libraries()}
+    good = [finding for finding in findings if finding.about in names and finding.level == "ok"]
+    if not good:
+        return findings
+    text = ", ".join(f"{finding.about} {finding.text.partition(' (')[0]}" for finding in good)
+    at = findings.index(good[0])
+    rest = [finding for finding in findings if finding not in good]
+    return [*rest[:at], Finding("ok", "libraries", f"{text} (--verbose: where)"), *rest[at:]]
+
+
 def _print(found: Diagnosis, *, verbose: bool) -> None:
-    width = max(len(finding.about) for finding in found.findings)
-    for finding in found.findings:
-        print(f"{_SIGNS[finding.level]}  {finding.about:<{width}}  {finding.text}")
+    listed = found.findings if verbose else _brief(found.findings)
+    width = max(len(finding.about) for finding in listed)
+    for finding in listed:
+        print(f"{painted(*_SIGNS[finding.level])}  {finding.about:<{width}}  {finding.text}")
     shown = [entry for entry in found.patches if verbose or entry[1] == "drifted"]
     if shown:
         table(
@@ -319,9 +342,9 @@ def _print(found: Diagnosis, *, verbose: bool) -> None:
         table(head, _measured(found.device))
     problems = [finding for finding in found.findings if finding.level == "problem"]
     if problems:
-        print(f"{len(problems)} problem{'s' if len(problems) != 1 else ''}, marked with !!")
+        print(painted(f"{len(problems)} problem{'s' if len(problems) != 1 else ''}, marked with !!", "bad"))
     elif found.code == 2:
         seen = "Not everything" if found.patches else "No Megatron"
-        print(f"{seen} could be looked at: see ??")
+        print(painted(f"{seen} could be looked at: see ??", "unknown"))
     else:
-        print("Nothing stands in the way of the plugin.")
+        print(painted("Nothing stands in the way of the plugin.", "good"))

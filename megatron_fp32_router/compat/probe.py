@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 import tempfile
 import threading
 import time
@@ -23,6 +22,7 @@ from megatron_fp32_router.patching import accepted
 from megatron_fp32_router.patching.judge import Target
 from megatron_fp32_router.patching.record import USUAL
 from megatron_fp32_router.settings import PREFIX
+from megatron_fp32_router.terminal import lacking, tell
 
 #: Areas of which nothing is tried, and why.
 _NOT_TRIED: Final = {
@@ -88,10 +88,8 @@ def run(
     """
     for name in ("torch", "numpy"):
         if importlib.util.find_spec(name) is None:
-            raise Fp32RouterError(
-                f"--probe trains a tiny model, and {name} is not installed: "
-                f"{sys.executable} -m pip install 'megatron-fp32-router[lab]'"
-            )
+            needed = ("torch", "numpy", "psutil", "pyyaml", "rich")  # the `lab` extra
+            raise Fp32RouterError(f"--probe trains a tiny model, and {lacking(name, *needed)}")
     from megatron_fp32_router.compat import probe_areas, probe_run
     from megatron_fp32_router.lab import RankFailedError, RanksTimedOutError, run_ranks
 
@@ -166,7 +164,7 @@ class _Shown:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> None:
-        print("probe: starting Megatron; it takes a minute or two …", file=sys.stderr, flush=True)
+        tell("check", "the probe is starting Megatron; it takes a minute or two …")
         self._thread.start()
 
     def __exit__(self, *_: object) -> None:
@@ -178,5 +176,5 @@ class _Shown:
         while not self._finished.wait(0.2):
             stages = _lines(self._progress)
             for stage in stages[shown:]:
-                print(f"probe, {time.monotonic() - start:.0f} s: {stage} …", file=sys.stderr, flush=True)
+                tell("check", f"probe, {time.monotonic() - start:.0f} s: {stage} …")
             shown = len(stages)

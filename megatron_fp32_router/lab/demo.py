@@ -1,19 +1,18 @@
 """The demo: the same tiny mixture of experts trained on real text, without the plugin and with it.
 
-Each run is a process of its own, from the same seed. demo_run.py is what happens in it, demo_report.py what
-comes out of it, demo_page.py how that looks.
+Off and on are processes of their own that run beside each other, each from the same seeds. demo_run.py is what happens
+in them, demo_report.py what comes out, demo_page.py and demo_picture.py how that looks.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
-import re
-import sys
 import tempfile
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,14 +21,18 @@ from megatron_fp32_router.lab import demo_page as drawn
 from megatron_fp32_router.lab import demo_report as report
 from megatron_fp32_router.lab.recipe import LabError, Recipe
 from megatron_fp32_router.patching.megatron import read_version
+from megatron_fp32_router.terminal import tell
 from megatron_fp32_router.version import __version__
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 
-STEPS: Final = 150
+STEPS: Final = 45
+
+#: How often each training is repeated from other draws: what differs from one to the next is noise.
+SEEDS: Final = 3
 
 
 def recipe_for_demo() -> Recipe:
@@ -42,15 +45,15 @@ def recipe_for_demo() -> Recipe:
         experts=8,
         topk=2,
         seq_length=64,
-        micro_batch=32,
-        micro_batches=8,
+        micro_batch=64,
+        micro_batches=4,
         lr=5e-4,
         bias_start=0.75,
         bias_rate=1e-3,
     )
 
 
-def _choices(recipe: Recipe, steps: int) -> list[list[str]]:
+def _choices(recipe: Recipe, steps: int, seeds: int) -> list[list[str]]:
     """What the output says about the recipe: [what, why]."""
     return [
         [
@@ -68,8 +71,13 @@ def _choices(recipe: Recipe, steps: int) -> list[list[str]]:
         ],
         ["Bytes of Python's own standard library", "Real text that every machine with Python has."],
         [
-            f"Seed {recipe.seed}, twice",
-            "Both runs start from the same draws; with the plugin the router's weight keeps all its bits.",
+            f"{seeds} seed{'' if seeds == 1 else 's'}, each off and on",
+            "Off and on start from the same draws; with the plugin the router's weight keeps all its bits. Other seeds "
+            "show how much a training differs by chance alone.",
+        ],
+        [
+            "An update is exact",
+            "If the bias is, bit for bit, what one fp32 addition of the rate gives. Nothing is tolerated.",
         ],
         [
             "The fp64 computation",
@@ -82,35 +90,38 @@ def _choices(recipe: Recipe, steps: int) -> list[list[str]]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the demo's options to a command's parser."""
-    parser.add_argument("--megatron", metavar="PATH", required=True, help="the folder that holds megatron/")
+    parser.add_argument(
+        "--megatron",
+        metavar="PATH",
+        action="append",
+        required=True,
+        help="the folder that holds megatron/; repeat it to see several side by side",
+    )
     add_shared_arguments(parser)
 
 
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that scripts/demo hands on as they are."""
     parser.add_argument("--steps", default=str(STEPS), metavar="N", help=f"training steps a run (default {STEPS})")
+    parser.add_argument("--seeds", default=str(SEEDS), metavar="N", help=f"repetitions of each run (default {SEEDS})")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument("--out", default="demo", metavar="DIR", help="where the page goes (default ./demo)")
-    parser.add_argument(
-        "--picture",
-        metavar="PATH",
-        help="also draw one expert's bias as a PNG, beside the oldest other release that --out has a run of",
-    )
+    parser.add_argument("--picture", metavar="PATH", help="also draw README's picture, a PNG")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Train twice, compare, print and write.
+    """Train, compare, print and write.
 
     Returns:
         0; 1 if an update was wrong or a tensor below fp32 with the plugin on, or a run broke off; 2 for
         bad input.
     """
     try:
-        tree, version, steps, out = _checked(arguments)
+        trees, steps, seeds, out = _checked(arguments)
     except LabError as error:
         return _refuse(str(error))
     try:
-        data = _collect(tree, version, steps)
+        data = _collect(trees, steps, seeds)
     except Fp32RouterError as error:
         return _refuse(str(error), code=1)
     try:
@@ -125,79 +136,91 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _refuse(reason: str, code: int = 2) -> int:
-    print(f"demo: {reason}", file=sys.stderr)
+    tell("demo", reason)
     return code
 
 
-def _checked(arguments: argparse.Namespace) -> tuple[Path, str, int, Path]:
-    """(tree, Megatron's version, steps, folder for the page), or a LabError of one line."""
-    tree = Path(arguments.megatron)
-    if not (tree / "megatron" / "core").is_dir():
-        raise LabError(f"--megatron {tree}: there is no megatron/core in it")
-    if not arguments.steps.isdecimal() or int(arguments.steps) < 1:
-        raise LabError(f"--steps {arguments.steps}: expected a whole number of at least 1")
+def _checked(arguments: argparse.Namespace) -> tuple[dict[str, Path], int, int, Path]:
+    """(version -> tree, steps, seeds, folder for the page), or a LabError of one line."""
+    trees: dict[str, Path] = {}
+    for tree in map(Path, arguments.megatron):
+        if not (tree / "megatron" / "core").is_dir():
+            raise LabError(f"--megatron {tree}: there is no megatron/core in it")
+        version = str(read_version(tree / "megatron" / "core" / "package_info.py") or "of unknown version")
+        if version in trees:
+            raise LabError(f"--megatron {tree}: {version} is there already, from {trees[version]}")
+        trees[version] = tree
+    for option in ("steps", "seeds"):
+        given = getattr(arguments, option)
+        if not given.isdecimal() or int(given) < 1:
+            raise LabError(f"--{option} {given}: expected a whole number of at least 1")
     out = Path(arguments.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LabError(f"--out {out}: {error.strerror}") from error
-    version = read_version(tree / "megatron" / "core" / "package_info.py")
-    return tree, str(version or "of unknown version"), int(arguments.steps), out
+    return trees, int(arguments.steps), int(arguments.seeds), out
 
 
-def _collect(tree: Path, version: str, steps: int) -> dict[str, Any]:
-    """Both runs and everything that describes them: the data of demo_report.py."""
+def _collect(trees: Mapping[str, Path], steps: int, seeds: int) -> dict[str, Any]:
+    """All runs and everything that describes them: the data of demo_report.py."""
     recipe = recipe_for_demo()
-    runs = {name: _run(tree, recipe, steps, plugin=name == "on") for name in report.RUNS}
+    numbers = [recipe.seed + i for i in range(seeds)]
+    releases = [{"megatron": version, **_run(version, tree, recipe, steps, numbers)} for version, tree in trees.items()]
     return {
-        "megatron": version,
-        "torch": runs["off"]["torch"],
+        "torch": releases[0]["off"][0]["torch"],
         "python": platform.python_version(),
         "plugin": __version__,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "steps": steps,
+        "seeds": numbers,
         "recipe": recipe.to_json(),
-        "choices": _choices(recipe, steps),
-        **runs,
+        "choices": _choices(recipe, steps, seeds),
+        "releases": releases,
     }
 
 
-def _run(tree: Path, recipe: Recipe, steps: int, plugin: bool) -> dict[str, Any]:
+def _run(version: str, tree: Path, recipe: Recipe, steps: int, seeds: list[int]) -> dict[str, Any]:
+    """Off and on, at the same time: one process computes on one core, and most machines have two."""
     from megatron_fp32_router.lab import run_ranks
 
     with tempfile.TemporaryDirectory() as folder:
-        progress = Path(folder) / "progress"
-        with _shown(progress, steps, f"plugin {'on' if plugin else 'off'}"):
+        files = {name: Path(folder) / name for name in report.RUNS}
+
+        def train(name: str) -> list[dict[str, Any]]:
             results = run_ranks(
                 "megatron_fp32_router.lab.demo_run:train",
                 recipe,
-                {"steps": steps, "progress": str(progress)},
+                {"steps": steps, "seeds": seeds, "progress": str(files[name])},
                 megatron=tree,
-                plugin=plugin,
-                # One rank has the machine to itself.
-                env={"OMP_NUM_THREADS": str(min(4, os.cpu_count() or 1))},
+                plugin=name == "on",
                 # Never reached on a machine that works; a hundred times what a step takes there.
-                timeout=300.0 + 30.0 * steps,
+                timeout=300.0 + 30.0 * steps * len(seeds),
             )
-    result: dict[str, Any] = results[0]
-    return result
+            result: list[dict[str, Any]] = results[0]
+            return result
+
+        labels = {f"{version}, plugin {name}": file for name, file in files.items()}
+        with _shown(labels, steps * len(seeds)), ThreadPoolExecutor(len(files)) as threads:
+            return dict(zip(files, threads.map(train, files), strict=True))
 
 
 @contextlib.contextmanager
-def _shown(progress: Path, steps: int, what: str) -> Iterator[None]:
-    """Show on standard error how far the worker, which writes a line a step into `progress`, has come."""
+def _shown(files: Mapping[str, Path], steps: int) -> Iterator[None]:
+    """Show on standard error how far the workers, each of which writes a line a step into its file, have come."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     finished = threading.Event()
-    with Progress(*columns, TextColumn("{task.fields[loss]}"), console=Console(stderr=True)) as bar:
-        task = bar.add_task(f"{what:<10}", total=steps, loss="starting")
+    with Progress(*columns, TextColumn("{task.fields[loss]}"), console=Console(stderr=True)) as bars:
+        tasks = {label: bars.add_task(label, total=steps, loss="starting") for label in files}
 
         def look() -> None:
-            lines = progress.read_text(encoding="utf-8").splitlines() if progress.exists() else []
-            if lines and len(lines[-1].split()) == 2:
-                step, loss = lines[-1].split()
-                bar.update(task, completed=int(step), loss=f"loss {loss}")
+            for label, file in files.items():
+                lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
+                if lines:
+                    bars.update(tasks[label], completed=len(lines), loss=f"loss {lines[-1]}")
 
         def watch() -> None:
             while not finished.wait(0.25):
@@ -215,43 +238,53 @@ def _shown(progress: Path, steps: int, what: str) -> Iterator[None]:
 
 def _figures(data: dict[str, Any]) -> dict[str, Any]:
     """What --json prints: everything but the curves."""
-    return {
-        key: {name: value for name, value in entry.items() if name != "series"} if key in report.RUNS else entry
-        for key, entry in data.items()
-    }
+
+    def without_curves(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{key: value for key, value in run.items() if key != "series"} for run in runs]
+
+    releases = [
+        {"megatron": release["megatron"], **{name: without_curves(release[name]) for name in report.RUNS}}
+        for release in data["releases"]
+    ]
+    return data | {"releases": releases}
 
 
 def _write(data: dict[str, Any], out: Path, picture: str | None) -> list[Path]:
     """Write the page, the data behind it, and the picture if one is wanted."""
-    name = data["megatron"].replace(" ", "-")
-    page, kept = out / f"demo-{name}.html", out / f"demo-{name}.json"
+    page = out / "demo.html"
     page.write_text(drawn.render(data), encoding="utf-8")
-    kept.write_text(json.dumps(data), encoding="utf-8")
-    written = [page]
-    if picture is not None:
-        others = [json.loads(path.read_text(encoding="utf-8")) for path in out.glob("demo-*.json") if path != kept]
-        others.sort(key=lambda other: [int(part) for part in re.findall(r"\d+", other["megatron"])])
-        drawn.picture([*others[:1], data], Path(picture))
-        written.append(Path(picture))
-    return written
+    page.with_suffix(".json").write_text(json.dumps(data), encoding="utf-8")
+    if picture is None:
+        return [page]
+    from megatron_fp32_router.lab import demo_picture
+
+    demo_picture.draw(data, Path(picture))
+    return [page, Path(picture)]
 
 
 def _print(data: dict[str, Any], written: list[Path]) -> None:
+    """The story first: what happened, then the figures, then what was run."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console()
-    table = Table(title=f"Megatron-Core {data['megatron']}, {data['steps']} steps, off beside on", title_justify="left")
-    table.add_column("")
-    table.add_column("plugin off", style="red")
-    table.add_column("plugin on", style="green")
+    for state, about, sentence in report.findings(data):
+        style = "green" if state == "good" else "red"
+        console.print(Text.assemble((about, f"bold {style}"), f": {sentence}"))
+    console.print()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in report.header(data):
+        shade = {"off": "yellow", "on": "blue"}.get(name.rpartition(" ")[2])
+        table.add_column(name, style=shade, min_width=0 if name else 26)
     for row in report.rows(data):
         table.add_row(*row)
     console.print(table)
-    for sentence in report.findings(data):
+    for sentence in report.outcomes(data):
         console.print(f"- {sentence}", highlight=False)
     console.print("\nWhat was run, and why:", highlight=False)
     for what, why in data["choices"]:
         console.print(f"- {what}. {why}", highlight=False)
-    seconds = sum(data[name]["seconds"] for name in report.RUNS)
-    console.print(f"\n{seconds:.0f} s of training. Written: {', '.join(map(str, written))}", highlight=False)
+    seconds = sum(run["cpu_seconds"] for release in data["releases"] for name in report.RUNS for run in release[name])
+    console.print(f"\n{seconds:.0f} CPU seconds of training. Written: {', '.join(map(str, written))}", highlight=False)

@@ -1,170 +1,157 @@
-"""What the demo found, as one self-contained HTML page and as a picture. Functions of the data of demo_report.py."""
+"""What the demo found, as one self-contained HTML page. Functions of the data of demo_report.py."""
 
 from __future__ import annotations
 
-import html
-from typing import TYPE_CHECKING, Any
+from html import escape
+from typing import TYPE_CHECKING, Any, Final
 
-from megatron_fp32_router.drawing import COLOURS, CSS, as_svg, new_figure, style
-from megatron_fp32_router.lab.demo_report import RUNS, findings, protected, rows, stopped, worst
+from megatron_fp32_router import pages
+from megatron_fp32_router.lab import demo_report as report
+from megatron_fp32_router.lab.demo_report import FATES, RUNS
+from megatron_fp32_router.pages.chart import Band, Chart, Line, side_by_side
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Sequence
+
+#: How a run is drawn, on every chart: dashes and marker, beside the colour that has its name.
+_DASHES: Final[dict[str, tuple[int, ...]]] = {"off": (7, 4), "on": ()}
+_MARKERS: Final = {"off": "square", "on": "circle"}
+
+#: CSS classes of page.css, by fate.
+_LOOKS: Final = {"exact": "exactly", "wrong_size": "short", "reversed": "reversed", "stuck": "swallowed"}
+
+_STEP: Final = "training step"
 
 
-def _bias_lines(axis: Any, data: dict[str, Any], layer: int, expert: int) -> None:
+def _over_seeds(runs: list[dict[str, Any]], key: str) -> list[tuple[float, float, float]]:
+    """(smallest, mean, largest) over seeds, for each step."""
+    columns = zip(*(run["series"][key] for run in runs), strict=True)
+    return [(min(values), sum(values) / len(values), max(values)) for values in columns]
+
+
+def _banded(data: dict[str, Any], release: dict[str, Any], key: str, title: str, label: str, caption: str) -> str:
+    """Off and on: the mean of the seeds, and a band from the smallest to the largest."""
+    lines, bands, said = [], [], []
+    for name in RUNS:
+        low, mean, high = zip(*_over_seeds(release[name], key), strict=True)
+        lines.append(Line(f"plugin {name}", mean, name, name, _DASHES[name], _MARKERS[name]))
+        if len(release[name]) > 1:
+            lines += [
+                Line(f"{name}: {which} seed", values, name, width=0.75)
+                for which, values in (("lowest", low), ("highest", high))
+            ]
+            bands.append(Band(f"{name}: lowest seed", f"{name}: highest seed", name))
+        said.append(f"plugin {name}: from {min(low):.4g} to {max(high):.4g}")
+    return Chart(
+        f"Megatron-Core {release['megatron']}: {title}",
+        caption,
+        f"{'; '.join(said)}.",
+        _STEP,
+        range(1, data["steps"] + 1),
+        label,
+        lines,
+        bands,
+        from_zero=key != "loss",
+    ).html()
+
+
+def _bias(data: dict[str, Any], release: dict[str, Any]) -> str:
     """One expert's bias: what exact counts ask for and what happened, without the plugin and with it."""
-    off, on = data["off"]["series"], data["on"]["series"]
-    steps = range(len(off["bias"][layer][expert]))
-    axis.plot(
-        steps,
-        off["exact"][layer][expert],
-        color=COLOURS["exact"][0],
-        ls=(0, (4, 2)),
-        label="due by exact counts, plugin off",
-    )
-    axis.plot(steps, off["bias"][layer][expert], color=COLOURS["off"][0], label="plugin off")
-    axis.plot(steps, on["bias"][layer][expert], color=COLOURS["on"][0], label="plugin on")
-    axis.plot(
-        steps,
-        on["exact"][layer][expert],
-        color=COLOURS["ink"][0],
-        ls=(0, (1, 3)),
-        lw=1.2,
-        label="due by exact counts, plugin on",
-    )
-    axis.set_xlim(0, len(steps) - 1)
+    seed, layer, expert = report.worst(release)
+    lines, said = [], []
+    for name in RUNS:
+        series = release[name][seed]["series"]
+        happened, due = series["bias"][layer][expert], series["exact"][layer][expert]
+        lines.append(Line(f"plugin {name}", happened, name, name, _DASHES[name], _MARKERS[name], digits=7))
+        lines.append(Line(f"due, plugin {name}", due, "exact", "" if name == "on" else "due", (1, 3), digits=7))
+        said.append(f"plugin {name}: {happened[-1]:.6f} at the end, {due[-1]:.6f} was due")
+    lost = release["off"][seed]["series"]["wrong"][layer][expert]
+    name = release["off"][seed]["series"]["layers"][layer]
+    return Chart(
+        f"Megatron-Core {release['megatron']}: the bias of one expert",
+        f"Expert {expert} of {name}, seed {data['seeds'][seed]}, the one that loses most: {lost} updates lost or "
+        "turned around. “Due” is integer arithmetic on the tokens that this very run routed. The runs part because "
+        "they route differently.",
+        f"{'; '.join(said)}.",
+        _STEP,
+        range(data["steps"] + 1),
+        "expert_bias",
+        lines,
+    ).html()
 
 
-def _biases(data: dict[str, Any]) -> str:
-    layer, _ = worst(data)
-    experts = len(data["off"]["series"]["bias"][layer])
-    columns = 4 if experts >= 4 else experts
-    lines = -(-experts // columns)
-    figure, axes = new_figure(10, 2.1 * lines + 0.5, lines, columns, sharex=True, sharey=True)
-    for expert, axis in enumerate(axes.flat):
-        if expert >= experts:
-            axis.set_visible(False)
-            continue
-        _bias_lines(axis, data, layer, expert)
-        wrong = data["off"]["series"]["wrong"][layer][expert]
-        axis.set_title(f"expert {expert}: {wrong} wrong")
-    for axis in axes[-1]:
-        axis.set_xlabel("step")
-    for line in axes:
-        line[0].set_ylabel("expert_bias")
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper left", ncols=4)
-    return as_svg(figure, "bias")
+def _updates(data: dict[str, Any]) -> str:
+    """Updates due and what became of them: a bar for each run, and the figures in words."""
+    bars = []
+    for release in data["releases"]:
+        for name in RUNS:
+            runs = release[name]
+            due = report.total(runs, "expected")
+            parts = [(key, report.total(runs, key), words) for key, words in FATES]
+            said = ", ".join(f"{count:,} {words}" for _, count, words in parts if count) or "none"
+            pieces = "".join(
+                f'<i class="{_LOOKS[key]}" style="flex: {count} 0 0"></i>' for key, count, _ in parts if count
+            )
+            title = f"Megatron-Core {release['megatron']}, plugin {name}: {due:,} updates due"
+            bars.append(
+                f'<div><strong class="{name}">{escape(title)}</strong><br>{escape(said)}'
+                f'<div class="bar" role="img" aria-label="{escape(f"{title}; {said}.")}">{pieces}</div></div>'
+            )
+    key = " ".join(f'<span><i class="key {_LOOKS[fate]}"></i>{escape(words)}</span>' for fate, words in FATES)
+    return f'<div class="share">{"".join(bars)}<p class="soft">{key}</p></div>'
 
 
-def _series(axis: Any, data: dict[str, Any], key: str) -> None:
-    """`key` over steps, both runs; on the counter's error, also the steps in which an update went wrong."""
-    for run in RUNS:
-        values, steps = data[run]["series"][key], range(1, data["steps"] + 1)
-        axis.plot(steps, values, color=COLOURS[run][0], label=f"plugin {run}")
-        wrong = [(step, values[step - 1]) for step in steps if data[run]["series"]["wrong_at"][step - 1]]
-        if key == "count_error" and wrong and not stopped(data):  # there it is every step
-            label = f"an update went wrong (plugin {run})"
-            axis.plot(*zip(*wrong, strict=True), "x", color=COLOURS["ink"][0], ms=7, mew=1.8, label=label)
-    axis.set_xlabel("training step")
-    axis.set_ylim(bottom=-0.02 * axis.get_ylim()[1])  # a line at 0 is drawn whole
-    axis.set_xlim(1, max(2, data["steps"]))
-
-
-def _curves(data: dict[str, Any], key: str, label: str) -> str:
-    figure, axes = new_figure(10, 2.9)
-    _series(axes[0, 0], data, key)
-    axes[0, 0].set_ylabel(label)
-    figure.legend(loc="outside upper left", ncols=4)
-    return as_svg(figure, key.replace("_", "-"))
-
-
-def picture(several: list[dict[str, Any]], path: Path) -> None:
-    """Write the picture for README's first screen: one panel for each run in `several`.
-
-    Where updates are swallowed the panel shows one expert's bias, elsewhere the counter that turns updates around.
-
-    Raises:
-        OSError: `path` cannot be written.
-    """
-    import matplotlib
-
-    with matplotlib.rc_context(style() | {"font.size": 11, "axes.titlesize": 12, "lines.linewidth": 2.2}):
-        figure, axes = new_figure(6.2 * len(several) + (0.8 if len(several) == 1 else 0), 4.6, 1, len(several))
-        figure.patch.set_alpha(1)
-        figure.patch.set_facecolor("white")
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.04)
-        for axis, data in zip(axes.flat, several, strict=True):
-            updates = data["off"]["updates"]
-            if stopped(data):
-                _bias_lines(axis, data, *worst(data))
-                axis.set_xlabel("training step")
-                axis.set_ylabel("expert_bias of one expert")
-                axis.margins(y=0.12)
-                what = f"bf16 swallows {updates['stuck']:,} of {updates['expected']:,} bias updates whole"
-            else:
-                _series(axis, data, "count_error")
-                axis.set_ylabel("counting error, tokens (worst expert)")
-                axis.set_ylim(top=1.35 * max(1.0, data["off"]["count_error"]))
-                what = f"bf16 miscounts tokens: {updates['wrong']:,} bias updates go wrong"
-            axis.set_title(f"Megatron-Core {data['megatron']}\n{what}", fontweight="bold", pad=10)
-            axis.legend(loc="best" if stopped(data) else "upper left")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150, format="png")
+def _outcomes(data: dict[str, Any]) -> str:
+    caption = "The line is the mean of the seeds, the band reaches from the smallest to the largest."
+    charts: Sequence[str] = [
+        _banded(data, release, key, title, label, caption)
+        for key, title, label in (
+            ("max_vio", "load violation", "MaxVio, mean of layers"),
+            ("loss", "loss", "nats per byte"),
+        )
+        for release in data["releases"]
+    ]
+    points: list[tuple[pages.State, str]] = [("note", sentence) for sentence in report.outcomes(data)]
+    return pages.bullets(points) + side_by_side(*charts)
 
 
 def render(data: dict[str, Any]) -> str:
-    """The page: findings, table and drawings of `data` in one HTML document that loads nothing."""
-    import matplotlib
-
-    e = html.escape
-    layer, _ = worst(data)
-    layer_name = data["off"]["series"]["layers"][layer]
-    with matplotlib.rc_context(style()):
-        drawings = [
-            (
-                "The bias of every expert",
-                _biases(data),
-                f"Router {layer_name}, where most went wrong. “Due” is NumPy int64 arithmetic on the tokens "
-                "that this very run routed: solid on top of dashed means right. The runs part because they "
-                "route differently.",
-            ),
-            (
-                "Load violation",
-                _curves(data, "max_vio", "MaxVio, mean of layers"),
-                "Tokens of the busiest expert over its fair share, minus one. 0 is perfect balance.",
-            ),
-            (
-                "Error of the token counter",
-                _curves(data, "count_error", "tokens, worst expert"),
+    """The page: the story, then the figures, then what was run."""
+    releases = data["releases"]
+    counter = side_by_side(
+        *(
+            _banded(
+                data,
+                release,
+                "count_error",
+                "error of the token counter",
+                "tokens, worst expert",
                 "What the counter holds when the balancer reads it, against the true count.",
-            ),
-        ]
-    body = "".join(
-        f"<h2>{e(title)}</h2><figure>{svg}<figcaption>{e(caption)}</figcaption></figure>"
-        for title, svg, caption in drawings
+            )
+            for release in releases
+        )
     )
-    table = "".join(
-        f"<tr><th scope=row>{e(what)}</th><td class=off>{e(off)}</td><td class=on>{e(on)}</td></tr>"
-        for what, off, on in rows(data)
-    )
-    good = protected(data)
-    verdict = (
-        "With the plugin on, every update was right and every router tensor fp32 or wider."
-        if good
-        else "With the plugin on, something was still wrong. See below."
-    )
-    points = "".join(f"<li>{e(sentence)}</li>" for sentence in findings(data))
-    choices = "".join(f"<dt>{e(what)}</dt><dd>{e(why)}</dd>" for what, why in data["choices"])
-    return (
-        "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
-        '<meta name=viewport content="width=device-width, initial-scale=1">'
-        f"<title>Router precision, Megatron-Core {e(data['megatron'])}</title><style>{CSS}</style></head>"
-        f"<body><h1>What bf16 does to a router</h1><p class=soft>Megatron-Core {e(data['megatron'])}, the "
-        f"same {data['steps']} steps from one seed, without and with megatron-fp32-router "
-        f"{e(data['plugin'])}. PyTorch {e(data['torch'])}, Python {e(data['python'])}.</p>"
-        f'<p class="verdict{"" if good else " bad"}">{e(verdict)}</p><ul>{points}</ul>'
-        "<h2>Off beside on</h2><div class=wide><table><thead><tr><th></th><th>plugin off</th>"
-        f"<th>plugin on</th></tr></thead><tbody>{table}</tbody></table></div>{body}<h2>What was run, "
-        f"and why</h2><dl>{choices}</dl></body></html>\n"
+    seeds = ", ".join(map(str, data["seeds"]))
+    columns = [name for _ in releases for name in RUNS]
+    table = pages.table(report.header(data), report.rows(data), classes=dict(enumerate(columns, 1)))
+    choices = "".join(f"<dt>{escape(what)}</dt><dd>{escape(why)}</dd>" for what, why in data["choices"])
+    due = sum(report.total(release[name], "expected") for release in releases for name in RUNS)
+    return pages.document(
+        "What bf16 does to a router",
+        "The same small training of a real Megatron, without the plugin and with it.",
+        report.findings(data),
+        {
+            "Megatron": ", ".join(f"Megatron-Core {release['megatron']}" for release in releases),
+            "Trained": f"{data['date']}, PyTorch {data['torch']}, Python {data['python']}",
+            "Settings": f"{data['steps']} steps, seeds {seeds}; see “What was run, and why”",
+            "Sample": f"{due:,} updates that were due, in {len(data['seeds']) * len(columns)} trainings",
+        },
+        [
+            pages.section("Tokens are miscounted", counter),
+            pages.section("Updates: due, and made", _updates(data)),
+            pages.section("What becomes of a bias", side_by_side(*(_bias(data, release) for release in releases))),
+            pages.section("How the trainings went, and what of that is noise", _outcomes(data)),
+            pages.section("All figures, off beside on", table),
+            pages.section("What was run, and why", f'<dl class="choices">{choices}</dl>'),
+        ],
     )

@@ -99,7 +99,10 @@ def run_ranks(
         called = any("function(recipe, " in traceback for traceback in error.tracebacks.values())  # see worker.py
         if called or _UNMET not in str(error):
             raise
-        print(f"lab: the ranks could not connect to each other ({_UNMET}); starting them anew", file=sys.stderr)
+        print(
+            f"megatron-fp32-router: the ranks could not connect to each other ({_UNMET}); starting them anew",
+            file=sys.stderr,
+        )
         return _run_once(job, environments, logs)
 
 

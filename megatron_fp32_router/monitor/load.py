@@ -29,5 +29,6 @@ def load(counts_E: Sequence[int]) -> dict[str, float]:
         "load/cv": math.sqrt(sum(deviation**2 for deviation in deviations) / experts),
         "load/diversity": math.exp(entropy) / experts,
         "load/dead_experts": float(sum(count == 0 for count in counts_E)),
+        "load/experts": float(experts),
         "load/assignments": float(total),
     }

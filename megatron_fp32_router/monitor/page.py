@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import html
-import itertools
 import math
-from typing import TYPE_CHECKING, Any, Final
+import statistics
+from typing import TYPE_CHECKING, Final
 
-from megatron_fp32_router.drawing import COLOURS, CSS, as_svg, new_figure, style
+from megatron_fp32_router import pages
+from megatron_fp32_router.monitor.runs import headline
+from megatron_fp32_router.pages.chart import STYLES, Band, Chart, Line, Map, side_by_side
 
 if TYPE_CHECKING:
     from megatron_fp32_router.monitor.runs import Finding, Run
 
 #: Up to so many layers get a line of their own; more are drawn as a map of layers and steps.
-_LINES: Final = 6
+_LINES: Final = len(STYLES)
 
 #: Drawings that show every layer: metric, title, label, what it means.
 _LAYERED: Final = (
@@ -25,7 +26,7 @@ _LAYERED: Final = (
     ),
     (
         "load/dead_experts",
-        "Dead experts of every layer",
+        "Idle experts of every layer",
         "experts without a token",
         "Experts that got no token at all in the global batch of the look.",
     ),
@@ -69,7 +70,7 @@ _FLIPS: Final = ("bf16_weight", "bf16_logits", "bf16_scores", "bf16_bias", "tf32
 _COLUMNS: Final = (
     ("load/max_vio", "MaxVio", ".2f"),
     ("load/diversity", "diversity", ".2f"),
-    ("load/dead_experts", "dead", ".0f"),
+    ("load/dead_experts", "idle", ".0f"),
     ("bias/mean", "bias mean", ".3f"),
     ("bias/spread", "spread", ".3f"),
     ("bias/distinct_bf16", "distinct in bf16", ".0f"),
@@ -82,90 +83,86 @@ _COLUMNS: Final = (
     ("precision/arithmetic_bits", "bits", ".0f"),
 )
 
-_OWN_CSS: Final = """
-body { max-width: 74rem; } li.problem { font-weight: 600; } li.problem::marker { color: var(--off); }
-table.numbers th, table.numbers td { text-align: right; color: var(--ink); white-space: nowrap; }
-table.numbers th:first-child { text-align: left; } table.numbers { font-size: .85rem; }
-table.numbers th, table.numbers td { padding: .3rem .55rem; } svg image { image-rendering: pixelated; }
-"""
+_STEP: Final = "training step"
 
 
-def _palette(number: int) -> list[Any]:
-    """So many colours that can be told apart on light and on dark."""
-    fixed = [COLOURS["on"][0], COLOURS["off"][0], "#3f9c5a", "#a864c9", "#c79a1b", "#4aa5b5"]
-    return fixed[:number]
-
-
-def _ends(axis: Any, run: Run) -> None:
-    axis.set_xlabel("training step")
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    if len(run.steps) > 1:
-        axis.set_xlim(run.steps[0], run.steps[-1])
-
-
-def _lines(axis: Any, run: Run, metric: str) -> None:
+def _lines(run: Run, metric: str) -> list[Line]:
     layers = [layer for layer in run.layers if layer in run.values[metric]]
-    for layer, colour in zip(layers, _palette(len(layers)), strict=True):
-        axis.plot(run.steps, run.series(metric, layer), ".-", ms=4, color=colour, label=f"layer {layer}")
-    _ends(axis, run)
+    return [
+        Line(f"layer {layer}", run.series(metric, layer), colour, str(layer), dash, marker)
+        for layer, (colour, dash, marker) in zip(layers, STYLES, strict=False)
+    ]
 
 
-def _band(axis: Any, run: Run, metric: str) -> None:
-    """Largest, median and smallest over layers, and the layer that is the largest at the end."""
+def _band(run: Run, metric: str) -> list[Line]:
+    """Largest, median and smallest over layers, and the layer that is the farthest from 0 at the end."""
     columns = []
     for step in run.steps:
         values = sorted(by_step[step] for by_step in run.values[metric].values() if step in by_step)
-        columns.append((values[0], values[len(values) // 2], values[-1]) if values else (math.nan,) * 3)
+        columns.append((values[0], statistics.median(values), values[-1]) if values else (math.nan,) * 3)
     low, middle, high = zip(*columns, strict=True)
-    axis.fill_between(run.steps, low, high, color=COLOURS["exact"][0], alpha=0.25, lw=0, label="all layers")
-    axis.plot(run.steps, middle, color=COLOURS["on"][0], label="median of layers")
+    lines = [
+        Line("smallest", low, "s1", width=1),
+        Line("median of layers", middle, "s1", "median"),
+        Line("largest", high, "s1", width=1),
+    ]
     now = run.last(metric)
     if now:
         worst = max(now, key=lambda layer: abs(now[layer]))
-        axis.plot(run.steps, run.series(metric, worst), color=COLOURS["off"][0], lw=1.2, label=f"layer {worst}")
-    _ends(axis, run)
+        lines.append(Line(f"layer {worst}", run.series(metric, worst), "s3", str(worst), (7, 4), "triangle"))
+    return lines
 
 
-def _map(figure: Any, axis: Any, run: Run, metric: str) -> None:
-    """Layers from top to bottom, steps from left to right."""
-    layers = [layer for layer in run.layers if layer in run.values[metric]]
-    rows = [run.series(metric, layer) for layer in layers]
-    steps = run.steps
-    middles = [(one + two) / 2 for one, two in itertools.pairwise(steps)]
-    edges = [2 * steps[0] - middles[0], *middles, 2 * steps[-1] - middles[-1]]
-    # A picture inside the drawing: a rectangle for each look would make the page too large for a long run.
-    mesh = axis.pcolormesh(edges, range(len(layers) + 1), rows, cmap="viridis", rasterized=True)
-    figure.colorbar(mesh, ax=axis, pad=0.01).outline.set_visible(False)
-    axis.grid(visible=False)
-    every = max(1, len(layers) // 10)
-    axis.set_yticks([index + 0.5 for index in range(0, len(layers), every)], [str(layer) for layer in layers[::every]])
-    axis.invert_yaxis()
-    axis.set_ylabel("layer")
-    axis.set_xlabel("training step")
+def _described(run: Run, metric: str) -> str:
+    """The last look, for whoever cannot see the drawing."""
+    now = run.last(metric)
+    if not now:
+        return "No number at the last look."
+    low, high = min(now, key=lambda layer: now[layer]), max(now, key=lambda layer: now[layer])
+    return (
+        f"Steps {run.steps[0]} to {run.steps[-1]}. At the last one from {now[low]:.4g} (layer {low}) to "
+        f"{now[high]:.4g} (layer {high})."
+    )
 
 
-def _layered(run: Run, metric: str, label: str) -> str:
-    name = metric.replace("/", "-").replace("_", "-")
+def _layered(run: Run, metric: str, title: str, label: str, caption: str) -> str:
     layers = run.values[metric]
-    if len(layers) <= _LINES or len(run.steps) == 1:
-        figure, axes = new_figure(11, 2.8)
-        (_lines if len(layers) <= _LINES else _band)(axes[0, 0], run, metric)
-    else:
-        figure, axes = new_figure(11, 3.4, 1, 2)
-        _map(figure, axes[0, 1], run, metric)
-        _band(axes[0, 0], run, metric)
-    axes[0, 0].set_ylabel(label)
-    if not metric.startswith("bias/") and all(value >= 0 for by_step in layers.values() for value in by_step.values()):
-        axes[0, 0].set_ylim(bottom=-0.02 * max(axes[0, 0].get_ylim()[1], 1e-9))  # a line at 0 is drawn whole
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=6)
-    return as_svg(figure, name)
+    few = len(layers) <= _LINES
+    zero = not metric.startswith("bias/") and all(
+        value >= 0 for by_step in layers.values() for value in by_step.values()
+    )
+    drawn = Chart(
+        title,
+        caption,
+        _described(run, metric),
+        _STEP,
+        run.steps,
+        label,
+        _lines(run, metric) if few else _band(run, metric),
+        () if few else (Band("smallest", "largest", "s1"),),
+        zero,
+    ).html()
+    if few or len(run.steps) == 1:
+        return drawn
+    named = [layer for layer in run.layers if layer in layers]
+    rows = [run.series(metric, layer) for layer in named]
+    whole = Map(
+        f"{title}, as a map",
+        "The stronger, the larger. Point at it for a layer's number.",
+        _described(run, metric),
+        _STEP,
+        run.steps,
+        "layer",
+        [str(layer) for layer in named],
+        rows,
+    ).html()
+    return side_by_side(drawn, whole)
 
 
 def _flips(run: Run) -> str:
     """What each arithmetic would change: mean over layers."""
-    figure, axes = new_figure(11, 3.0)
-    axis = axes[0, 0]
-    for name, colour in zip(_FLIPS, _palette(len(_FLIPS)), strict=True):
+    lines, said = [], []
+    for name, (colour, dash, marker) in zip(_FLIPS, STYLES, strict=True):
         by_layer = run.values.get(f"flips/{name}")
         if by_layer is None:
             continue
@@ -174,67 +171,79 @@ def _flips(run: Run) -> str:
             values = [by_step[step] for by_step in by_layer.values() if step in by_step]
             means.append(sum(values) / len(values) if values else math.nan)
         label = "as it is" if name == "actual" else name.replace("_", " ").replace("tf32", "TF32")
-        axis.plot(run.steps, means, ".-", ms=4, color=colour, label=label)
-    axis.set_ylabel("share of tokens, mean of layers")
-    axis.set_ylim(bottom=-0.02 * max(axis.get_ylim()[1], 1e-9))
-    _ends(axis, run)
-    figure.legend(loc="outside upper left", ncols=6)
-    return as_svg(figure, "flips")
+        short = {"actual": "as it is", "tf32": "TF32"}.get(name, name.removeprefix("bf16_"))
+        lines.append(Line(label, means, colour, short, dash, marker))
+        said.append(f"{label} {means[-1]:.2%}" if not math.isnan(means[-1]) else f"{label} unknown")
+    return Chart(
+        "Flips: what less precision would change",
+        "Tokens of the sample whose set of experts would be another one if only that were narrower. “As it is”: whom "
+        "the router really chose, against fp32; 0 is right.",
+        f"At the last look: {', '.join(said)}.",
+        _STEP,
+        run.steps,
+        "share of tokens, mean of layers",
+        lines,
+        from_zero=True,
+    ).html()
 
 
 def _table(run: Run) -> str:
-    e = html.escape
     columns = [column for column in _COLUMNS if column[0] in run.values]
-    head = "".join(f"<th title='{e(metric)}'>{e(title)}</th>" for metric, title, _ in columns)
     now = {metric: run.last(metric) for metric, _, _ in columns}
-    rows = []
-    for layer in run.layers:
-        cells = "".join(
-            f"<td>{format(now[metric][layer], form) if layer in now[metric] else '-'}</td>"
-            for metric, _, form in columns
-        )
-        rows.append(f"<tr><th scope=row>{e(str(layer))}</th>{cells}</tr>")
-    return (
-        f"<div class=wide><table class=numbers><thead><tr><th>layer</th>{head}</tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
+    rows = [
+        [
+            str(layer),
+            *(format(now[metric][layer], form) if layer in now[metric] else "-" for metric, _, form in columns),
+        ]
+        for layer in run.layers
+    ]
+    return pages.table(["layer", *(title for _, title, _ in columns)], rows, wide="Every layer at the last look")
+
+
+def _facts(run: Run) -> dict[str, str]:
+    """What was looked at, and with what. A file from before this was written down says so."""
+    about = run.about
+    looks = f"{len(run.steps)} look{'' if len(run.steps) == 1 else 's'} at {len(run.layers)} routers"
+    sample = max((max(by_step.values()) for by_step in run.values.get("sample/tokens", {}).values()), default=0)
+    tokens = max((max(by_step.values()) for by_step in run.values.get("load/assignments", {}).values()), default=0)
+    sizes = [looks, f"flips and margins from {sample:.0f} tokens of each" if sample else "no token was sampled"]
+    if tokens:
+        sizes.append(f"load from up to {tokens:,.0f} choices of an expert in a global batch")
+    unsaid = "not in this file, which an older version wrote"
+    return {
+        "File": str(run.path),
+        "Plugin in the training": about.get("plugin", unsaid),
+        "Megatron": about.get("megatron", unsaid),
+        "Looks": f"{about['first']} to {about['last']}" if "first" in about else unsaid,
+        "Settings": about.get("settings", unsaid),
+        "Sample": "; ".join(sizes),
+    }
 
 
 def render(run: Run, found: list[Finding]) -> str:
     """The page."""
-    import matplotlib
-
-    e = html.escape
     drawings = []
-    with matplotlib.rc_context(style()):
-        for metric, title, label, caption in _LAYERED:
-            if metric == "flips/bf16_weight" and any(name.startswith("flips/") for name in run.values):
-                drawings.append(
-                    (
-                        "Flips: what less precision would change",
-                        _flips(run),
-                        "Tokens of the sample whose set of experts would be another one if only that were narrower. "
-                        "“As it is”: whom the router really chose, against fp32; 0 is right.",
-                    )
-                )
-            if metric in run.values:
-                drawings.append((title, _layered(run, metric, label), caption))
-    problems = sum(finding.problem for finding in found)
-    verdict = f"{problems} thing{'' if problems == 1 else 's'} to look into." if problems else "No problems found."
-    points = "".join(f"<li{' class=problem' if f.problem else ''}>{e(f.text)}</li>" for f in found)
-    body = "".join(
-        f"<h2>{e(title)}</h2><figure>{svg}<figcaption>{e(caption)}</figcaption></figure>"
-        for title, svg, caption in drawings
-    )
-    looks = f"{len(run.steps)} look{'' if len(run.steps) == 1 else 's'}"
-    return (
-        "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
-        '<meta name=viewport content="width=device-width, initial-scale=1">'
-        f"<title>Router monitor, steps {run.steps[0]} to {run.steps[-1]}</title><style>{CSS}{_OWN_CSS}</style></head>"
-        f"<body><h1>Router monitor</h1><p class=soft>{e(str(run.path))}: {looks} at {len(run.layers)} routers, "
-        f"steps {run.steps[0]} to {run.steps[-1]}.</p>"
-        f'<p class="verdict{" bad" if problems else ""}">{e(verdict)}</p><ul>{points}</ul>'
-        f"{body}<h2>Every layer at step {run.steps[-1]}</h2>{_table(run)}<p class=soft>From “bf16 weight” to “probe”: "
-        "shares of tokens, see the drawings. Bits: significant bits of the arithmetic that computes logits, 24 for "
-        "fp32. docs/monitor.md explains every number.</p></body></html>\n"
+    for metric, title, label, caption in _LAYERED:
+        if metric == "flips/bf16_weight" and any(name.startswith("flips/") for name in run.values):
+            drawings.append(_flips(run))
+        if metric in run.values:
+            drawings.append(_layered(run, metric, title, label, caption))
+    points: list[tuple[pages.State, str]] = [("bad" if finding.problem else "note", finding.text) for finding in found]
+    return pages.document(
+        f"Router monitor, steps {run.steps[0]} to {run.steps[-1]}",
+        "Is everything still fp32, do bias updates take effect, is the load even?",
+        headline(run, found),
+        _facts(run),
+        [
+            pages.section("What stands out", pages.bullets(points)),
+            pages.section("Over the steps", *drawings),
+            pages.section(
+                f"Every layer at step {run.steps[-1]}",
+                _table(run),
+                pages.paragraph(
+                    "From “bf16 weight” to “probe”: shares of tokens, see the drawings. Bits: significant bits of the "
+                    "arithmetic that computes logits, 24 for fp32. docs/monitor.md explains every number."
+                ),
+            ),
+        ],
     )

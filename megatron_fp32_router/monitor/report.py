@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
 from megatron_fp32_router.log import printable
-from megatron_fp32_router.monitor.runs import UnreadableRunError, findings, read
+from megatron_fp32_router.monitor import page
+from megatron_fp32_router.monitor.runs import UnreadableRunError, findings, headline, read
+from megatron_fp32_router.terminal import painted, refuse, tell
 
 #: A file larger than this takes more than a moment to read, so it is announced.
 _LARGE: Final = 30_000_000
@@ -24,8 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _refuse(why: str) -> int:
-    print(f"report: {printable(why)}", file=sys.stderr)
-    return 2
+    return refuse("report", why)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -33,25 +33,18 @@ def main(arguments: argparse.Namespace) -> int:
     try:
         path: Path = arguments.run
         if path.is_file() and path.stat().st_size > _LARGE:
-            print(f"report: reading {printable(str(path))} ({path.stat().st_size / 1e6:,.0f} MB)", file=sys.stderr)
+            tell("report", f"reading {path} ({path.stat().st_size / 1e6:,.0f} MB)")
         run = read(path)
         found = findings(run)
         out: Path = arguments.out or run.path.with_suffix(".html")
         if out.resolve() == run.path.resolve():
             return _refuse(f"{out}: is the run itself, which is not written over; --out FILE names the page")
-        from megatron_fp32_router.monitor import page  # draws with matplotlib, an extra
-
-        print("report: drawing, a few seconds", file=sys.stderr)
         # Names in a file may hold halves of characters, which no encoding has.
         out.write_text(page.render(run, found), encoding="utf-8", errors="backslashreplace")
     except (UnreadableRunError, OSError) as error:
         return _refuse(str(error))
     except (ValueError, TypeError, ArithmeticError, LookupError, RecursionError, MemoryError) as error:
         return _refuse(f"{arguments.run}: cannot be drawn: {type(error).__name__}: {str(error)[:200]}")
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        return _refuse("needs matplotlib: pip install 'megatron-fp32-router[report]'")
     if arguments.json:
         summary = {
             "file": str(run.path),
@@ -60,11 +53,14 @@ def main(arguments: argparse.Namespace) -> int:
             "last_step": run.steps[-1],
             "looks": len(run.steps),
             "layers": run.layers,
+            "headline": [{"state": state, "about": about, "text": text} for state, about, text in headline(run, found)],
             "findings": [asdict(finding) for finding in found],
         }
         print(json.dumps(summary, indent=1))
     else:
+        for state, about, text in headline(run, found):
+            print(painted(printable(f"{about}: {text}"), state))
         for finding in found:
-            print(f"{'! ' if finding.problem else '  '}{printable(finding.text)}")
+            print(f"{painted('!', 'bad') if finding.problem else ' '} {printable(finding.text)}")
         print(f"page: {printable(str(out))}")
     return 0

@@ -6,12 +6,19 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal, TypeAlias
 
 from megatron_fp32_router.errors import Fp32RouterError
 from megatron_fp32_router.monitor.sinks import NOT_FINITE, Layer, order
+from megatron_fp32_router.pages import State
 
 _LISTED: Final = 8
+
+#: What a finding is about. "values": not finite.
+Topic: TypeAlias = Literal["precision", "load", "values", "file"]
+
+#: MaxVio from which the headline calls a layer uneven: its busiest expert gets twice its fair share.
+UNEVEN: Final = 1.0
 
 #: No step or layer comes near. (Numbers of steps until something happens do, as fractions.)
 _HUGE: Final = 10**18
@@ -32,6 +39,7 @@ class Run:
         values: metric -> layer -> step -> number.
         violations: (layer, sentence) -> steps of the looks that found it.
         notes: what is wrong with the file itself.
+        about: what wrote the last look, and when: plugin, megatron, settings, first, last; empty in old files.
     """
 
     path: Path
@@ -40,6 +48,7 @@ class Run:
     values: dict[str, dict[Layer, dict[int, float]]] = field(default_factory=dict)
     violations: dict[tuple[Layer, str], list[int]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    about: dict[str, str] = field(default_factory=dict)
 
     def series(self, metric: str, layer: Layer) -> list[float]:
         """One number for every step; NaN where there is none."""
@@ -98,10 +107,24 @@ def read(path: Path) -> Run:
             for text in record["violations"]:
                 run.violations.setdefault((layer, text.partition("; it was ")[0]), []).append(step)
     run.layers = sorted(layers, key=order)
+    run.about = _about([found["all"].get("about") for found in records.values() if "all" in found])
     missing = [layer for layer in run.layers if layer not in records[run.steps[-1]]]
     if missing:
         run.notes.append(f"the last look has nothing from {_names(missing)}")
     return run
+
+
+def _about(told: list[object]) -> dict[str, str]:
+    """What the looks say about themselves, the last one above all."""
+    known = [about for about in told if isinstance(about, dict)]
+    if not known:
+        return {}
+    last = {name: str(known[-1].get(name, "unknown")) for name in ("plugin", "megatron")}
+    settings = known[-1].get("settings")
+    if isinstance(settings, dict):
+        last["settings"] = ", ".join(f"{name}={value}" for name, value in settings.items())
+    times = [str(about["time"]) for about in known if "time" in about]
+    return last | ({"first": min(times), "last": max(times)} if times else {})
 
 
 def _is_record(record: object) -> bool:
@@ -129,16 +152,65 @@ class Finding:
 
     problem: bool
     text: str
+    topic: Topic
 
 
 def findings(run: Run) -> list[Finding]:
     """What stands out, the worst first."""
-    found = [Finding(True, _violation(layer, text, steps)) for (layer, text), steps in run.violations.items()]
-    found += [Finding(True, text) for text in [*_not_finite(run), *_dead(run)]]
-    found += [Finding(True, text) for text in _updates(run)]
+    found = [
+        Finding(True, _violation(layer, text, steps), "precision") for (layer, text), steps in run.violations.items()
+    ]
+    found += [Finding(True, text, "values") for text in _not_finite(run)]
+    found += [Finding(True, text, "load") for text in _dead(run)]
+    found += [Finding(True, text, "precision") for text in _updates(run)]
     found += _choices(run)
-    found += [Finding(False, text) for text in [*_loads(run), *_biases(run), *_probe(run), *run.notes]]
+    found += [Finding(False, text, "load") for text in _loads(run)]
+    found += [Finding(False, text, "precision") for text in [*_biases(run), *_probe(run)]]
+    found += [Finding(False, text, "file") for text in run.notes]
     return found
+
+
+def headline(run: Run, found: list[Finding]) -> list[tuple[State, str, str]]:
+    """What the page and the terminal say first: (state, about what, sentence). Precision and load are two matters."""
+    problems = [finding for finding in found if finding.problem and finding.topic == "precision"]
+    some = _count(len(problems), "problem")
+    said: list[tuple[State, str, str]] = [
+        ("bad", "Precision", f"{some}, the first: {problems[0].text}.") if problems else _without_a_problem(run)
+    ]
+    values = [finding for finding in found if finding.topic == "values"]
+    if values:
+        said.append(("bad", "Values", f"{values[0].text}."))
+    return [*said, _evenness(run)]
+
+
+def _without_a_problem(run: Run) -> tuple[State, str, str]:
+    if any(name.startswith(("precision/", "update/", "flips/")) for name in run.values):
+        return "good", "Precision", "no problems."
+    return "unknown", "Precision", "nothing in this file tells; docs/monitor.md says where nothing is looked at."
+
+
+def _evenness(run: Run) -> tuple[State, str, str]:
+    """Of the last look: layers with idle experts, or whose busiest expert gets twice its share or more."""
+    vio, idle, experts = (run.last(f"load/{name}") for name in ("max_vio", "dead_experts", "experts"))
+    if not vio:
+        return "unknown", "Load", "not counted at the last look; docs/monitor.md says where it is not."
+    uneven = [layer for layer in vio if vio[layer] >= UNEVEN or idle.get(layer, 0) > 0]
+    if not uneven:
+        worst = max(vio, key=lambda layer: vio[layer])
+        return "good", "Load", f"even; the busiest expert gets {1 + vio[worst]:.2f} times its share (layer {worst})."
+    worst = max(uneven, key=lambda layer: (idle.get(layer, 0), vio[layer]))
+    of = f"of {experts[worst]:.0f} experts" if worst in experts else "experts"
+    what = (
+        f"{idle[worst]:.0f} {of} idle"
+        if idle.get(worst, 0)
+        else f"the busiest expert gets {1 + vio[worst]:.2f} times its share"
+    )
+    where = f" in layer {worst}" if len(uneven) > 1 else ""
+    return (
+        "bad" if any(idle.get(layer, 0) for layer in uneven) else "unknown",
+        "Load",
+        (f"{_names(uneven)} uneven, {what}{where}."),
+    )
 
 
 def _violation(layer: Layer, text: str, steps: list[int]) -> str:
@@ -165,11 +237,11 @@ def _dead(run: Run) -> list[str]:
     now = {layer: int(number) for layer, number in run.last("load/dead_experts").items() if number > 0}
     worst_first = sorted(now, key=lambda layer: -now[layer])
     sentences = [
-        f"layer {layer}: {_count(now[layer], 'dead expert')} since step {_since(run, 'load/dead_experts', layer)}"
+        f"layer {layer}: {_count(now[layer], 'idle expert')} since step {_since(run, 'load/dead_experts', layer)}"
         for layer in worst_first[:_LISTED]
     ]
     if len(worst_first) > _LISTED:
-        sentences.append(f"dead experts also in {_names(worst_first[_LISTED:])}")
+        sentences.append(f"idle experts also in {_names(worst_first[_LISTED:])}")
     return sentences
 
 
@@ -211,6 +283,7 @@ def _choices(run: Run) -> list[Finding]:
                 True,
                 f"{_names(list(actual))}: the router chose other experts than fp32 arithmetic does, for up to "
                 f"{actual[worst]:.2%} of tokens (layer {worst})",
+                "precision",
             )
         )
     parts = []
@@ -222,7 +295,8 @@ def _choices(run: Run) -> list[Finding]:
             arithmetic = name.replace("_", " ").replace("tf32", "TF32")
             parts.append(f"{sum(now.values()) / len(now):.2%} with {arithmetic}{where}")
     if parts:
-        found.append(Finding(False, f"tokens that would go to other experts, mean of layers: {', '.join(parts)}"))
+        text = f"tokens that would go to other experts, mean of layers: {', '.join(parts)}"
+        found.append(Finding(False, text, "precision"))
     return found
 
 

@@ -7,12 +7,16 @@ import json
 import logging
 import math
 import sys
+import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, TypedDict
 
 from megatron_fp32_router.log import rank, say
+from megatron_fp32_router.patching.megatron import of_module
 from megatron_fp32_router.patching.registry import registry
+from megatron_fp32_router.version import __version__
 
 #: In front of the name of a tensor, of how many values in it are NaN or infinite.
 NOT_FINITE: Final = "not_finite/"
@@ -101,6 +105,7 @@ def append(step: int, entries: Entries) -> bool:
     records.append({"step": step, "layer": "all", "metrics": aggregate(entries), "violations": violations})
     if registry.settings.like:
         records[-1]["like"] = registry.settings.like
+    records[-1]["about"] = _about()
     text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
     file = path()
     try:
@@ -114,6 +119,18 @@ def append(step: int, entries: Entries) -> bool:
         say(logging.WARNING, what, threshold=registry.settings.log, once=True)
         return False
     return True
+
+
+def _about() -> dict[str, Any]:
+    """What wrote this look, for whoever reads the file without the job's log."""
+    settings = {name: value for name, value in asdict(registry.settings).items() if value != ""}
+    megatron = sys.modules.get("megatron.core")
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "plugin": __version__,
+        "megatron": "unknown" if megatron is None else str(of_module(megatron)),
+        "settings": settings,
+    }
 
 
 def _ends_inside_a_line(stream: Any) -> bool:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import TYPE_CHECKING, Any
 
 from megatron_fp32_router.errors import Fp32RouterError
+from megatron_fp32_router.terminal import AUDIT, lacking, refuse
 
 if TYPE_CHECKING:
     import argparse
@@ -46,16 +46,11 @@ def main(arguments: argparse.Namespace) -> int:
         run = Run(precision=_LOW[arguments.precision], **{name: getattr(arguments, name) for name in names})
         found = predict(run, arguments.spread or (0.01, 0.05, 0.2))
     except ImportError as error:
-        if error.name not in ("numpy", "ml_dtypes"):
+        if error.name not in AUDIT:
             raise
-        print(
-            f"megatron-fp32-router predict: {error.name} is not installed: pip install 'megatron-fp32-router[audit]'",
-            file=sys.stderr,
-        )
-        return 2
+        return refuse("predict", lacking(error.name, "numpy", "ml_dtypes"))
     except Fp32RouterError as error:
-        print(f"megatron-fp32-router predict: {error}", file=sys.stderr)
-        return 2
+        return refuse("predict", str(error))
     print(json.dumps(found, indent=2) if arguments.json else "\n".join(_lines(found)))
     return 1 if any(share["wrong"] for share in found["shares"]) else 0
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_fp32_router.errors import Fp32RouterError
+from megatron_fp32_router.terminal import AUDIT, lacking, refuse
 
 if TYPE_CHECKING:
     import argparse
@@ -39,17 +39,15 @@ def main(arguments: argparse.Namespace) -> int:
     try:
         return _main(arguments)
     except ImportError as error:
-        extras = {"numpy": "audit", "ml_dtypes": "audit", "safetensors": "audit", "torch": "lab"}
-        if error.name not in extras:
+        if error.name not in (*AUDIT, "torch"):
             raise
-        return _refuse(f"{error.name} is not installed: pip install 'megatron-fp32-router[{extras[error.name]}]'")
+        return _refuse(lacking(error.name, *(("torch",) if error.name == "torch" else AUDIT)))
     except Fp32RouterError as error:
         return _refuse(str(error))
 
 
 def _refuse(why: str) -> int:
-    print(f"megatron-fp32-router parity: {why}", file=sys.stderr)
-    return 2
+    return refuse("parity", why)
 
 
 def _main(arguments: argparse.Namespace) -> int:

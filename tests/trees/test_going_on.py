@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_fp32_router.audit import open_checkpoint
 from megatron_fp32_router.cli import main
-from megatron_fp32_router.monitor.sinks import PREFIX
+from megatron_fp32_router.monitor.writers import PREFIX
 
 pytestmark = pytest.mark.whole
 

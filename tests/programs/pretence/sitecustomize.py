@@ -52,8 +52,8 @@ def pretend() -> None:
     getattr(lab, answering).pretend()
 
 
-# torch.distributed.run is no rank, and needs nothing; nor does the process that multiprocessing starts to clean up after
-# those that write checkpoints. Importing torch there would take as long as the training.
+# torch.distributed.run is no rank, and needs nothing; nor does the process that multiprocessing starts to clean up
+# after those that write checkpoints. Importing torch there would take as long as the training.
 if "RANK" in os.environ and not any("multiprocessing.resource_tracker" in argument for argument in sys.orig_argv):
     pretend()
     if "OBSERVE" in os.environ:

@@ -1,0 +1,39 @@
+"""How every command speaks: one prefix for what goes to standard error, colour only where somebody looks."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Final
+
+from megatron_fp32_router.log import printable
+
+PROGRAM: Final = "megatron-fp32-router"
+
+_COLOURS: Final = {"good": "32", "bad": "1;31", "unknown": "33", "note": "2"}
+
+#: What reads checkpoints and emulates engines; the `audit` extra of pyproject.toml.
+AUDIT: Final = ("numpy", "ml_dtypes", "safetensors")
+
+
+def tell(command: str, what: str) -> None:
+    """Say on standard error what a command is at, or what is wrong; a message may have several lines."""
+    lines = "\n".join(printable(line) for line in what.splitlines())
+    print(f"{PROGRAM} {command}: {lines}", file=sys.stderr, flush=True)
+
+
+def refuse(command: str, why: str) -> int:
+    """Say why a command could not do it, and return the exit code for that."""
+    tell(command, why)
+    return 2
+
+
+def lacking(name: str | None, *packages: str) -> str:
+    """That a package is missing, and how this interpreter gets it. By their own names: an index may not have ours."""
+    return f"{name} is not installed: {sys.executable} -m pip install {' '.join(packages)}"
+
+
+def painted(text: str, state: str) -> str:
+    """`text` in the colour of a state, where standard output is a terminal and NO_COLOR is not set (no-color.org)."""
+    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain else f"\x1b[{_COLOURS[state]}m{text}\x1b[0m"
