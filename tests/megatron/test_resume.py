@@ -59,7 +59,7 @@ def cases(usable: dict[str, list[str]], release: Version) -> list[dict[str, Any]
         case("DP=2", all_of_them, "on", "on", data_parallel=2, **biases, **DISTRIBUTED),
         case("DP=2, plain", plain, "on", "on", data_parallel=2, **biases),
         # Without overlap nothing but the plugin gathers what was loaded before the next forward.
-        case("DP=2, off", by_name, "off", "on", data_parallel=2, overlap=False, **DISTRIBUTED, **NO_BIAS, **biases),
+        case("DP=2, off", all_of_them, "off", "on", data_parallel=2, overlap=False, **DISTRIBUTED, **NO_BIAS, **biases),
         case("DP=2, off, plain", plain, "off", "on", data_parallel=2, **NO_BIAS, **biases),
         case("DP=2, on", by_name, "on", "off", data_parallel=2, **DISTRIBUTED, **NO_BIAS),
         case("DP=2, on, plain", plain, "on", "off", data_parallel=2, **NO_BIAS, **biases),
