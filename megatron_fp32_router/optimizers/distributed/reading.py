@@ -86,7 +86,8 @@ def plan(tree: Any, metadata: Callable[[], dict[str, Any]], refusal: Callable[..
     """
     result = Plan()
     entries = list(_leaves(tree))
-    tensors = [(path, entry) for path, entry in entries if isinstance(getattr(entry, "data", None), torch.Tensor)]
+    sharded = [(path, entry) for path, entry in entries if hasattr(entry, "key")]
+    tensors = [(path, entry) for path, entry in sharded if isinstance(entry.data, torch.Tensor)]
     routers = [(path, entry) for path, entry in tensors if _ROUTER_PARAMETER.fullmatch(entry.key)]
     mains = [(path, entry, match[1]) for path, entry in tensors if (match := _MAIN.fullmatch(entry.key))]
     requests = [(path, entry) for path, entry in entries if isinstance(entry, mapping.Request)]
