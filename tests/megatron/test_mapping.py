@@ -59,6 +59,7 @@ def built(recipe: Any, plugin: str, shared: bool) -> Any:
     return lab.wrap(recipe, chunks)
 
 
+@pytest.mark.on_lines("0.11", "0.13", "0.19")
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(
     "ddp", [{}, {"bucket_size": 3000}, {"grad_reduce_in_fp32": False, "bucket_size": 5000}, {"busbw": True}]
@@ -88,6 +89,7 @@ def test_the_buffers_of_the_other_setting_are_those_that_a_run_with_it_has(
     assert found["buffers, other"] == found["on"]
 
 
+@pytest.mark.on_lines("0.19")
 def test_frozen_routers_lie_in_no_buffer_and_nothing_is_computed_for_them() -> None:
     recipe = recipe_of()
     with lab.parallel(recipe):
@@ -158,6 +160,7 @@ def test_a_run_without_the_plugin_goes_on_from_what_a_run_with_it_has_saved_by_w
             assert resume.differences_from_whole(again, tmp_path / "on") == []
 
 
+@pytest.mark.on_lines("0.11", "0.19")
 def test_a_load_that_was_interrupted_leaves_the_checkpoint_as_it_was_and_can_be_done_again(tmp_path: Path) -> None:
     recipe = recipe_of()
     formats = [name for name in checkpoint.formats("distributed") if name in BY_BUFFER[1:]]
@@ -177,6 +180,7 @@ def test_a_load_that_was_interrupted_leaves_the_checkpoint_as_it_was_and_can_be_
         assert resume.content(tmp_path) == files
 
 
+@pytest.mark.on_lines("0.11", "0.19")
 def test_without_the_plugins_reading_upstream_stops_with_an_error_of_its_own(tmp_path: Path) -> None:
     recipe = recipe_of()
     formats = [name for name in checkpoint.formats("distributed") if name in BY_BUFFER]
@@ -189,6 +193,7 @@ def test_without_the_plugins_reading_upstream_stops_with_an_error_of_its_own(tmp
             assert failure, name
 
 
+@pytest.mark.on_lines("0.11", "0.19")
 def test_where_megatron_lays_buffers_out_in_a_new_way_a_load_is_refused_and_a_user_can_choose_to_meet_upstream(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
@@ -215,6 +220,7 @@ def test_where_megatron_lays_buffers_out_in_a_new_way_a_load_is_refused_and_a_us
 # Remainders -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.on_lines("0.19")
 def test_a_main_copy_and_its_two_halves_are_the_same_number_for_fused_adam_too() -> None:
     bits = np.random.default_rng(3).integers(0, 2**32, 4096, dtype=np.uint32)
     bits[:8] = [0x3F808000, 0x3F818000, 0xBF808000, 0x3F807FFF, 0x3F808001, 0x3F80FFFF, 0, 0x80000000]

@@ -196,7 +196,7 @@ def test_a_rank_whose_buffers_fit_neither_setting_stops_all_before_anything_is_r
             assert failure.startswith("CheckpointRefusedError"), (one["name"], failure)
             for part in ("Found: gbuf_idx_0.", "Expected: gbuf_idx_0.", "other setting: ", "--ddp-bucket-size"):
                 assert part in failure, (one["name"], failure)
-            assert ("(rank 0)" in failure) == (one["format"] == "dp_reshardable")
+            assert ("On rank 0: " in failure) == (one["format"] == "dp_reshardable")
             assert rank[number]["untouched"]
             # Megatron loads legacy files in parts, and what is gathered after the model.
             if one["format"] == "dp_reshardable":

@@ -77,12 +77,12 @@ class Plan:
             step(state)
 
 
-def plan(tree: Any, metadata: Callable[[], dict[str, Any]], refusal: Callable[..., str]) -> Plan:
+def plan(tree: Any, metadata: Callable[[], dict[str, Any]], misfit: Callable[..., str]) -> Plan:
     """Look at a sharded state dict and at what the checkpoint has.
 
     Args:
         metadata: reads the checkpoint's, which is not done without need: key -> dtype and shape of each tensor.
-        refusal: says why buffers fit neither setting: those that were saved, those here, those with the other setting.
+        misfit: says why buffers fit neither setting: those that were saved, those here, those with the other setting.
     """
     result = Plan()
     entries = list(_leaves(tree))
@@ -101,7 +101,7 @@ def plan(tree: Any, metadata: Callable[[], dict[str, Any]], refusal: Callable[..
             continue
         other = mapping.other(request.optimizer)
         if other is None or mapping.cut(other) != found:
-            result.problem = refusal(found, here, other and mapping.cut(other))
+            result.problem = misfit(found, here, other and mapping.cut(other))
             return result
         moved = mapping.asked_anew(request, other, saved)
         result.changes[path] = moved

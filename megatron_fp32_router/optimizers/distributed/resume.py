@@ -22,8 +22,8 @@ from megatron_fp32_router.patching.megatron import of_module
 from megatron_fp32_router.patching.registry import mismatch, replaces
 
 
-def _refusal(found: dict[str, int], here: dict[str, int], there: dict[str, int] | None) -> str:
-    """Why buffers that were `found` in a checkpoint are refused, where `here` or `there` would have fitted."""
+def _refuse(reason: str) -> None:
+    """`reason`: what _misfit says, on whichever rank."""
     module = sys.modules["megatron.core.optimizer.distrib_optimizer"]
     if hasattr(module.DistributedOptimizer, "sharded_param_state_fully_reshardable"):
         flags = "--ckpt-format torch_dist --dist-ckpt-optim-fully-reshardable (sharding type fully_reshardable)"
@@ -31,20 +31,26 @@ def _refusal(found: dict[str, int], here: dict[str, int], there: dict[str, int] 
         flags = (
             "--ckpt-format torch_dist, without --no-ckpt-fully-parallel-save (sharding type fully_sharded_model_space)"
         )
-    expected = f"Expected: {_said(here, found)}"
+    mismatch(
+        CheckpointRefusedError,
+        f"this checkpoint stores optimizer state by gradient buffer, and its buffers do not fit this run. {reason}. No "
+        "optimizer state has been loaded. Resume with the model, the parallel sizes and the bucket size "
+        "(--ddp-bucket-size, --overlap-grad-reduce) of the run that saved it; or save once in that run with "
+        f"{flags}, which stores it by parameter name, and resume from that ({of_module(module)}); or go on without "
+        "optimizer state (--no-load-optim).",
+    )
+
+
+def _misfit(found: dict[str, int], here: dict[str, int], there: dict[str, int] | None) -> str:
+    """What was `found` in a checkpoint, and what would have fitted: `here`, or `there` if it can be computed."""
+    expected = _said(here, found)
     if there is None:
         expected += (
             "; this Megatron lays them out in a way that the plugin does not know, so not with the other setting"
         )
     elif there != here:
         expected += f"; or, from a run with the plugin's other setting: {_said(there, found)}"
-    return (
-        "this checkpoint stores optimizer state by gradient buffer, and its buffers do not fit this run. "
-        f"Found: {_said(found, here)}. {expected}. No optimizer state has been loaded. Resume with the model, the "
-        "parallel sizes and the bucket size (--ddp-bucket-size, overlap) of the run that saved it; or save once in "
-        f"that run with {flags}, which stores it by parameter name, and resume from that ({of_module(module)}); or go "
-        "on without optimizer state (--no-load-optim)."
-    )
+    return f"Found: {_said(found, here)}. Expected: {expected}"
 
 
 def _said(buffers: dict[str, int], others: dict[str, int]) -> str:
@@ -69,12 +75,12 @@ def load_across_settings(original: Callable[..., Any]) -> Callable[..., Any]:
     def load(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
         given = parameters.bind(sharded_state_dict, checkpoint_dir, *args, **kwargs).arguments
         module = sys.modules["megatron.core.dist_checkpointing.serialization"]
-        plan = reading.plan(sharded_state_dict, lambda: module.load_tensors_metadata(checkpoint_dir), _refusal)
+        plan = reading.plan(sharded_state_dict, lambda: module.load_tensors_metadata(checkpoint_dir), _misfit)
         problem = plan.problem
         if given.get("validate_access_integrity", True):  # then Megatron compares all ranks' requests, and so do we
             problem = _first_of_all_ranks(problem, given.get("process_group"))
         if problem:
-            mismatch(CheckpointRefusedError, problem)
+            _refuse(problem)
             return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
         result = original(plan.asked(sharded_state_dict), checkpoint_dir, *args, **kwargs)
         plan.finish(result[0] if isinstance(result, tuple) else result)  # a tuple where `strict` asks for missing keys
@@ -89,9 +95,7 @@ def _first_of_all_ranks(problem: str, group: Any) -> str:
         return problem
     problems: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(problems, problem, group=group)
-    return next(
-        (f"(rank {rank}) {said}" if len(set(problems)) > 1 else said for rank, said in enumerate(problems) if said), ""
-    )
+    return next((f"On rank {rank}: {said}" for rank, said in enumerate(problems) if said), "")
 
 
 def note_who_asks(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -137,10 +141,10 @@ def load_gathered_across_settings(original: Callable[..., None]) -> Callable[...
                     verdict = ["moved"]
                 elif not quantized:
                     there = None if other is None else mapping.gathered(other)
-                    verdict = [_refusal(found, mapping.gathered(here), there)]
+                    verdict = [_misfit(found, mapping.gathered(here), there)]
         dist.broadcast_object_list(verdict, src=dist.get_global_rank(group, 0), group=group)
         if verdict[0] not in ("fits", "moved"):
-            mismatch(CheckpointRefusedError, verdict[0])
+            _refuse(verdict[0])
         if verdict[0] == "moved" and other is not None:
             state_dict = mapping.gathered_anew(state_dict, other, here)
         original(self, state_dict, *args, **kwargs)
