@@ -217,6 +217,28 @@ def test_where_megatron_lays_buffers_out_in_a_new_way_a_load_is_refused_and_a_us
     assert any("in a way that the plugin does not know" in record.getMessage() for record in caplog.records)
 
 
+@pytest.mark.on_lines("0.19")
+def test_the_gathered_format_from_before_february_2024_is_left_to_megatron(plugin: Any) -> None:
+    """Its buffers are lists of buckets, under one dtype: nothing that could be compared with this run's."""
+    recipe = recipe_of()
+    with lab.parallel(recipe):
+        room, other = resume.build(recipe), resume.build(recipe)
+        resume.train(room, 0)
+        resume.train(other, 0)
+        resume.train(other, resume.STEPS)
+        for one, two in zip(checkpoint.optimizers(room), checkpoint.optimizers(other), strict=True):
+            state = one.get_parameter_state_dp_zero()
+            old = {
+                index: {torch.float32: {key: [value] for key, value in tensors.items() if key != "numel_unpadded"}}
+                for index in range(len(one.buffers))
+                for tensors in state[index].values()
+            }
+            two.load_parameter_state_from_dp_zero(old, update_legacy_format=True)
+        expected, found = checkpoint.snapshot(room), checkpoint.snapshot(other)
+        wrong = checkpoint.differences(expected, found)
+    assert not [name for name in wrong if name.endswith((".main", ".exp_avg", ".exp_avg_sq"))]
+
+
 # Remainders -----------------------------------------------------------------------------------------------------------
 
 

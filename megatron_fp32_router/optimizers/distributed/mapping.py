@@ -234,22 +234,20 @@ def asked_anew(request: Request, there: Layout, saved: dict[str, Any]) -> Reques
     result.optimizer = request.optimizer
     for index, buffers in enumerate(request.optimizer.gbuf_ranges):
         result[index] = {dtypes: [[] for _ in buckets] for dtypes, buckets in buffers.items()}
+    moved = flipped(request.optimizer)
     for (index, dtypes, number, _), parameter, part, asked in request.slices():
         name, numel, start = home[parameter]
-        own = parameter.untyped_storage().data_ptr()
         tensors = dict(asked)
         for kind, entry in asked.items():
             if not hasattr(entry, "global_offset"):
                 continue
-            key = f"{request.prefix}{name}.{kind}"
-            data = entry.data
-            # The model's entry is read into the memory of an fp32 parameter, rounded; its main copy goes elsewhere.
-            if (
-                data.untyped_storage().data_ptr() == own
-                or data.dtype.is_floating_point != saved[key].dtype.is_floating_point
-            ):
-                same = data.dtype.is_floating_point == saved[key].dtype.is_floating_point
-                data = torch.empty_like(data, dtype=data.dtype if same else saved[key].dtype)
+            key, data = f"{request.prefix}{name}.{kind}", entry.data
+            stored = saved[key].dtype if key in saved else data.dtype
+            if stored.is_floating_point != data.dtype.is_floating_point:
+                data = torch.empty_like(data, dtype=stored)
+            elif kind == "param" and parameter in moved:
+                # The model's entry, which is rounded, is read into the memory of an fp32 parameter; this one elsewhere.
+                data = torch.empty_like(data)
             tensors[kind] = replace(
                 entry, key=key, data=data, dtype=data.dtype, global_shape=(numel,), global_offset=(start + part.start,)
             )

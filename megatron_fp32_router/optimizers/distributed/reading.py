@@ -105,7 +105,7 @@ def plan(tree: Any, metadata: Callable[[], dict[str, Any]], misfit: Callable[...
             return result
         moved = mapping.asked_anew(request, other, saved)
         result.changes[path] = moved
-        result.after.append(_with_own_counts(path, request.optimizer, found))
+        result.after.append(_with_own_counts(path, request.optimizer))
         for (where, parameter, part, before), (_, _, _, now) in zip(request.slices(), moved.slices(), strict=True):
             if before["param"].dtype != now["param"].dtype:
                 home = next(path for path, router in routers if router.data is parameter)
@@ -121,14 +121,15 @@ def plan(tree: Any, metadata: Callable[[], dict[str, Any]], misfit: Callable[...
     rests += [asked["param"].dtype for _, request in requests for _, _, _, asked in request.slices()]
     for path, router in routers:
         # With remainders an fp32 weight is not rounded to nearest even, but to what its remainder completes.
-        if torch.int16 in rests and below_fp32(router.dtype) and saved[router.key].dtype == torch.float32:
+        was_fp32 = router.key in saved and saved[router.key].dtype == torch.float32
+        if torch.int16 in rests and was_fp32 and below_fp32(router.dtype):
             exact = torch.empty_like(router.data, dtype=torch.float32)
             result.changes[path] = replace(router, data=exact, dtype=exact.dtype)
             result.after.append(_weight_of(path))
     return result
 
 
-def _with_own_counts(path: Path, optimizer: Any, found: dict[str, int]) -> Callable[[Any], None]:
+def _with_own_counts(path: Path, optimizer: Any) -> Callable[[Any], None]:
     """Show Megatron, which compares them, the sizes of this run's buckets instead of those of the run that saved."""
 
     def step(state: Any) -> None:
