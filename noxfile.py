@@ -95,7 +95,7 @@ def release(session: nox.Session, megatron: str) -> None:
     # Patch releases of a line behave alike: every one is asked for every defect, and the last one for the rest too.
     tests = ["tests/megatron"] if megatron in LAST_OF_LINE else ["tests/megatron/test_defects.py"]
     if megatron in OTHER_OPTIMIZERS:
-        tests += ["tests/megatron/test_optimizer_checkpoints.py", "tests/megatron/test_resume.py"]
+        tests += [f"tests/megatron/test_{name}.py" for name in ("optimizer_checkpoints", "mapping", "resume")]
     where = [*tests, "--megatron", str(tree), "--ledger", str(ledger)]
     session.run(sys.executable, *PYTEST, *where, *session.posargs, success_codes=_good_codes(session))
 

@@ -36,10 +36,14 @@ def below_fp32(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and dtype.itemsize < 4
 
 
-def _is_ours(module: Any) -> bool:
-    """Asked of the module as it is now: the function that we wrap may be somebody else's, with other globals."""
-    kind = sys.modules["megatron.core.transformer.moe.router"].TopKRouter
-    return isinstance(module, (kind, *registry.router_classes))
+def is_router(module: Any) -> bool:
+    """Whether this is a router that the plugin protects.
+
+    Asked of the module as it is now: the function that we wrap may be somebody else's, with other globals.
+    """
+    upstream = sys.modules.get("megatron.core.transformer.moe.router")
+    kinds = (upstream.TopKRouter,) if upstream is not None else ()
+    return isinstance(module, (*kinds, *registry.router_classes))
 
 
 def protects_parameters() -> bool:
@@ -63,7 +67,7 @@ def initialise_in_fp32(original: Callable[..., None]) -> Callable[..., None]:
 
     @replaces(original)
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        if not (protects_parameters() and _is_ours(self)):
+        if not (protects_parameters() and is_router(self)):
             original(self, config, *args, **kwargs)
             return
         original(self, _fp32_view(config), *args, **kwargs)
@@ -77,7 +81,7 @@ def reset_in_fp32(original: Callable[..., None]) -> Callable[..., None]:
 
     @replaces(original)
     def reset_parameters(self: Any) -> None:
-        if not (protects_parameters() and _is_ours(self)):
+        if not (protects_parameters() and is_router(self)):
             original(self)
             return
         config = self.config

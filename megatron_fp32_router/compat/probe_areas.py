@@ -48,10 +48,6 @@ _STEPS: Final = 3
 _PLAIN: Final[dict[str, Any]] = {"fused_adam": True}
 _DISTRIBUTED: Final[dict[str, Any]] = {"optimizer": "distributed", "fused_adam": True}
 
-#: Formats that store an optimizer's state by parameter name, or in which the plugin finds the names: a run without the
-#: plugin can be resumed with it.
-_BY_NAME: Final = ("torch_dist", "fully_sharded_model_space", "fully_reshardable")
-
 
 def prove(recipe: Recipe, arguments: dict[str, Any]) -> dict[str, Any]:
     """Try the promises of `arguments["areas"]`, as probe_run.prove does its own."""
@@ -74,8 +70,7 @@ def _promises(arguments: dict[str, Any]) -> dict[str, Promise]:
     if areas & {"distributed", "torch_dist"}:
         for name in checkpoint.formats("distributed"):
             if name != "torch" or "distributed" in areas:
-                one = partial(_resume, fields=_DISTRIBUTED, name=name, from_off=name in _BY_NAME)
-                found[f"distributed: {name}"] = one
+                found[f"distributed: {name}"] = partial(_resume, fields=_DISTRIBUTED, name=name, from_off=True)
     if "distributed" in areas:
         found.update(_of_precision_aware(engine))
     if "layer_wise" in areas:

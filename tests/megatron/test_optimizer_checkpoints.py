@@ -19,7 +19,6 @@ from megatron_fp32_router.patching.registry import registry
 
 DISTRIBUTED: dict[str, Any] = {"optimizer": "distributed", "fused_adam": True}
 CLASSES = {"distributed": "DistributedOptimizer", "plain": "Float16OptimizerWithFloat16Params"}
-BY_BUFFER = ("torch", "dp_zero_gather_scatter", "fully_sharded_bucket_space", "dp_reshardable")
 
 
 def recipe_of(kind: str, **fields: Any) -> Any:
@@ -92,56 +91,6 @@ def test_without_the_repair_the_plain_optimizer_takes_its_neighbours_main_copies
         wrong = [name for name in checkpoint.differences(expected, found) if name.endswith(".main")]
     # Copied into a neighbour of another shape, or, where shapes agree, not noticed at all.
     assert failure or wrong
-
-
-def test_state_that_is_stored_by_gradient_buffer_is_refused_across_on_and_off(
-    resume_record: Any, tmp_path: Path
-) -> None:
-    recipe = recipe_of("distributed")
-    with lab.parallel(recipe):
-        for name in checkpoint.formats("distributed"):
-            resume.turn("off")
-            if name not in BY_BUFFER or resumes(recipe, name, tmp_path / name)[0]:
-                continue
-            for before, after in (("off", "on"), ("on", "buffers"), ("on", "off")):
-                resume.turn(before)
-                failure, overwritten = resumes(
-                    recipe, name, tmp_path / f"{name} {before} {after}", then=lambda after=after: resume.turn(after)
-                )
-                direction = f"{before}->{after}"
-                if after == "off":
-                    # Nobody of ours is there to say why.
-                    assert failure
-                    assert not failure.startswith("CheckpointRefusedError"), name
-                    resume_record("DistributedOptimizer", name, direction, "upstream refuses")
-                    continue
-                assert failure.startswith("CheckpointRefusedError"), (name, direction, failure)
-                for part in ("--dist-ckpt-optim-fully-reshardable", "--no-ckpt-fully-parallel-save"):
-                    has = "fully_reshardable" in checkpoint.formats("distributed")
-                    assert (part in failure) == (has == part.endswith("reshardable")), (name, failure)
-                assert "MEGATRON_FP32_ROUTER_PROTECT" in failure
-                assert "float32" in failure
-                assert "bfloat16" in failure
-                # Megatron loads legacy files in parts, the model's first; distributed checkpoints not at all.
-                if name != "torch":
-                    assert overwritten == [], (name, direction)
-                assert not [changed for changed in overwritten if "exp_avg" in changed]
-                if after == "on":
-                    resume_record("DistributedOptimizer", name, direction, "refused")
-    resume.turn("off")
-
-
-def test_the_user_can_choose_to_be_warned_and_then_meets_upstream(tmp_path: Path, caplog: Any) -> None:
-    recipe = recipe_of("distributed")
-    name = checkpoint.formats("distributed")[0]
-    with lab.parallel(recipe):
-        resume.turn("off")
-        warn = {"on_mismatch": "warn"}
-        failure, _ = resumes(recipe, name, tmp_path, then=lambda: megatron_fp32_router.enable(**warn))
-    resume.turn("off")
-    assert failure
-    assert not failure.startswith("CheckpointRefusedError")
-    assert any("stores optimizer state by gradient buffer" in record.getMessage() for record in caplog.records)
 
 
 def test_a_save_that_upstream_fills_from_the_wrong_places_is_refused(release: Version, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ layout after another.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import typing
 from importlib import import_module
 from pathlib import Path
@@ -171,6 +172,32 @@ def read_one(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     return results
 
 
+def refuse(recipe: Any, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """Save without the plugin, load with it and with buckets of another size: what it says, and what it has touched."""
+    lab.leave_layout()
+    return [refuse_one(case, Path(arguments["folder"]) / case["name"]) for case in arguments["cases"]]
+
+
+def refuse_one(case: dict[str, Any], home: Path) -> dict[str, Any]:
+    name, recipe = case["format"], recipe_of(case)
+    with lab.layout(recipe):
+        turn("off")
+        saved = build(dataclasses.replace(recipe, ddp_extra={"bucket_size": 3000}))
+        train(saved, 0)
+        checkpoint.save(saved, home, name)
+        turn("on")
+        room = build(recipe)
+        before, files = checkpoint.snapshot(room), content(home)
+        failure = attempt(lambda: checkpoint.load(room, home, name))
+        changed = [n for n in checkpoint.differences(before, checkpoint.snapshot(room)) if n in before]
+    return {"failure": failure, "changed": changed, "untouched": content(home) == files}
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file in it and its bytes."""
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 # The other setting's state, put in place by hand: what a resume across on and off has to equal ------------------------
 
 
@@ -200,6 +227,15 @@ def whole(home: Path) -> dict[str, torch.Tensor]:
     }
 
 
+def of_this_rank(recipe: Any, home: Path) -> dict[str, torch.Tensor]:
+    """The state of everything that this rank has, or has a slice of; it sits where it sat when it was saved."""
+    own: dict[str, torch.Tensor] = torch.load(home / f"truth-{dist.get_rank()}.pt", weights_only=True)["middle"]
+    if recipe.data_parallel == 1:
+        return own
+    alone = ".local_experts." if recipe.expert_parallel > 1 else "no name"
+    return {**whole(home), **{name: value for name, value in own.items() if alone in name}}
+
+
 def cut_of(name: str, value: torch.Tensor, cut: dict[str, int]) -> int | None:
     """The dimension along which `name`, a parameter or what belongs to one, is shared out, if it is."""
     return None if value.dim() == 0 else cut.get(name, cut.get(name.rpartition(".")[0]))
@@ -210,15 +246,16 @@ def transplanted(recipe: Any, home: Path) -> dict[str, Any]:
 
     Parameters take the value of their main copy, rounded where this setting keeps them in bf16.
     """
-    state = whole(home)
+    state = of_this_rank(recipe, home)
     room = build(recipe)
     names: dict[Any, str] = {}
     with torch.no_grad():
-        for chunk in room.chunks:
-            for name, parameter in chunk.module.named_parameters():
+        for key, model in checkpoint._models(room):
+            prefix = "" if key == "model" else f"{key}."
+            for name, parameter in model.named_parameters(prefix=prefix.removesuffix(".")):
                 names[parameter] = name
                 parameter.copy_(state[f"{name}.main"].view_as(parameter))
-            for name, buffer in chunk.module.named_buffers():
+            for name, buffer in model.named_buffers(prefix=prefix.removesuffix(".")):
                 buffer.copy_(state[name])
         for optimizer in checkpoint.optimizers(room):
             for parameter, main in checkpoint._main_copies(optimizer):
@@ -252,7 +289,8 @@ def differences_from_whole(room: Any, home: Path) -> list[str]:
         base, _, kind = name.rpartition(".")
         if kind == "range" or ".local_tokens" in name:
             continue
-        expected = state[name]
+        # Saved in bf16, a router weight is what its main copy was.
+        expected = state[name] if state[name].dtype == value.dtype else state[f"{name}.main"]
         if (dim := cut_of(name, expected, cut)) is not None:
             expected = expected.chunk(ranks, dim)[rank]
         if f"{base}.range" in found and value.dim() > 0:

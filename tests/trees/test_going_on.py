@@ -157,25 +157,50 @@ def by_name(tree: Path) -> tuple[str, ...]:
     return ("--dist-ckpt-optim-fully-reshardable",) if flag else ()
 
 
-def test_turned_on_with_a_distributed_optimizer_whose_state_was_saved_by_name(pretrain: Program) -> None:
-    flags = (*TWO_RANKS, *by_name(pretrain.tree))
-    without = pretrain("named", *flags, plugin=False, ranks=2)
-    run = pretrain("named-on", *flags, ranks=2, load=without.saved(HALF))
+@pytest.fixture(scope="module")
+def named(pretrain: Program) -> Run:
+    """Two ranks without the plugin, whose state is saved by name: what their main copies are can be read there."""
+    return pretrain("named", *TWO_RANKS, *by_name(pretrain.tree), plugin=False, ranks=2)
+
+
+def test_turned_on_with_a_distributed_optimizer_whose_state_was_saved_by_name(pretrain: Program, named: Run) -> None:
+    run = pretrain("named-on", *TWO_RANKS, *by_name(pretrain.tree), ranks=2, load=named.saved(HALF))
     trained(run)
     protected(run)
-    assert [rank["first"] for rank in run.ranks] == [main_copies(without.saved(HALF))] * 2
+    assert [rank["first"] for rank in run.ranks] == [main_copies(named.saved(HALF))] * 2
 
 
-def test_a_checkpoint_by_buffer_is_refused_with_another_setting_and_the_way_out_is_named(
+def test_turned_on_with_one_whose_state_was_saved_by_buffer_which_is_the_default(pretrain: Program, named: Run) -> None:
+    if not by_name(pretrain.tree):  # its default is by name
+        return
+    without = pretrain("by-buffer", *TWO_RANKS, plugin=False, ranks=2)
+    assert [rank["losses"] for rank in without.ranks] == [rank["losses"] for rank in named.ranks]
+    run = pretrain("by-buffer-on", *TWO_RANKS, ranks=2, load=without.saved(HALF))
+    trained(run)
+    protected(run)
+    before = main_copies(named.saved(HALF))
+    assert [rank["first"] for rank in run.ranks] == [before] * 2
+    assert before != rounded(before)
+    # The rest goes on too: as from state that is stored by name.
+    again = pretrain("named-on-again", *TWO_RANKS, *by_name(pretrain.tree), ranks=2, load=named.saved(HALF))
+    assert [rank["losses"] for rank in run.ranks] == [rank["losses"] for rank in again.ranks]
+
+
+def test_turned_off_from_a_checkpoint_that_megatrons_converter_has_saved_with_weights_left_to_it(
     pretrain: Program, two_ranks: Run
 ) -> None:
     flags = (*TWO_RANKS, *router_dtype(pretrain.tree, "fp64"))
+    home = pretrain.folder / "converted"
+    convert = ("--ckpt-convert-format", "torch_dist", "--ckpt-convert-save", str(home))
     setting = {"MEGATRON_FP32_ROUTER_PROTECT": "buffers"}
-    done = pretrain.start("refused", *flags, plugin=True, ranks=2, load=two_ranks.saved(HALF), **setting)
-    if not by_name(pretrain.tree):  # its default is by name
-        assert done.returncode == 0, done.stdout
-        return
-    assert done.returncode != 0
-    assert "CheckpointRefusedError" in done.stdout, done.stdout
-    assert "--dist-ckpt-optim-fully-reshardable" in done.stdout
-    assert f"iteration {HALF + 1:8d}/" not in done.stdout
+    source = two_ranks.saved(HALF)
+    files = {path: path.read_bytes() for path in sorted(source.rglob("*")) if path.is_file()}
+    done = pretrain.start("convert", *flags, *convert, plugin=True, ranks=2, load=source, **setting)
+    assert done.returncode == 0, done.stdout
+    assert "iteration        " not in done.stdout, "it takes no step"
+    assert {path: path.read_bytes() for path in sorted(source.rglob("*")) if path.is_file()} == files
+    run = pretrain("converted-off", *flags, plugin=False, ranks=2, load=home / "torch_dist" / source.name)
+    trained(run)
+    assert (run.said, run.dtypes("weight")) == ([], {"bfloat16"})
+    before = main_copies(source)
+    assert [rank["first"] for rank in run.ranks] == [rounded(before)] * 2 != [before] * 2

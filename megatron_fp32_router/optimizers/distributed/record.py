@@ -38,7 +38,7 @@ _checkpoint: Final = partial(
 _load: Final = partial(
     Patch,
     path="load",
-    factory=resume.refuse_other_buffers,
+    factory=resume.load_across_settings,
     why="a checkpoint of a run without the plugin stops with an opaque error, or after the model was overwritten",
     issue=f"{UPSTREAM}/issues/2777",
     remove_when="optimizer state is stored by parameter name in every format",
@@ -74,11 +74,27 @@ PATCHES: Final = (
     _patch(
         id="optimizer-load-legacy",
         path="DistributedOptimizer.load_parameter_state_from_dp_zero",
-        factory=resume.refuse_other_buffers_legacy,
+        factory=resume.load_gathered_across_settings,
         why="a checkpoint of a run without the plugin stops one rank with an opaque error while the others wait",
         issue=f"{UPSTREAM}/issues/2777",
-        remove_when="the legacy format goes",
+        remove_when="formats that gather a buffer's state go",
         parameters=("self", "state_dict"),
+        relies_on=(f"{DISTRIBUTED_OPTIMIZER}:DistributedOptimizer.get_parameter_state_dp_zero",),
+    ),
+    _patch(
+        id="optimizer-load-by-buffer",
+        path="DistributedOptimizer.sharded_param_state_dp_reshardable",
+        factory=resume.note_who_asks,
+        why="a checkpoint of a run without the plugin stops with an opaque error",
+        issue=f"{UPSTREAM}/issues/2777",
+        remove_when="dp_reshardable goes",
+        since="0.15",
+        absent_where=("DistributedOptimizer.sharded_state_dict lacks sharded_param_state_dp_reshardable",),
+        parameters=("self", "model_sharded_state_dict", "is_loading"),
+        relies_on=(
+            f"{DISTRIBUTED_OPTIMIZER}:DistributedOptimizer.get_parameter_state_dp_reshardable "
+            "DistributedOptimizer.load_parameter_state_from_dp_reshardable",
+        ),
     ),
     _patch(
         id="optimizer-load-apart",

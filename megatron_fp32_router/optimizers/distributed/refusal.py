@@ -71,8 +71,8 @@ def refuse_misplaced_state(original: Callable[..., Any]) -> Callable[..., Any]:
                 "this Megatron saves wrong optimizer state in the format fully_reshardable when a gradient buffer has "
                 "several buckets that end in padding (NVIDIA/Megatron-LM #5077), as here. Nothing has been saved. "
                 "Train without --ddp-pad-buckets-for-high-nccl-busbw, or with --ddp-bucket-size so large that there is "
-                "one bucket, or save without --dist-ckpt-optim-fully-reshardable (which stores state by gradient "
-                f"buffer, and resumes with the same {PREFIX}_PROTECT only).",
+                "one bucket, or save without --dist-ckpt-optim-fully-reshardable (state by gradient buffer, which the "
+                "plugin reads whether it was saved with it or without).",
             )
         return original(self, model_sharded_state_dict, is_loading, *args, **kwargs)
 

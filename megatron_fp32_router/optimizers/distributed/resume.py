@@ -3,33 +3,27 @@
 A bf16 run's fp32 main copy of a router weight *is* the fp32 router weight. Formats that store state by parameter name
 carry it over exactly, given two things that are added here: it is read apart from the model's own (rounded) entry,
 and what one data-parallel rank has read into its slice of an fp32 parameter reaches the others. Formats that store
-state by gradient buffer, one buffer a dtype, cannot: they are refused before anything is read.
+state by gradient buffer, one buffer a dtype, are read from where the other setting has put it (mapping.py).
 """
 
 from __future__ import annotations
 
-import re
+import inspect
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_fp32_router.errors import CheckpointRefusedError
+from megatron_fp32_router.optimizers.distributed import mapping, reading
 from megatron_fp32_router.patching.megatron import of_module
 from megatron_fp32_router.patching.registry import mismatch, replaces
-from megatron_fp32_router.settings import PREFIX
-
-#: A router parameter of the model, not of an optimizer: "decoder.layers.mlp.router.weight".
-_ROUTER_PARAMETER: Final = re.compile(r"(?!.*optimizer\.)(.*\.)?router\.(weight|bias)")
-#: Its main copy in an optimizer's state that is stored by parameter name.
-_ROUTER_MAIN: Final = re.compile(r"optimizer\.state\.(fp32_)?param\.(.*\.)?router\.(weight|bias)")
-#: Sharding types that lay optimizer state out by gradient buffer.
-_BY_BUFFER: Final = ("dp_zero_gather_scatter", "fully_sharded_bucket_space", "dp_reshardable")
 
 
-def _refuse(before: str, now: str) -> None:
+def _refuse(reason: str) -> None:
+    """`reason`: what _misfit says, on whichever rank."""
     module = sys.modules["megatron.core.optimizer.distrib_optimizer"]
     if hasattr(module.DistributedOptimizer, "sharded_param_state_fully_reshardable"):
         flags = "--ckpt-format torch_dist --dist-ckpt-optim-fully-reshardable (sharding type fully_reshardable)"
@@ -39,119 +33,125 @@ def _refuse(before: str, now: str) -> None:
         )
     mismatch(
         CheckpointRefusedError,
-        f"this checkpoint was saved with {before}, and this run has {now}. The checkpoint stores optimizer state by "
-        "gradient buffer, and there is one buffer for each dtype, so it does not fit. No optimizer state has been "
-        f"loaded. Either set {PREFIX} and {PREFIX}_PROTECT as in the run that saved it; or save once in that run with "
+        f"this checkpoint stores optimizer state by gradient buffer, and its buffers do not fit this run. {reason}. No "
+        "optimizer state has been loaded. Resume with the model, the parallel sizes and the bucket size "
+        "(--ddp-bucket-size, --overlap-grad-reduce) of the run that saved it; or save once in that run with "
         f"{flags}, which stores it by parameter name, and resume from that ({of_module(module)}); or go on without "
         "optimizer state (--no-load-optim).",
     )
 
 
-def _refuse_remainders(key: str, before: Any, now: Any) -> None:
-    mismatch(
-        CheckpointRefusedError,
-        f"this checkpoint has {key} in {_said({before})}, and this run has it in {_said({now})}: a precision-aware "
-        "optimizer with store_param_remainders keeps the lower 16 bits (int16) of a bf16 parameter's main copy, and "
-        f"nothing of an fp32 one's. No optimizer state has been loaded. Either set {PREFIX} and {PREFIX}_PROTECT as in "
-        "the run that saved it; or save once in that run with store_param_remainders=False in its OptimizerConfig, "
-        "after a resume without optimizer state; or go on without it here (--no-load-optim).",
-    )
+def _misfit(found: dict[str, int], here: dict[str, int], there: dict[str, int] | None) -> str:
+    """What was `found` in a checkpoint, and what would have fitted: `here`, or `there` if it can be computed."""
+    expected = _said(here, found)
+    if there is None:
+        expected += (
+            "; this Megatron lays them out in a way that the plugin does not know, so not with the other setting"
+        )
+    elif there != here:
+        expected += f"; or, from a run with the plugin's other setting: {_said(there, found)}"
+    return f"Found: {_said(found, here)}. Expected: {expected}"
 
 
-def _said(dtypes: set[Any]) -> str:
-    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+def _said(buffers: dict[str, int], others: dict[str, int]) -> str:
+    """The first of `buffers` that `others` lack, and how many more of them there are."""
+    different = [f"{name} of {numel} elements" for name, numel in buffers.items() if others.get(name) != numel]
+    more = f" and {len(different) - 2} more" if len(different) > 2 else ""
+    return (", ".join(different[:2]) + more) or "no other buffer"
 
 
-def _leaves(value: Any, name: Any = None) -> Iterator[tuple[Any, Any]]:
-    """(last key, value) of everything in nested dictionaries and lists."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _leaves(item, key)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _leaves(item, name)
-    else:
-        yield name, value
+def load_across_settings(original: Callable[..., Any]) -> Callable[..., Any]:
+    """dist_checkpointing.load: ask for optimizer state where the run that saved it has put it.
 
-
-def refuse_other_buffers(original: Callable[..., Any]) -> Callable[..., Any]:
-    """dist_checkpointing.load: refuse optimizer state that another choice of fp32 parameters has laid out.
-
-    Every rank compares the dtypes of the routers it trains with those that the checkpoint's metadata names; tensors are
-    not read.
+    That run may have had the plugin's other setting. What is asked for is changed before anything is read, and what
+    was read is given back as it was asked for at first.
 
     Raises:
-        CheckpointRefusedError: they differ, and the checkpoint's optimizer state depends on them.
+        CheckpointRefusedError: on every rank, before anything is read: what some rank needs fits neither setting.
     """
+    parameters = inspect.signature(original)
 
     @replaces(original)
     def load(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        leaves = list(_leaves(sharded_state_dict))
-        routers = {
-            entry.key: entry.data.dtype
-            for _, entry in leaves
-            if _ROUTER_PARAMETER.fullmatch(str(getattr(entry, "key", "")))
-            and isinstance(entry.data, torch.Tensor)
-            and entry.data.requires_grad  # a frozen one lies in no gradient buffer
-        }
-        mains = {
-            entry.key: entry.data.dtype
-            for _, entry in leaves
-            if _ROUTER_MAIN.fullmatch(str(getattr(entry, "key", ""))) and isinstance(entry.data, torch.Tensor)
-        }
-        by_buffer = any(name == "param_state_sharding_type" and kind in _BY_BUFFER for name, kind in leaves)
-        if mains or (routers and by_buffer):
-            saved = sys.modules["megatron.core.dist_checkpointing.serialization"].load_tensors_metadata(checkpoint_dir)
-            # torch would read remainders as if they were weights, and weights as if they were remainders.
-            for key, dtype in mains.items():
-                if key in saved and saved[key].dtype.is_floating_point != dtype.is_floating_point:
-                    _refuse_remainders(key, saved[key].dtype, dtype)
-        if routers and by_buffer:
-            before = {key: saved[key].dtype for key in routers if key in saved}
-            changed = [key for key in before if (before[key] == torch.float32) != (routers[key] == torch.float32)]
-            if changed:
-                _refuse(
-                    f"{changed[0]} in {_said({before[key] for key in changed})}",
-                    f"it in {_said({routers[key] for key in changed})}",
-                )
-        return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+        given = parameters.bind(sharded_state_dict, checkpoint_dir, *args, **kwargs).arguments
+        module = sys.modules["megatron.core.dist_checkpointing.serialization"]
+        plan = reading.plan(sharded_state_dict, lambda: module.load_tensors_metadata(checkpoint_dir), _misfit)
+        problem = plan.problem
+        if given.get("validate_access_integrity", True):  # then Megatron compares all ranks' requests, and so do we
+            problem = _first_of_all_ranks(problem, given.get("process_group"))
+        if problem:
+            _refuse(problem)
+            return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+        result = original(plan.asked(sharded_state_dict), checkpoint_dir, *args, **kwargs)
+        plan.finish(result[0] if isinstance(result, tuple) else result)  # a tuple where `strict` asks for missing keys
+        return result
 
     return load
 
 
-def refuse_other_buffers_legacy(original: Callable[..., None]) -> Callable[..., None]:
-    """DistributedOptimizer.load_parameter_state_from_dp_zero: the same for the legacy format.
+def _first_of_all_ranks(problem: str, group: Any) -> str:
+    """What the first rank that has a problem says about it: the others would wait for it in the load."""
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return problem
+    problems: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(problems, problem, group=group)
+    return next((f"On rank {rank}: {said}" for rank, said in enumerate(problems) if said), "")
 
-    Only the first data-parallel rank has the file's content; the others would wait for it forever, so it tells them.
+
+def note_who_asks(original: Callable[..., Any]) -> Callable[..., Any]:
+    """DistributedOptimizer.sharded_param_state_dp_reshardable: `load` has to know whose buffers these are."""
+
+    @replaces(original)
+    def sharded_param_state_dp_reshardable(
+        self: Any, model_sharded_state_dict: Any, is_loading: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        state = original(self, model_sharded_state_dict, is_loading, *args, **kwargs)
+        if is_loading:
+            state = mapping.Request(state)
+            state.optimizer = self
+        return state
+
+    return sharded_param_state_dp_reshardable
+
+
+def load_gathered_across_settings(original: Callable[..., None]) -> Callable[..., None]:
+    """DistributedOptimizer.load_parameter_state_from_dp_zero: the same for formats that gather a buffer's state.
+
+    Only the first data-parallel rank has it; the others would wait for it forever, so it tells them.
 
     Raises:
-        CheckpointRefusedError: the file's buffers have other dtypes than this run's.
+        CheckpointRefusedError: on every rank of the group: the buffers fit neither setting.
     """
 
     @replaces(original)
     def load_parameter_state_from_dp_zero(self: Any, state_dict: Any, *args: Any, **kwargs: Any) -> None:
-        here = _dtypes(dict(enumerate(self.gbuf_ranges)))
-        there: list[Any] = [None]
+        if kwargs.get("update_legacy_format"):  # from before February 2024, by buffer in another way
+            original(self, state_dict, *args, **kwargs)
+            return
         group = self.data_parallel_group_gloo
+        here, other = mapping.present(self), None
+        verdict: list[Any] = ["fits"]
         if group.rank() == 0 and isinstance(state_dict, dict):
-            there = [_dtypes(state_dict)]
-        dist.broadcast_object_list(there, src=dist.get_global_rank(group, 0), group=group)
-        # Quantized parameters have buffers that Megatron itself splits and joins while it loads.
-        quantized = any(dtype == torch.uint8 for dtypes in (here, there[0] or ()) for dtype in dtypes)
-        if there[0] is not None and there[0] != here and not quantized:
-            _refuse(f"optimizer buffers for {_said(set(there[0]))} parameters", f"some for {_said(set(here))}")
+            found = mapping.saved_gathered(state_dict)
+            # Quantized parameters have buffers that Megatron itself splits and joins while it loads.
+            quantized = any("uint8" in name for name in (*found, *mapping.gathered(here)))
+            if found != mapping.gathered(here):
+                other = mapping.other(self) if mapping.flipped(self) else here
+                if other is not None and found == mapping.gathered(other):
+                    verdict = ["moved"]
+                elif not quantized:
+                    there = None if other is None else mapping.gathered(other)
+                    verdict = [_misfit(found, mapping.gathered(here), there)]
+        dist.broadcast_object_list(verdict, src=dist.get_global_rank(group, 0), group=group)
+        if verdict[0] not in ("fits", "moved"):
+            _refuse(verdict[0])
+        if verdict[0] == "moved" and other is not None:
+            state_dict = mapping.gathered_anew(state_dict, other, here)
         original(self, state_dict, *args, **kwargs)
+        if verdict[0] == "moved":
+            _gather_fp32(self)
 
     return load_parameter_state_from_dp_zero
-
-
-def _dtypes(buffers: dict[Any, Any]) -> list[Any]:
-    """The parameter dtype of every gradient buffer, in order. Keys that are no numbers are Megatron's notes."""
-    return [
-        dtype[0]
-        for index in sorted(index for index in buffers if isinstance(index, int))
-        for dtype in buffers[index]  # (of the parameters, of the gradients)
-    ]
 
 
 def read_apart_from_the_model(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -187,16 +187,20 @@ def spread_loaded_weights(original: Callable[..., None]) -> Callable[..., None]:
     @replaces(original)
     def load_state_dict(self: Any, state_dict: Any) -> None:
         original(self, state_dict)
-        if "param_state" not in state_dict or not (self.config.bf16 or self.config.fp16):
-            return
-        group = getattr(self, "data_parallel_group", None)
-        if group is None or group.size() == 1:
-            return
-        for buffer in self.buffers:
-            # The same on every rank of the group, whatever each has a slice of.
-            if buffer.param_dtype == torch.float32:
-                for bucket in buffer.buckets:
-                    slices = bucket.param_data.chunk(group.size())
-                    dist.all_gather_into_tensor(bucket.param_data, slices[group.rank()], group=group)
+        if "param_state" in state_dict and (self.config.bf16 or self.config.fp16):
+            _gather_fp32(self)
 
     return load_state_dict
+
+
+def _gather_fp32(optimizer: Any) -> None:
+    """Give every data-parallel rank the fp32 parameters that each has a slice of."""
+    group = getattr(optimizer, "data_parallel_group", None)
+    if group is None or group.size() == 1:
+        return
+    for buffer in optimizer.buffers:
+        # The same on every rank of the group, whatever each has a slice of.
+        if buffer.param_dtype == torch.float32:
+            for bucket in buffer.buckets:
+                slices = bucket.param_data.chunk(group.size())
+                dist.all_gather_into_tensor(bucket.param_data, slices[group.rank()], group=group)
