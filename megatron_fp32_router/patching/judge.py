@@ -163,6 +163,9 @@ class Judge:
             return Target(name, patches, "missing", self._gone(module, path), None, file, line, patchable=False)
         if not has_body(name):
             return self._by_facts(name, patches, own, body, file)
+        elsewhere = self._taken_from_elsewhere(name, patches)
+        if elsewhere is not None:
+            return elsewhere
         if self.index is not None and body.digest == self.fingerprints.digest(name, self.index):
             return Target(name, patches, "match", "", body.digest, file, body.line)
         if body.digest in recorded:
@@ -190,6 +193,24 @@ class Judge:
                 return Target(name, patches, "drifted", detail, body.digest, file, body.line, "", accepted, body.span)
         state: State = "known" if self.index is None else "match"
         return Target(name, patches, state, "judged by its parameters", body.digest, file, body.line)
+
+    def _taken_from_elsewhere(self, name: str, patches: tuple[str, ...]) -> Target | None:
+        """Drifted, where a patched module calls this function by name and gets it from another place than is known.
+
+        The function may be what it was; what runs is another one.
+        """
+        home, _, path = name.partition(":")
+        users = dict.fromkeys(patch.module for patch in PATCHES if name in patch.names and patch.module != home)
+        for module in filter(self.tree.has, users):
+            for called, full in ((path, f"{home}.{path}"), (home.rpartition(".")[2], home)):
+                body = self.tree.body(f"{module}:{called}")
+                sources = [] if body.module is None else [canonical.imported(node) for node in body.module.body]
+                for other in (source for source in sources if source != full):
+                    file = self.tree.file_of(module)
+                    detail = f"{file} has {called} from {other or 'itself'}, where {full} was expected"
+                    accepted = self.accepted.get(name) == body.digest
+                    return Target(name, patches, "drifted", detail, body.digest, file, body.line, "", accepted)
+        return None
 
     def _drifted(self, name: str, patches: tuple[str, ...], file: str, accepted: bool) -> Target:
         body = self.tree.body(name)
