@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import copy
 import difflib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
@@ -21,6 +22,9 @@ from megatron_fp32_router.patching.source import Body, Tree
 State: TypeAlias = Literal["match", "known", "drifted", "missing"]
 
 _CONTEXT_LINES: Final = 2
+
+#: Methods that the router of every Megatron has, from before 0.11 on.
+_ALWAYS: Final = ("__init__", "routing", "forward")
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,17 @@ class Judge:
             counts[line] = max(counts.get(line, 0), agree)
         best = max(counts, key=lambda line: counts[line])
         return ".".join(map(str, best)) if own in counts and counts[own] < counts[best] else None
+
+    def has_no_expert_bias(self) -> bool:
+        """Whether its router is complete and older than any that the plugin is for."""
+        there = all(self.tree.has(ROUTER) and self.tree.body(f"{ROUTER}:TopKRouter.{name}").digest for name in _ALWAYS)
+        return there and self.tree.holds("TopKRouter.__init__ lacks expert_bias", ROUTER)
+
+    def cut_short(self, targets: Sequence[Target]) -> list[str]:
+        """Files that end too early, by what was found: what they hold is as it should be, and the rest is missing."""
+        gone, drifted = (Counter(t.file for t in targets if t.state == state) for state in ("missing", "drifted"))
+        # The function in which it ends has drifted. Of a renamed one it is said what has its body.
+        return [file for file, number in gone.items() if number > 2 and drifted[file] < 2]
 
     def router_commit(self) -> str:
         """Since which commit the router is as it is here: `main since 2026-06-12 (277c4f8040)`.
