@@ -201,13 +201,32 @@ def test_a_megatron_older_than_all_is_told_apart_from_a_truncated_one(copy: Copy
     (tree / ROUTER).unlink()
     code, report = check(capsys, "--megatron", tree)
     assert (code, report["verdict"]) == (1, "does not fit")
-    assert report["reason"] == "0.10.0 is older than 0.11.0, the first that the plugin is for"
+    assert report["reason"].startswith("0.10.0 is older than 0.11.0, the first that the plugin is for; update Megatron")
     # In 2022 there was a megatron/model, and no core at all.
     for name, said in (("model", "from before megatron-core"), ("data", "no Megatron; expected")):
         (tree / name / "megatron" / name).mkdir(parents=True)
         code, report = check(capsys, "--megatron", tree / name)
         assert code == 2
         assert said in report["reason"]
+
+
+def test_the_code_tells_an_older_megatron_and_a_truncated_one_apart_where_the_number_does_not(
+    copy: Copy, capsys: Any
+) -> None:
+    old = copy("0.11.0")
+    text = (old / ROUTER).read_text(encoding="utf-8")
+    (old / ROUTER).write_text(text.replace("expert_bias", "not_yet"), encoding="utf-8")
+    code, report = check(capsys, "--megatron", old)
+    assert code == 1
+    assert report["reason"].startswith("it says 0.11.0, and its router has no expert_bias: it is older than 0.11.0")
+    # It ends between two statements, so that Python can read it.
+    cut = copy("0.16.1")
+    text = (cut / ROUTER).read_text(encoding="utf-8")
+    (cut / ROUTER).write_text(text[: text.index("    def _apply_aux_loss(")], encoding="utf-8")
+    code, report = check(capsys, "--megatron", cut)
+    assert code == 1
+    (note,) = report["notes"]
+    assert note.endswith("router.py ends too early: a truncated checkout? Check it out again")
 
 
 def test_a_later_patch_release_with_the_same_functions_fits_and_is_said_to_be_unknown(copy: Copy, capsys: Any) -> None:

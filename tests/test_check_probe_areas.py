@@ -16,6 +16,7 @@ from checking import SCHEDULES, check
 ROOT = Path(__file__).resolve().parent.parent
 DISTRIBUTED = "megatron/core/optimizer/distrib_optimizer.py"
 OPTIMIZER = "megatron/core/optimizer/optimizer.py"
+REFIT = "megatron/core/resharding/utils.py"
 PIPELINE = "def forward_backward_pipelining_without_interleaving("
 
 STUB = "        self.is_stub_optimizer = False\n"
@@ -23,10 +24,11 @@ STATES = """            for k, v in optim_state.items():
                 if isinstance(v, torch.Tensor):
                     tensors[k] = v
 """
+SENT = "        cached = dict(named_refit_tensors(module))\n"
 COPIES = "            for current_param, saved_param in zip(current_group, saved_group):\n"
 BEGIN = "    # Needed only when gradients are finalized in M-Core\n"
 
-AREAS = "router,data_parallel,optimizer,distributed,torch_dist,schedules"
+AREAS = "router,data_parallel,optimizer,distributed,torch_dist,refit,schedules"
 
 
 def changed(folder: Path, edits: list[tuple[str, str, str]], finalizes: bool) -> Path:
@@ -90,6 +92,7 @@ def test_who_does_what_the_error_of_an_optimizer_says_can_train_and_a_schedule_i
             (DISTRIBUTED, STUB, f"{STUB}        self.something_new = None\n"),
             (DISTRIBUTED, STATES, STATES.replace("v in optim_state", "v in dict(optim_state)")),
             (OPTIMIZER, COPIES, COPIES.replace("zip(current_group", "zip(list(current_group)")),
+            (REFIT, SENT, SENT.replace("named_refit_tensors(module)", "list(named_refit_tensors(module))")),
         ],
         finalizes=True,
     )
@@ -111,13 +114,15 @@ def test_who_does_what_the_error_of_an_optimizer_says_can_train_and_a_schedule_i
     assert "'optimizer-mixed-groups': 'applied'" in trained.stdout
     assert "'step-pipelining': 'drifted'" in trained.stdout
 
-    code, report = check(capsys, "--megatron", harmless, "--for", "schedules", "--accept", file)
+    code, report = check(capsys, "--megatron", harmless, "--for", "schedules,refit", "--accept", file)
     assert (code, report["areas"]["schedules"]) == (0, "fits, proven by the probe")
+    assert report["areas"]["refit"] == "fits, proven by the probe"
     accepted = json.loads(Path(file).read_text(encoding="utf-8"))["targets"]
     assert {target.rpartition(".")[2].rpartition(":")[2] for target in accepted} == {
         "__init__",
         "_get_main_param_and_optimizer_states",
         "load_state_dict",
+        "get_refit_tensor_dict",
         PIPELINE.removeprefix("def ").removesuffix("("),
     }
 
@@ -130,6 +135,7 @@ def test_what_would_train_or_resume_wrongly_is_refused_by_the_promise_that_it_br
         [
             (DISTRIBUTED, STATES, STATES.replace("tensors[k] = v", "tensors[k] = optim_state['exp_avg']")),
             (OPTIMIZER, COPIES, COPIES.replace("saved_group)", "saved_group[:-1])")),
+            (REFIT, SENT, f"{SENT}        cached = {{name: 2 * tensor for name, tensor in cached.items()}}\n"),
         ],
         finalizes=False,
     )
@@ -145,5 +151,6 @@ def test_what_would_train_or_resume_wrongly_is_refused_by_the_promise_that_it_br
         "distributed: dp_zero_gather_scatter",
         "distributed: dp_reshardable",
         "distributed: fully_reshardable",
+        "refit",
         "schedules: 2 stages",
     }

@@ -17,6 +17,7 @@ MODULE = "megatron/core/transformer/module.py"
 DDP = "megatron/core/distributed/distributed_data_parallel.py"
 LOGITS = "logits = router_gating_linear(input, self.weight, self.bias, router_dtype)"
 UPDATE = "_update_router_expert_bias(model, config, tp_dp_cp_group=tp_dp_cp_group)"
+CHOICE = "    def routing(self, logits: torch.Tensor, padding_mask: Optional[torch.Tensor] = None):\n"
 BIAS = "            )\n            self.register_buffer(\n                'expert_bias',"
 
 #: What is changed: file, old text, new text, and the target that has to be named. The old texts stand in the newest
@@ -89,6 +90,68 @@ MUTANTS = {
         "        self.float16_convertor = float16_convertor\n",
         "        self.float16_convertor = float16_convertor\n        self.module.to(torch.float16)\n",
         "Float16Module.__init__",
+    ),
+    "experts are chosen by another function": (
+        ROUTER,
+        "    topk_routing_with_score_function,\n    z_loss_func,\n)\n",
+        "    z_loss_func,\n)\nfrom megatron.core.fusions.fused_router import topk_routing_with_score_function\n",
+        "topk_routing_with_score_function",
+    ),
+    "logits come from another function": (
+        ROUTER,
+        "    router_gating_linear,\n",
+        "    scaled_gating_linear as router_gating_linear,\n",
+        "router_gating_linear",
+    ),
+    "counts are summed over other ranks": (
+        MOE_UTILS,
+        "from megatron.core import parallel_state\n",
+        "from megatron.core.inference import parallel_state\n",
+        "get_tensor_and_data_parallel_group",
+    ),
+    "the product is another class's": (
+        MOE_UTILS,
+        "class RouterGatingLinearFunction(torch.autograd.Function)",
+        "class RouterGatingLinearFunction(ScaledFunction)",
+        "RouterGatingLinearFunction",
+    ),
+    "the weight is a property": (
+        ROUTER,
+        "    def set_layer_number(self",
+        "    weight = property(lambda self: self._parameters['weight'] / 2)\n\n    def set_layer_number(self",
+        "Router.weight",
+    ),
+    "tokens are scaled around forward": (
+        ROUTER,
+        "    def set_layer_number(self",
+        "    def __call__(self, input, *args):\n        return super().__call__(2 * input, *args)\n\n"
+        "    def set_layer_number(self",
+        "Router.__call__",
+    ),
+    "the bias is a parameter": (
+        ROUTER,
+        "            self.register_buffer(\n                'expert_bias',",
+        "            self.register_parameter(\n                'expert_bias',",
+        "TopKRouter.__init__",
+    ),
+    "experts are chosen without gradients": (
+        ROUTER,
+        CHOICE,
+        f"    @torch.no_grad()\n{CHOICE}",
+        "TopKRouter.routing",
+    ),
+    "a loop replaces methods": (
+        ROUTER,
+        "class InferenceTopKRouter(",
+        "for name in ('gating', 'routing'):\n    setattr(TopKRouter, name, scaled(getattr(TopKRouter, name)))\n\n\n"
+        "class InferenceTopKRouter(",
+        "TopKRouter.routing",
+    ),
+    "the counter begins anew in every forward": (
+        ROUTER,
+        "input = self.apply_input_jitter(input)",
+        "self.local_tokens_per_expert.zero_()\n        input = self.apply_input_jitter(input)",
+        "TopKRouter.forward",
     ),
     "other parameters": (
         DDP,

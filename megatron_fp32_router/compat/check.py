@@ -197,13 +197,18 @@ def _static(report: Report, arguments: argparse.Namespace) -> None:
         report.notes.append(f"an import takes this Megatron, and not the one in {', '.join(map(str, others))}")
     oldest, newest = known().releases[0], known().releases[-1]
     if megatron.version is not None and megatron.version.release < Version(oldest).release[:2]:
-        report.problems.append(f"{megatron.version} is older than {oldest}, the first that the plugin is for")
+        report.problems.append(_older(f"{megatron.version} is", oldest))
         return
     accepted = _accepted_file(arguments)
     if accepted.why_not:
         report.notes.append(accepted.why_not)
     judge = Judge(Tree(root), megatron, accepted.targets)
+    if judge.has_no_expert_bias():
+        report.problems.append(_older(f"it says {megatron.version}, and its router has no expert_bias: it is", oldest))
+        return
     report.targets = judge.all()
+    for file in judge.cut_short(report.targets):
+        report.notes.append(f"{root / file} ends too early: a truncated checkout? Check it out again")
     report.known_release = judge.index is not None
     if not report.known_release:
         report.notes.append(
@@ -217,6 +222,10 @@ def _static(report: Report, arguments: argparse.Namespace) -> None:
         report.notes.append(f"it says {megatron.version}; its router is that of {commit}")
     if any(target.accepted for target in report.targets):
         report.notes.append(f"accepted drifts are taken from {accepted.path}")
+
+
+def _older(what: str, oldest: str) -> str:
+    return f"{what} older than {oldest}, the first that the plugin is for; update Megatron, or train without the plugin"
 
 
 def _areas(given: str) -> tuple[str, ...]:

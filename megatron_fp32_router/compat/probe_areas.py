@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,6 +32,7 @@ from megatron_fp32_router.lab import (
     layer_wise,
     layout,
     leave_layout,
+    refit,
     seed,
     text_batches,
     transformer_engine,
@@ -42,7 +44,9 @@ RECIPE: Final = Recipe(
     data_parallel=2, hidden=32, moe_ffn=32, experts=4, seq_length=32, vocab=64, bias_start=0.75, clip_grad=0.0
 )
 #: What is tried here, of patching.record.AREAS.
-AREAS: Final = frozenset({"data_parallel", "optimizer", "distributed", "torch_dist", "layer_wise", "schedules"})
+AREAS: Final = frozenset(
+    {"data_parallel", "optimizer", "distributed", "torch_dist", "layer_wise", "schedules", "refit"}
+)
 _STEPS: Final = 3
 
 _PLAIN: Final[dict[str, Any]] = {"fused_adam": True}
@@ -76,6 +80,8 @@ def _promises(arguments: dict[str, Any]) -> dict[str, Promise]:
     if "layer_wise" in areas:
         found["layer_wise: updates"] = _layer_wise_updates
         found["layer_wise: torch_dist"] = _layer_wise_resume
+    if "refit" in areas:
+        found["refit"] = _refit
     if "schedules" in areas:
         for what, fields in {
             "no pipeline": {},
@@ -225,6 +231,41 @@ def _schedule(recipe: Recipe, fields: dict[str, Any]) -> str:
     this = dataclasses.replace(recipe, **fields)
     with layout(this):
         return probe_run.update(dataclasses.replace(this, seq_length=256, micro_batch=4))
+
+
+def _refit(recipe: Recipe) -> str:
+    """Weights of rank 0 go over to rank 1. Router weights are rounded or widened by the rank that sends them."""
+    if find_spec("megatron.core.resharding") is None:
+        raise LeftOut("this Megatron has no refit")
+    dtypes = {"all": torch.float32, "buffers": torch.bfloat16, "off": torch.bfloat16}
+    cases = (("all", "off"), ("buffers", "all"), ("all", "all"))
+    found: list[Any] = []
+    with layout(recipe):
+        alone = refit.groups()
+        for case in cases:
+            refit.forget_plans()
+            with _protecting(case[dist.get_rank()]):
+                mine = refit.model(recipe, dist.get_rank(), alone)
+                refit.hand_over(mine)
+            ranks: list[Any] = [None, None]
+            dist.all_gather_object(ranks, {name: value.detach() for name, value in mine.named_parameters()})
+            found.append(ranks)
+    for case, (sent, got) in zip(cases, found, strict=True):
+        for name, value in sent.items():
+            wanted = [dtypes[setting] if "router" in name else torch.bfloat16 for setting in case]
+            if [value.dtype, got[name].dtype] != wanted or not torch.equal(got[name], value.to(wanted[1])):
+                raise Failed(f"{name} leaves as {value.dtype} and arrives as {got[name].dtype}, with other values")
+    return "router weights arrive rounded to bf16, widened to fp32, or as they are; all others as they are"
+
+
+@contextlib.contextmanager
+def _protecting(setting: str) -> Iterator[None]:
+    """With that PROTECT on this rank, or without the plugin where it is "off"."""
+    with _without_plugin():
+        if setting != "off":
+            enable(protect=setting)
+        yield
+        disable()
 
 
 # Checkpoints ------------------------------------------------------------------------------------------------------

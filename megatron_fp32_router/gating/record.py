@@ -48,10 +48,11 @@ PATCHES: Final = (
         repairs=("D14", "D15", "D16", "D17"),
         parameters=("self", "input"),
         relies_on=(
-            # No subclass has a gating of its own.
-            f"{ROUTER}:TopKRouter.gating InferenceTopKRouter.gating",
+            # No subclass has a gating of its own, and weight is the parameter itself.
+            f"{ROUTER}:TopKRouter.gating InferenceTopKRouter.gating Router.weight TopKRouter.weight",
             # Logits are input · weightᵀ + bias, and their gradients those of that product alone.
-            f"{MOE_UTILS}:router_gating_linear RouterGatingLinearFunction.forward RouterGatingLinearFunction.backward",
+            f"{MOE_UTILS}:router_gating_linear RouterGatingLinearFunction RouterGatingLinearFunction.forward "
+            "RouterGatingLinearFunction.backward",
         ),
         needs=("router-output", "inference-output"),
         supersedes=True,
@@ -60,6 +61,8 @@ PATCHES: Final = (
         id="router-output",
         path="TopKRouter.forward",
         relies_on=(
+            # Nothing comes between a call of the router and its forward.
+            f"{ROUTER}:Router.__call__ TopKRouter.__call__",
             # Everything between gating and the probabilities takes fp32 logits and keeps their dtype.
             f"{ROUTER}:TopKRouter.routing TopKRouter.apply_input_jitter TopKRouter.apply_z_loss "
             "TopKRouter.sinkhorn_load_balancing TopKRouter.quantile_balancing TopKRouter._hash_routing "

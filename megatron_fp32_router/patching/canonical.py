@@ -327,6 +327,15 @@ def _wrapped(conditions: tuple[ast.expr, ...], statement: ast.stmt | None) -> li
     return [statement]
 
 
+def imported(statement: ast.stmt) -> str:
+    """The full name that an import of `definitions` binds, under whatever condition; "" for what is no import."""
+    while isinstance(statement, ast.If):
+        statement = statement.body[0]
+    if isinstance(statement, ast.Import):
+        return statement.names[0].name
+    return f"{statement.module}.{statement.names[0].name}" if isinstance(statement, ast.ImportFrom) else ""
+
+
 def first_difference(found: ast.Module, known: ast.Module) -> int | None:
     """The line of `found`'s source where it first differs from `known`, or None when it does not.
 

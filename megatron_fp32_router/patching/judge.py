@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import copy
 import difflib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
@@ -22,6 +23,9 @@ from megatron_fp32_router.patching.targets import has_body, relied_on
 State: TypeAlias = Literal["match", "known", "drifted", "missing"]
 
 _CONTEXT_LINES: Final = 2
+
+#: Methods that the router of every Megatron has, from before 0.11 on.
+_ALWAYS: Final = ("__init__", "routing", "forward")
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,17 @@ class Judge:
         best = max(counts, key=lambda line: counts[line])
         return ".".join(map(str, best)) if own in counts and counts[own] < counts[best] else None
 
+    def has_no_expert_bias(self) -> bool:
+        """Whether its router is complete and older than any that the plugin is for."""
+        there = all(self.tree.has(ROUTER) and self.tree.body(f"{ROUTER}:TopKRouter.{name}").digest for name in _ALWAYS)
+        return there and self.tree.holds("TopKRouter.__init__ lacks expert_bias", ROUTER)
+
+    def cut_short(self, targets: Sequence[Target]) -> list[str]:
+        """Files that end too early, by what was found: what they hold is as it should be, and the rest is missing."""
+        gone, drifted = (Counter(t.file for t in targets if t.state == state) for state in ("missing", "drifted"))
+        # The function in which it ends has drifted. Of a renamed one it is said what has its body.
+        return [file for file, number in gone.items() if number > 2 and drifted[file] < 2]
+
     def router_commit(self) -> str:
         """Since which commit the router is as it is here: `main since 2026-06-12 (277c4f8040)`.
 
@@ -164,6 +179,9 @@ class Judge:
             return Target(name, patches, "missing", self._gone(module, path), None, file, line, patchable=False)
         if not has_body(name):
             return self._by_facts(name, patches, own, body, file)
+        elsewhere = self._taken_from_elsewhere(name, patches)
+        if elsewhere is not None:
+            return elsewhere
         if self.index is not None and body.digest == self.fingerprints.digest(name, self.index):
             return Target(name, patches, "match", "", body.digest, file, body.line)
         if body.digest in recorded:
@@ -191,6 +209,24 @@ class Judge:
                 return Target(name, patches, "drifted", detail, body.digest, file, body.line, "", accepted, body.span)
         state: State = "known" if self.index is None else "match"
         return Target(name, patches, state, "judged by its parameters", body.digest, file, body.line)
+
+    def _taken_from_elsewhere(self, name: str, patches: tuple[str, ...]) -> Target | None:
+        """Drifted, where a patched module calls this function by name and gets it from another place than is known.
+
+        The function may be what it was; what runs is another one.
+        """
+        home, _, path = name.partition(":")
+        users = dict.fromkeys(patch.module for patch in PATCHES if name in patch.names and patch.module != home)
+        for module in filter(self.tree.has, users):
+            for called, full in ((path, f"{home}.{path}"), (home.rpartition(".")[2], home)):
+                body = self.tree.body(f"{module}:{called}")
+                sources = [] if body.module is None else [canonical.imported(node) for node in body.module.body]
+                for other in (source for source in sources if source != full):
+                    file = self.tree.file_of(module)
+                    detail = f"{file} has {called} from {other or 'itself'}, where {full} was expected"
+                    accepted = self.accepted.get(name) == body.digest
+                    return Target(name, patches, "drifted", detail, body.digest, file, body.line, "", accepted)
+        return None
 
     def _drifted(self, name: str, patches: tuple[str, ...], file: str, accepted: bool) -> Target:
         body = self.tree.body(name)

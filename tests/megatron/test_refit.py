@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from packaging.version import Version
-from programs import refit
 
 import megatron_fp32_router
 from megatron_fp32_router import lab
+from megatron_fp32_router.lab import refit
 
 pytestmark = pytest.mark.on_lines("0.16", "0.17", "0.18", "0.19")
 Refused = megatron_fp32_router.CombinationRefusedError
@@ -26,7 +26,7 @@ def handed_over(request: pytest.FixtureRequest, release: Version) -> list[dict[s
     return lab.run_ranks(
         "refit:hand_over",
         lab.Recipe(**RECIPE, data_parallel=2, linear_bias=True),
-        {"cases": list(CASES), "both": release < Version("0.17")},
+        {"cases": list(CASES)},
         megatron=request.config.getoption("--megatron"),
         plugin=True,
         python_path=[str(request.config.rootpath / "tests" / "programs")],
