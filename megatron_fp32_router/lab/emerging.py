@@ -20,21 +20,17 @@ def is_emerging(name: str) -> bool:
     return name not in ("adam", "sgd")
 
 
-def optimizer_of(settings: Any, chunks: list[Any], overrides: dict[Any, Any] | None = None) -> Any:
+def optimizer_of(settings: Any, chunks: list[Any]) -> Any:
     """The optimizer that `settings.optimizer` names, as Megatron's training makes it.
 
     Args:
         settings: an OptimizerConfig.
         chunks: DDP-wrapped model chunks.
-        overrides: `config_overrides`, ParamKey to the fields that are other for its parameters.
     """
     if find_spec("megatron.core.optimizer.emerging_optimizers"):  # 0.18 and later
-        home = import_module("megatron.core.optimizer")
-        # It adds to the overrides, and main takes no None.
-        return home.get_megatron_optimizer(settings, chunks, config_overrides=dict(overrides or {}))
+        return import_module("megatron.core.optimizer").get_megatron_optimizer(settings, chunks)
     layer_wise = settings.optimizer.startswith("dist_")
-    make = _muon().get_megatron_muon_optimizer
-    return make(settings, chunks, config_overrides=overrides, layer_wise_distributed_optimizer=layer_wise)
+    return _muon().get_megatron_muon_optimizer(settings, chunks, layer_wise_distributed_optimizer=layer_wise)
 
 
 def _muon() -> Any:

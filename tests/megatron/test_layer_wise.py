@@ -63,7 +63,9 @@ def test_a_checkpoint_is_resumed_as_it_was_saved(trained: Any, modes: list[str])
 
 
 @pytest.mark.parametrize("case", OFF)
-def test_after_a_run_without_the_plugin_all_ranks_have_the_owners_main_copy_of_the_router(trained: Any, case: str) -> None:
+def test_after_a_run_without_the_plugin_all_ranks_have_the_owners_main_copy_of_the_router(
+    trained: Any, case: str
+) -> None:
     saved = {name: value for rank in trained for name, value in rank[case]["saved"].items()}
     router = ROUTER.removeprefix("module.")
     assert saved[router].dtype == torch.bfloat16
