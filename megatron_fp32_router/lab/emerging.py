@@ -38,7 +38,8 @@ def _muon() -> Any:
     if _MUON in sys.modules or hasattr(import_module("megatron.core.optimizer"), "HAVE_EO_V02"):
         return import_module(_MUON)
     package: Any = import_module("emerging_optimizers.orthogonalized_optimizers")
-    base, newton_schulz = package.OrthogonalizedOptimizer, package.muon_utils.newton_schulz_tp
+    base: Any = package.OrthogonalizedOptimizer
+    newton_schulz = package.muon_utils.newton_schulz_tp
 
     class OrthogonalizedOptimizer(base):  # type: ignore[misc]
         def __init__(self, params: Any, lr: float, momentum_beta: float, *, use_nesterov: bool, **kwargs: Any) -> None:
