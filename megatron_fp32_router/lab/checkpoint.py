@@ -120,6 +120,8 @@ def _save_legacy(room: Lab, folder: Path) -> None:
     torch.save(state, folder / f"rank-{dist.get_rank()}.pt")
     if room.recipe.optimizer == "distributed":
         room.optimizer.save_parameter_state(str(folder / f"optimizer-{dist.get_rank()}.pt"))
+    if hasattr(room.optimizer, "save_state_dict_to_file"):  # layer-wise
+        room.optimizer.save_state_dict_to_file(str(folder / f"layer-wise-{dist.get_rank()}.pt"))
     dist.barrier()
 
 
@@ -127,6 +129,9 @@ def _load_legacy(room: Lab, folder: Path) -> None:
     state = torch.load(folder / f"rank-{dist.get_rank()}.pt", weights_only=True)
     for name, model in _models(room):
         model.load_state_dict(state[name])
+    if hasattr(room.optimizer, "load_state_dict_from_file"):
+        room.optimizer.load_state_dict_from_file(str(folder / f"layer-wise-{dist.get_rank()}.pt"))
+        return
     room.optimizer.load_state_dict(state["optimizer"])
     if room.recipe.optimizer == "distributed":
         room.optimizer.load_parameter_state(str(folder / f"optimizer-{dist.get_rank()}.pt"))

@@ -12,6 +12,7 @@ import importlib.machinery
 import inspect
 import sys
 import types
+import typing
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -47,9 +48,13 @@ def before_import(tree: Path | None, *, training: bool = False) -> None:
     # 0.11 to 0.15: NumPy 2 took the name away.
     if not hasattr(np, "product"):
         np.product = np.prod  # type: ignore[attr-defined]
-    if training or _needs_triton(tree):
+    emerging = find_spec("emerging_optimizers") is not None
+    if training or emerging or _needs_triton(tree):
         _triton_stub()
     wrapt.register_post_import_hook(_fork_results_queue, f"{_CHECKPOINTS}.strategies.filesystem_async")
+    # emerging-optimizers asks for Python 3.12, and only for this.
+    if emerging and not hasattr(typing, "override"):
+        typing.override = lambda function: function  # type: ignore[attr-defined]
 
 
 def after_import() -> None:
@@ -208,7 +213,7 @@ class FusedAdamLike(torch.optim.Optimizer):
                 param.addcdiv_(state["exp_avg"], root, value=-group["lr"] / (1 - beta1**count))
 
 
-# triton: 0.18 and later import it without a guard from schedules.py; no kernel of it runs here -------------------
+# triton: 0.18 and later, and emerging-optimizers, import it without a guard; no kernel of it runs here ------------
 
 
 class _Anything(types.ModuleType):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from megatron_fp32_router.lab import compat
+from megatron_fp32_router.lab import compat, emerging
 from megatron_fp32_router.lab.model import chunks_in_training, device, make_config, make_model
 
 if TYPE_CHECKING:
@@ -200,6 +200,8 @@ def _optimizer(recipe: Recipe, config: Any, chunks: list[Any]) -> Any:
         **recipe.optimizer_extra,
     }
     settings = optimizer.OptimizerConfig(**fields)
+    if emerging.is_emerging(settings.optimizer):
+        return emerging.optimizer_of(settings, chunks)
     if not recipe.fused_adam:
         return optimizer.get_megatron_optimizer(settings, chunks)
     # Restored at once: Adam is looked up while the optimizer is made, and other builds want torch's own.

@@ -1,7 +1,7 @@
 """Combinations that fp32 router parameters do not survive, or that nobody has tried: stopped before the first step.
 
-Two kinds. *Broken*: known to fail or to train wrongly. *Untested*: needs a GPU or a package that no test of ours has,
-and is let through by MEGATRON_FP32_ROUTER_UNTESTED=allow. Both look at the tensors: a job that trains no fp32 router
+Two kinds. *Broken*: known to fail or to train wrongly. *Untested*: needs a GPU that no test of ours has, and is
+let through by MEGATRON_FP32_ROUTER_UNTESTED=allow. Both look at the tensors: a job that trains no fp32 router
 parameters beside bf16 or fp16 ones (PROTECT=buffers, frozen routers, no mixture of experts) is never stopped.
 """
 

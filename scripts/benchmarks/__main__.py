@@ -22,7 +22,16 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "bench"
 
 #: part -> seconds it takes on two quiet cores, roughly: for the order and for --help.
-PARTS = {"startup": 10, "construction": 25, "step": 240, "balance": 60, "monitor": 40, "gating": 60, "accuracy": 15}
+PARTS = {
+    "startup": 10,
+    "construction": 25,
+    "step": 240,
+    "optimizers": 120,
+    "balance": 60,
+    "monitor": 40,
+    "gating": 60,
+    "accuracy": 15,
+}
 
 
 def _cpu() -> str:
@@ -83,6 +92,10 @@ def _measure(options: argparse.Namespace, progress: Callable[[str], Report]) -> 
     from megatron_fp32_router import lab
 
     megatron_fp32_router.disable()
+    if "optimizers" in parts and options.packages:
+        from benchmarks import optimizers
+
+        optimizers.make_importable(options.packages[1:])
     lab.prepare(options.megatron)
     if "construction" in parts:
         from benchmarks import training
@@ -93,6 +106,10 @@ def _measure(options: argparse.Namespace, progress: Callable[[str], Report]) -> 
 
         pairs = {"small": 5, "medium": 3, "large": 3} if quick else {"small": 150, "medium": 100, "large": 40}
         found["step"] = training.steps(pairs, progress("step"))
+    if "optimizers" in parts and options.packages:
+        found["optimizers"] = optimizers.measure(3 if quick else 60, options.packages[0], progress("optimizers"))
+    elif "optimizers" in parts:
+        print("optimizers: not measured, since --packages does not say where they are", file=sys.stderr)
     if "balance" in parts:
         from benchmarks import balance
 
@@ -122,6 +139,13 @@ def main(arguments: list[str]) -> int:
     """Measure and write. The exit code is 0 whatever was measured: a busy machine is no error."""
     parser = argparse.ArgumentParser(prog="scripts/bench", description="What the plugin costs, on against off.")
     parser.add_argument("--megatron", metavar="TREE", help="folder that holds a Megatron as megatron/")
+    parser.add_argument(
+        "--packages",
+        nargs="+",
+        type=Path,
+        metavar="FOLDER",
+        help="that hold transformer_engine/ (its Python), emerging_optimizers/ and absl/: for the part optimizers",
+    )
     parser.add_argument("--gpu", action="store_true", help="measure the GPU of this machine; needs no Megatron")
     parser.add_argument("--only", nargs="+", choices=[*PARTS], metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--quick", action="store_true", help="few repetitions: to see that it works")

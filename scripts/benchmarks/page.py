@@ -167,6 +167,20 @@ def _step(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def _optimizers(rows: list[dict[str, Any]]) -> str:
+    return (
+        "## A training step with other optimizers\n\n"
+        f"The {rows[0]['size']} model again. The precision-aware optimizer is TransformerEngine's own FusedAdam, whose "
+        "kernels are emulated on a CPU, off and on alike; Muon is Megatron's. With either, the optimizer's step waits "
+        "for the device no more often and copies no bf16 parameter more than without the plugin "
+        "(`tests/megatron/test_optimizer_step.py`).\n\n"
+        + _table(
+            ("optimizer", "off, ms", "on, ms", "pairs", "on/off"),
+            [(row["optimizer"], _ms(row["off_ms"]), _ms(row["on_ms"]), row["pairs"], _ratio(row)) for row in rows],
+        )
+    )
+
+
 def _balance(rows: list[dict[str, Any]]) -> str:
     return (
         "## The balance update\n\nOnce a step, all layers, zeroing included, one rank. Operations are counted "
@@ -308,6 +322,7 @@ WRITERS: dict[str, Any] = {
     "startup": _startup,
     "construction": _construction,
     "step": _step,
+    "optimizers": _optimizers,
     "balance": _balance,
     "accuracy": _accuracy,
     "gating": _gating,

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,25 +36,33 @@ def steps(pairs: dict[str, int], report: Report) -> list[dict[str, Any]]:
     for name, fields in SIZES.items():
         recipe = lab.Recipe(**fields)
         with lab.parallel(recipe):
-            rooms = {}
-            for on in (False, True):
-                turn(on)
-                rooms[on] = lab.build(recipe)
-            batches = lab.text_batches(recipe, seed=1)
-            batch = [next(batches) for _ in range(recipe.micro_batches)]
-            done = iter(range(1, 10**6))
-
-            def step(on: bool) -> float:
-                report(f"{name}: step {next(done)} of {2 * (pairs[name] + 2)}")  # noqa: B023
-                turn(on)
-                return clock(lambda: rooms[on].step(batch))  # noqa: B023
-
-            found = compare(lambda: step(False), lambda: step(True), pairs[name])
+            off, on = pair_of_steps(recipe, lambda text, name=name: report(f"{name}: {text}"), 2 * (pairs[name] + 2))
+            found = compare(off, on, pairs[name])
             tokens = recipe.seq_length * recipe.micro_batch * recipe.micro_batches
             rows.append({"size": name, "recipe": fields, "tokens": tokens, **found})
-            rooms.clear()
+            del off, on
         turn(False)
     return rows
+
+
+def pair_of_steps(recipe: Any, report: Report, of: int) -> tuple[Callable[[], float], Callable[[], float]]:
+    """Build two models, one of them under the plugin; a step of each, off and on, that returns its milliseconds."""
+    from megatron_fp32_router import lab
+
+    rooms = {}
+    for on in (False, True):
+        turn(on)
+        rooms[on] = lab.build(recipe)
+    batches = lab.text_batches(recipe, seed=1)
+    batch = [next(batches) for _ in range(recipe.micro_batches)]
+    done = iter(range(1, 10**6))
+
+    def step(on: bool) -> float:
+        report(f"step {next(done)} of {of}")
+        turn(on)
+        return clock(lambda: rooms[on].step(batch))
+
+    return (lambda: step(False)), (lambda: step(True))
 
 
 def construction(pairs: int, report: Report) -> dict[str, Any]:

@@ -15,6 +15,8 @@ pytestmark = pytest.mark.on_lines("0.16", "0.17", "0.19")
 
 #: One layer: its router is the only fp32 parameter, and one of the ranks owns none.
 RECIPE: dict[str, Any] = {"layers": 1, "hidden": 32, "moe_ffn": 32, "experts": 4, "seq_length": 32, "vocab": 64}
+KINDS = ("torch_dist", "torch")
+OFF = [f"off gather {kind}" for kind in KINDS]
 ROUTER = "module.module.decoder.layers.0.mlp.router.weight"
 
 
@@ -31,7 +33,7 @@ def trained(request: pytest.FixtureRequest, modes: list[str], tmp_path_factory: 
         lab.Recipe(**RECIPE, data_parallel=2, overlap=False, expert_bias=False),
         {
             "modes": ["plain", *modes],
-            "resumes": ["off gather", *(f"on {mode}" for mode in modes if mode != "overlap")],
+            "resumes": [*OFF, *(f"on {mode} {kind}" for mode in modes if mode != "overlap" for kind in KINDS)],
             "folder": str(tmp_path_factory.mktemp("layer_wise")),
         },
         megatron=request.config.getoption("--megatron"),
@@ -52,7 +54,7 @@ def test_every_rank_ends_on_the_bits_of_a_rank_that_updates_everything(trained: 
 
 
 def test_a_checkpoint_is_resumed_as_it_was_saved(trained: Any, modes: list[str]) -> None:
-    for case in [f"on {mode}" for mode in modes if mode != "overlap"]:
+    for case in [f"on {mode} {kind}" for mode in modes if mode != "overlap" for kind in KINDS]:
         for number, rank in enumerate(trained):
             saved, loaded = rank[case]["saved"], rank[case]["loaded"]
             assert saved.keys() == loaded.keys()
@@ -60,11 +62,14 @@ def test_a_checkpoint_is_resumed_as_it_was_saved(trained: Any, modes: list[str])
                 assert torch.equal(value, saved[name]), f"{case}, rank {number}: {name}"
 
 
-def test_after_a_run_without_the_plugin_all_ranks_have_the_owners_main_copy_of_the_router(trained: Any) -> None:
-    saved = {name: value for rank in trained for name, value in rank["off gather"]["saved"].items()}
+@pytest.mark.parametrize("case", OFF)
+def test_after_a_run_without_the_plugin_all_ranks_have_the_owners_main_copy_of_the_router(
+    trained: Any, case: str
+) -> None:
+    saved = {name: value for rank in trained for name, value in rank[case]["saved"].items()}
     router = ROUTER.removeprefix("module.")
     assert saved[router].dtype == torch.bfloat16
     for number, rank in enumerate(trained):
-        for name, value in rank["off gather"]["loaded"].items():
+        for name, value in rank[case]["loaded"].items():
             expected = saved[f"{router}.main"] if name == router else saved[name]
             assert name.startswith("group") or torch.equal(value, expected), f"rank {number}: {name}"

@@ -36,40 +36,6 @@ def refused(found: str, instead: str, *, untested: bool = False) -> Iterator[Non
     assert ("MEGATRON_FP32_ROUTER_UNTESTED=allow" in message) == untested
 
 
-# Optimizers ------------------------------------------------------------------------------------------------------
-
-
-class StandIn(torch.optim.SGD):
-    """Where an optimizer that nobody has tried would be. Only the home of the class is looked at."""
-
-    __module__ = "emerging_optimizers.orthogonalized_optimizers"
-
-
-def emerging(room: lab.Lab) -> Any:
-    float16 = import_module("megatron.core.optimizer.optimizer").Float16OptimizerWithFloat16Params
-    chain = getattr(room.optimizer, "chained_optimizers", [room.optimizer])
-    parameters = [p for p in room.chunks[0].parameters() if p.dim() == 2]
-    return float16(StandIn(parameters), chain[0].config, None, lambda *_: None)
-
-
-@pytest.mark.since("0.16")
-def test_an_emerging_optimizer_is_refused_until_somebody_has_tried_it(
-    build: Any, plugin: Any, monkeypatch: Any, caplog: Any
-) -> None:
-    monkeypatch.setattr("megatron_fp32_router.log._said", set())
-    room = build(**SMALL)
-    with refused("StandIn from emerging_optimizers", "--optimizer adam", untested=True):
-        emerging(room)
-    monkeypatch.setenv("MEGATRON_FP32_ROUTER_UNTESTED", "allow")
-    plugin()
-    with caplog.at_level(logging.WARNING):
-        assert emerging(room)
-    assert "Allowed by MEGATRON_FP32_ROUTER_UNTESTED=allow" in caplog.text
-    monkeypatch.delenv("MEGATRON_FP32_ROUTER_UNTESTED")
-    plugin(protect="buffers")
-    assert emerging(build(**SMALL))
-
-
 # Wrappers --------------------------------------------------------------------------------------------------------
 
 
@@ -107,7 +73,11 @@ def test_torch_fsdp2_is_refused_when_it_wraps(plugin: Any, monkeypatch: Any) -> 
 
 
 @pytest.mark.since("0.12")
-def test_megatron_fsdp_is_refused_until_somebody_has_tried_it(plugin: Any, release: Version, monkeypatch: Any) -> None:
+def test_megatron_fsdp_is_refused_until_somebody_has_tried_it(
+    plugin: Any, release: Version, monkeypatch: Any, caplog: Any
+) -> None:
+    monkeypatch.setattr("megatron_fp32_router.log._said", set())
+    caplog.set_level(logging.WARNING)
     if release < Version("0.14"):
         home = import_module("megatron.core.distributed.custom_fsdp.fully_sharded_data_parallel")
         names = ["FullyShardedDataParallel"]
@@ -130,6 +100,7 @@ def test_megatron_fsdp_is_refused_until_somebody_has_tried_it(plugin: Any, relea
                     with pytest.raises(Exception) as caught:  # noqa: PT011
                         getattr(home, name)(module.config, object(), module)
                     assert not isinstance(caught.value, megatron_fp32_router.Fp32RouterError)
+    assert "Allowed by MEGATRON_FP32_ROUTER_UNTESTED=allow" in caplog.text
 
 
 # Data parallelism ------------------------------------------------------------------------------------------------

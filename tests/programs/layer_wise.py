@@ -21,15 +21,15 @@ def train(recipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         mine = [name for name, parameter in room.chunks[0].named_parameters() if any(parameter is one for one in mains)]
         found[mode] = {"parameters": parameters(room), "mine": mine}
     for name in arguments["resumes"]:
-        before, mode = name.split()
+        before, mode, kind = name.split()
         resume.turn(before)
         room = build(recipe, mode)
         resume.train(room, 0)
         parameters(room)
-        checkpoint.save(room, Path(arguments["folder"]) / name, "torch_dist")
+        checkpoint.save(room, Path(arguments["folder"]) / name, kind)
         saved = checkpoint.snapshot(room)
         resume.turn("on")
         other = build(recipe, mode)
-        checkpoint.load(other, Path(arguments["folder"]) / name, "torch_dist")
+        checkpoint.load(other, Path(arguments["folder"]) / name, kind)
         found[name] = {"saved": saved, "loaded": checkpoint.snapshot(other)}
     return found

@@ -2,38 +2,71 @@
 
 from __future__ import annotations
 
-import typing
 from collections import defaultdict
-from importlib import import_module
-from pathlib import Path
 from typing import Any
-
-# The package asks for Python 3.12, and only for this.
-if not hasattr(typing, "override"):
-    typing.override = lambda function: function  # type: ignore[attr-defined]
 
 import torch
 from programs import resume
 
 from megatron_fp32_router import lab
 from megatron_fp32_router.lab import checkpoint
-from megatron_fp32_router.lab import train as lab_train
 
 
-def build(recipe: Any, layer_wise: bool) -> Any:
-    """A training with Megatron's Muon, as Megatron makes it."""
-    home = import_module("megatron.core.optimizer")
+def write(recipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Three steps of routers beside separate parameters; then what resume:write does."""
+    lab.leave_layout()
+    return {
+        "updates": {case["name"]: beside(case) for case in arguments["beside"]},
+        "written": resume.write(recipe, arguments),
+    }
 
-    def optimizer(recipe: Any, config: Any, chunks: Any) -> Any:
-        fields = {"lr": recipe.lr, "weight_decay": 0.0, "clip_grad": recipe.clip_grad, "bf16": True}
-        wanted = {"optimizer": "muon", "use_layer_wise_distributed_optimizer": layer_wise}
-        return home.get_megatron_optimizer(home.OptimizerConfig(**fields, **wanted), chunks)
 
-    kept, lab_train._optimizer = lab_train._optimizer, optimizer
-    try:
-        return resume.build(recipe)
-    finally:
-        lab_train._optimizer = kept
+def beside(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Router name -> what its weight went through where this rank updates it, and what it was on every rank."""
+    resume.turn("on")
+    recipe = resume.recipe_of(case)
+    with lab.layout(recipe):
+        lab.seed(recipe.seed)
+        models = lab.build_model(recipe)
+        for name, parameter in models[0].named_parameters():
+            if name.endswith("router.weight"):
+                vars(parameter).update(case.get("marks", {}))
+        room = lab.wrap(recipe, models)
+        found: dict[str, dict[str, Any]] = {}
+        twins = {}
+        for name, router in room.routers():
+            found[name] = {"start": router.weight.detach().clone(), "weights": [], "gradients": [], "bits": []}
+            inner = owner(room, router.weight)
+            if inner is not None:
+                twins[name] = (inner, *twin_of(inner, router.weight))
+        batches = lab.text_batches(recipe, seed=7)
+        for _ in range(resume.STEPS):
+            room.step(batches)
+            for name, router in room.routers():
+                found[name]["weights"].append(router.weight.detach().clone())
+                if name not in twins:
+                    continue
+                inner, other, parameter = twins[name]
+                # Clipped where it lies.
+                parameter.grad = router.weight.main_grad.detach().clone()
+                found[name]["gradients"].append(parameter.grad.clone())
+                other.step()
+                found[name]["bits"].append(torch.equal(router.weight, parameter))
+                found[name]["kind"] = type(inner).__name__
+                found[name]["norm"] = room.grad_norm
+                states = [inner.state[router.weight], other.state[parameter]]
+                found[name]["states"] = [{k: v for k, v in one.items() if torch.is_tensor(v)} for one in states]
+        return found
+
+
+def owner(room: Any, weight: torch.Tensor) -> Any:
+    """The inner optimizer that updates `weight` on this rank, or None."""
+    inners = (one.optimizer for one in checkpoint.optimizers(room))
+    return next((one for one in inners if group_of(one, weight)), None)
+
+
+def group_of(inner: Any, weight: torch.Tensor) -> dict[str, Any] | None:
+    return next((group for group in inner.param_groups if any(p is weight for p in group["params"])), None)
 
 
 def twin_of(inner: Any, weight: torch.Tensor) -> tuple[Any, torch.Tensor]:
@@ -42,37 +75,5 @@ def twin_of(inner: Any, weight: torch.Tensor) -> tuple[Any, torch.Tensor]:
     other = type(inner).__new__(type(inner))
     vars(other).update(vars(inner))
     other.state = defaultdict(dict)
-    other.param_groups = [{**inner.param_groups[0], "params": [parameter]}]
+    other.param_groups = [{**(group_of(inner, weight) or {}), "params": [parameter]}]
     return other, parameter
-
-
-def train(recipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Three steps beside the twins, then a resume; what differs."""
-    found: dict[str, Any] = {}
-    for layer_wise in (False, True):
-        room = build(recipe, layer_wise)
-        inner = next(
-            one.optimizer
-            for one in room.optimizer.chained_optimizers
-            if type(one.optimizer).__name__ == "TensorParallelMuon"
-        )
-        twins = {name: (router.weight, *twin_of(inner, router.weight)) for name, router in room.routers()}
-        batches = lab.text_batches(recipe, seed=7)
-        bits = []
-        for _ in range(3):
-            room.step_without_optimizer(batches)
-            for weight, other, parameter in twins.values():
-                parameter.grad = weight.main_grad.detach().clone()
-                other.step()
-            room.optimizer.step()
-            bits += [torch.equal(weight, parameter) for weight, _, parameter in twins.values()]
-        mine = [p for group in inner.param_groups for p in group["params"]]
-        owned = [name for name, (weight, _, _) in twins.items() if any(weight is p for p in mine)]
-        folder = Path(arguments["folder"]) / str(layer_wise)
-        checkpoint.save(room, folder, "torch_dist")
-        other_room = build(recipe, layer_wise)
-        checkpoint.load(other_room, folder, "torch_dist")
-        differences = checkpoint.differences(checkpoint.snapshot(room), checkpoint.snapshot(other_room))
-        dtypes = {str(weight.dtype) for weight, _, _ in twins.values()}
-        found[str(layer_wise)] = {"bits": bits, "owned": owned, "differences": differences, "dtypes": sorted(dtypes)}
-    return found

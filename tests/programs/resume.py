@@ -9,14 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import typing
 from importlib import import_module
 from pathlib import Path
 from typing import Any
-
-# emerging-optimizers asks for Python 3.12, and only for this.
-if not hasattr(typing, "override"):
-    typing.override = lambda function: function  # type: ignore[attr-defined]
 
 import torch
 import torch.distributed as dist
@@ -265,7 +260,7 @@ def transplanted(recipe: Any, home: Path) -> dict[str, Any]:
                     part = slice(found.start, found.end)
                 main.copy_(state[f"{name}.main"].view(-1)[part].view_as(main))
                 inner = optimizer.optimizer.state[main]
-                for kind in ("exp_avg", "exp_avg_sq", "step"):
+                for kind in ("exp_avg", "exp_avg_sq", "momentum_buffer", "step"):
                     if f"{name}.{kind}" in state:
                         value = state[f"{name}.{kind}"]
                         inner[kind] = (value if value.dim() == 0 else value.view(-1)[part].view_as(main)).clone()

@@ -1,1 +1,0 @@
-"""Emerging optimizers: which of them nobody has run."""
