@@ -23,18 +23,13 @@ import wrapt
 
 from megatron_fp32_router.errors import DisplacedPatchError, Fp32RouterError, TargetChangedError, TargetMissingError
 from megatron_fp32_router.log import say
+from megatron_fp32_router.patching.chain import unwrap, wrapper_chain
 from megatron_fp32_router.patching.gate import look
 from megatron_fp32_router.patching.megatron import Megatron, of_module
 from megatron_fp32_router.patching.owner import HOME, MADE_BY, MARK, PLACE, home, is_ours, name_of, somebody_elses
 from megatron_fp32_router.patching.record import USUAL, Function, Needless, Patch
 from megatron_fp32_router.patching.records import PATCHES
 from megatron_fp32_router.settings import PREFIX, Settings
-
-if not hasattr(wrapt, "unwrap_object"):
-    raise Fp32RouterError(
-        f"megatron-fp32-router needs wrapt>=2.4,<3; found {getattr(wrapt, '__version__', '?')} at {wrapt.__file__}. "
-        f"Install it with: {sys.executable} -m pip install 'wrapt>=2.4,<3'"
-    )
 
 State = Literal["armed", "applied", "native", "displaced", "drifted", "off"]
 
@@ -245,11 +240,11 @@ def _apply(
             place = f"{owner.__name__}.__init__" if isinstance(owner, type) and "__init__" in vars(owner) else None
         if place is None:
             mismatch(error, message)
-        elif registry.replacements.get(patch.id) not in wrapt.wrapper_chain(wrapt.resolve_path(module, place)[2]):
+        elif registry.replacements.get(patch.id) not in wrapper_chain(wrapt.resolve_path(module, place)[2]):
             _install(patch, module, place, functools.partial(_refuse_where_used, error=error, message=message))
         return
     current = wrapt.resolve_path(module, patch.path)[2]
-    for entry in wrapt.wrapper_chain(current):
+    for entry in wrapper_chain(current):
         if is_ours(entry) and getattr(entry, MADE_BY, None) == patch.made_by:
             # In place already, maybe below somebody else's: the hook fired twice, or the name was imported from a
             # module that is patched.
@@ -307,15 +302,15 @@ def _position(patch: Patch, module: ModuleType) -> tuple[Literal["outermost", "b
     replacement = registry.replacements[patch.id]
     try:
         current = wrapt.resolve_path(module, getattr(replacement, PLACE, patch.path))[2]
-    except wrapt.PathResolutionError:
+    except AttributeError:
         return "gone", "nothing"
     above = name_of(current)
-    for entry in wrapt.wrapper_chain(current):
+    for entry in wrapper_chain(current):
         if entry is replacement:
             return "outermost", ""
         if not is_ours(entry) or home(entry) != HOME:
             break
-    if any(entry is replacement for entry in wrapt.wrapper_chain(current)):
+    if any(entry is replacement for entry in wrapper_chain(current)):
         return "below", above
     return "gone", above
 
@@ -324,9 +319,9 @@ def _left_to_somebody_else(patch: Patch, module: ModuleType) -> bool:
     """Whether we keep our hands off: the target had been replaced before the plugin could."""
     try:
         current = wrapt.resolve_path(module, patch.path)[2]
-    except wrapt.PathResolutionError:
+    except AttributeError:
         return False
-    return patch.supersedes and not any(is_ours(f) for f in wrapt.wrapper_chain(current)) and somebody_elses(current)
+    return patch.supersedes and not any(is_ours(f) for f in wrapper_chain(current)) and somebody_elses(current)
 
 
 def undo_all() -> None:
@@ -355,7 +350,7 @@ def undo_all() -> None:
     # Backwards: of two that share a target, the later one lies on the other.
     for patch, module in reversed(placed):
         replacement = registry.replacements[patch.id]
-        wrapt.unwrap_object(module, getattr(replacement, PLACE, patch.path), replacement)
+        unwrap(module, getattr(replacement, PLACE, patch.path), replacement)
     for cls, (own, _) in registry.router_classes.items():
         if own is None:
             del cls._apply  # type: ignore[attr-defined]
