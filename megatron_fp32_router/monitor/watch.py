@@ -19,7 +19,7 @@ import torch
 from megatron_fp32_router.balance import update
 from megatron_fp32_router.errors import UnprotectedRouterError
 from megatron_fp32_router.log import rank, say
-from megatron_fp32_router.monitor import collect, look, sinks
+from megatron_fp32_router.monitor import collect, look, outside, sinks
 from megatron_fp32_router.monitor.sinks import Entry, Layer
 from megatron_fp32_router.patching.registry import mismatch, registry, replaces
 from megatron_fp32_router.settings import PREFIX
@@ -237,6 +237,7 @@ class Monitor:
             where = f"the monitor looks every {registry.settings.monitor} steps and writes {sinks.path()}{before}"
             if sinks.append(step, self.entries):
                 say(logging.INFO, where, threshold=registry.settings.log, once=True)
+            outside.hand_on(step, self.entries)
             self._warn_of_what_is_not_finite(step)
         sinks.publish(step, self.entries)
 
