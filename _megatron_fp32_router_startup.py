@@ -40,7 +40,6 @@ def command() -> int:
     import sys
 
     try:
-        _require_unwrapping()
         from megatron_fp32_router.cli import main
     except Exception as error:
         print(f"megatron-fp32-router: {type(error).__name__}: {error}. To go on: {_remedy(error)}", file=sys.stderr)
@@ -131,7 +130,6 @@ class Gate:
         # RuntimeError and not ImportError: programs catch the latter to find out whether Megatron is there,
         # and would go on without it, or without the plugin.
         try:
-            _require_unwrapping()
             import_module("megatron_fp32_router")
         except Exception as error:
             # An error of ours says what to do; its frames would only push that off the screen.
@@ -188,21 +186,6 @@ def _near_misses() -> "list[str]":
     ]
 
 
-def _require_unwrapping() -> None:
-    """Raise ImportError if wrapt is older than 2.4.
-
-    Such a wrapt arms and patches without complaint; what it lacks would be missed by disable() and status(), in
-    the middle of a training. Whatever ignores requirements, such as `pip install wrapt==1.17`, leads here.
-    """
-    try:
-        import wrapt
-    except ImportError:
-        return  # The package's own import says so, or that the package itself is gone, which comes first.
-    if not hasattr(wrapt, "unwrap_object"):
-        found = f"{getattr(wrapt, '__version__', 'of unknown version')} ({getattr(wrapt, '__file__', 'no file')})"
-        raise ImportError(f"wrapt {found} is too old: 2.4 or newer is needed", name="wrapt")
-
-
 def _remedy(error: Exception) -> str:
     import sys
 
@@ -210,7 +193,7 @@ def _remedy(error: Exception) -> str:
         return "correct what the error names"
     if getattr(error, "name", None) == "megatron_fp32_router":
         return f"install it again: {sys.executable} -m pip install --force-reinstall megatron-fp32-router"
-    return f"give this Python what is missing: {sys.executable} -m pip install 'wrapt>=2.4,<3' packaging"
+    return f"give this Python what is missing: {sys.executable} -m pip install 'wrapt>=1.17,<3' packaging"
 
 
 def _explain(error: Exception) -> str:

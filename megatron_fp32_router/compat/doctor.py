@@ -174,7 +174,8 @@ def _look_at_libraries(found: Diagnosis) -> None:
         text = f"{library.version or 'version unknown'} ({library.path})"
         if library.name == "wrapt" and library.version is not None:
             fits = environment.WRAPT.contains(library.version, prereleases=True)
-            needed = "" if fits else f"; {environment.WRAPT} is needed: {sys.executable} -m pip install 'wrapt>=2.4,<3'"
+            install = f"{sys.executable} -m pip install 'wrapt>=1.17,<3'"
+            needed = "" if fits else f"; {environment.WRAPT} is needed: {install}"
             found.add("ok" if fits else "problem", library.name, text + needed)
         elif library.path is None and library.name == "TransformerEngine":
             found.add("note", library.name, "not here")

@@ -28,7 +28,7 @@ DISTRIBUTION: Final = "megatron-fp32-router"
 HOME: Final = Path(__file__).resolve().parents[1]
 
 #: What pyproject.toml asks for.
-WRAPT: Final = SpecifierSet(">=2.4,<3")
+WRAPT: Final = SpecifierSet(">=1.17,<3")
 
 #: From Python 3.15 a .start file is read, and the import line of the .pth file of that name is not (PEP 829).
 STARTUP_FILE: Final = "megatron_fp32_router.start" if sys.version_info >= (3, 15) else "megatron_fp32_router.pth"

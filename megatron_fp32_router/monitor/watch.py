@@ -18,7 +18,7 @@ import torch
 
 from megatron_fp32_router.balance import update
 from megatron_fp32_router.log import rank, say
-from megatron_fp32_router.monitor import look, sinks
+from megatron_fp32_router.monitor import look, outside, sinks
 from megatron_fp32_router.monitor.sinks import Entry, Layer
 from megatron_fp32_router.patching.registry import registry, replaces
 from megatron_fp32_router.ranks.places import is_alone
@@ -245,6 +245,7 @@ class Monitor:
             where = f"the monitor looks every {registry.settings.monitor} steps and writes {sinks.path()}{before}"
             if sinks.append(step, self.entries):
                 say(logging.INFO, where, threshold=registry.settings.log, once=True)
+            outside.hand_on(step, self.entries)
             self._say_what_is_not_finite(step)
         if sinks.has_writers():
             from megatron_fp32_router.monitor import writers

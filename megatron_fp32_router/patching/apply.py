@@ -12,6 +12,7 @@ from typing import Any
 import wrapt
 
 from megatron_fp32_router.log import say
+from megatron_fp32_router.patching.chain import wrapper_chain
 from megatron_fp32_router.patching.gate import look
 from megatron_fp32_router.patching.megatron import Megatron, of_module
 from megatron_fp32_router.patching.owner import HOME, MADE_BY, MARK, PLACE, home, is_ours, name_of
@@ -113,7 +114,7 @@ def _put_in_place(patch: Patch, module: ModuleType) -> None:
 
     It may be, below somebody else's: the hook fired twice, or the name was imported from a module that is patched.
     """
-    for entry in wrapt.wrapper_chain(wrapt.resolve_path(module, patch.path)[2]):
+    for entry in wrapper_chain(wrapt.resolve_path(module, patch.path)[2]):
         if is_ours(entry) and getattr(entry, MADE_BY, None) == patch.made_by:
             _remember(patch, entry)
             return

@@ -85,6 +85,8 @@ def _discover() -> None:
     if _discovered:
         return
     _discovered = True
+    if not hasattr(wrapt, "unwrap_object"):
+        return  # before 2.4 it may ask setuptools, which takes long to import; the records name the same modules
     try:
         wrapt.discover_post_import_hooks(GROUP)
     except (ImportError, AttributeError) as error:

@@ -18,6 +18,7 @@ import wrapt
 
 from megatron_fp32_router.errors import Fp32RouterError, TargetChangedError, TargetMissingError
 from megatron_fp32_router.log import say
+from megatron_fp32_router.patching.chain import wrapper_chain
 from megatron_fp32_router.patching.megatron import Megatron
 from megatron_fp32_router.patching.record import USUAL, Factory, Function, Patch
 from megatron_fp32_router.patching.records import PATCHES
@@ -67,7 +68,7 @@ def refuse(patch: Patch, module: ModuleType, megatron: Megatron, problem: Proble
     place = None if patch.area == "router" else _place_of_use(patch, module, problem)
     if place is None:
         mismatch(error, message)
-    elif registry.replacements.get(patch.id) not in wrapt.wrapper_chain(wrapt.resolve_path(module, place)[2]):
+    elif registry.replacements.get(patch.id) not in wrapper_chain(wrapt.resolve_path(module, place)[2]):
         return place, functools.partial(_refuse_where_used, error=error, message=message)
     return None
 

@@ -19,16 +19,11 @@ import wrapt
 
 from megatron_fp32_router.errors import Fp32RouterError
 from megatron_fp32_router.log import say
+from megatron_fp32_router.patching.chain import wrapper_chain
 from megatron_fp32_router.patching.owner import HOME, PLACE, home, is_ours, name_of, somebody_elses
 from megatron_fp32_router.patching.record import Patch
 from megatron_fp32_router.patching.records import PATCHES
 from megatron_fp32_router.settings import Settings
-
-if not hasattr(wrapt, "unwrap_object"):
-    raise Fp32RouterError(
-        f"megatron-fp32-router needs wrapt>=2.4,<3; found {getattr(wrapt, '__version__', '?')} at {wrapt.__file__}. "
-        f"Install it with: {sys.executable} -m pip install 'wrapt>=2.4,<3'"
-    )
 
 State = Literal["armed", "applied", "native", "displaced", "drifted", "off"]
 
@@ -122,15 +117,15 @@ def position_of(patch: Patch, module: ModuleType) -> tuple[Literal["outermost", 
     replacement = registry.replacements[patch.id]
     try:
         current = wrapt.resolve_path(module, getattr(replacement, PLACE, patch.path))[2]
-    except wrapt.PathResolutionError:
+    except AttributeError:
         return "gone", "nothing"
     above = name_of(current)
-    for entry in wrapt.wrapper_chain(current):
+    for entry in wrapper_chain(current):
         if entry is replacement:
             return "outermost", ""
         if not is_ours(entry) or home(entry) != HOME:
             break
-    if any(entry is replacement for entry in wrapt.wrapper_chain(current)):
+    if any(entry is replacement for entry in wrapper_chain(current)):
         return "below", above
     return "gone", above
 
@@ -139,9 +134,9 @@ def left_to_somebody_else(patch: Patch, module: ModuleType) -> bool:
     """Whether we keep our hands off: the target had been replaced before the plugin could."""
     try:
         current = wrapt.resolve_path(module, patch.path)[2]
-    except wrapt.PathResolutionError:
+    except AttributeError:
         return False
-    return patch.supersedes and not any(is_ours(f) for f in wrapt.wrapper_chain(current)) and somebody_elses(current)
+    return patch.supersedes and not any(is_ours(f) for f in wrapper_chain(current)) and somebody_elses(current)
 
 
 def _status(patch: Patch) -> tuple[State, str]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 
-import wrapt
-
 from megatron_fp32_router.errors import DisplacedPatchError
+from megatron_fp32_router.patching.chain import unwrap
 from megatron_fp32_router.patching.owner import PLACE
 from megatron_fp32_router.patching.records import PATCHES
 from megatron_fp32_router.patching.registry import position_of, registry
@@ -38,7 +37,7 @@ def undo_all() -> None:
     # Backwards: of two that share a target, the later one lies on the other.
     for patch, module in reversed(placed):
         replacement = registry.replacements[patch.id]
-        wrapt.unwrap_object(module, getattr(replacement, PLACE, patch.path), replacement)
+        unwrap(module, getattr(replacement, PLACE, patch.path), replacement)
     for cls, (own, _) in registry.router_classes.items():
         if own is None:
             del cls._apply  # type: ignore[attr-defined]

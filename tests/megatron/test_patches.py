@@ -42,9 +42,11 @@ def originals() -> dict[str, Any]:
         module = sys.modules.get(patch.module)
         if module is not None:
             try:
-                owner, _, value = wrapt.resolve_owner(module, patch.path)
-            except wrapt.PathResolutionError:
+                owner, name, value = wrapt.resolve_path(module, patch.path)
+            except AttributeError:
                 continue
+            if isinstance(owner, type):
+                owner = next(cls for cls in owner.__mro__ if name in vars(cls))
             if owner is not object:  # of a function that has a class's name, every look-up gives another object
                 found[patch.id] = (owner, value)
     return found

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import wrapt
 
 import megatron_fp32_router
+from megatron_fp32_router.patching.chain import unwrap
 from megatron_fp32_router.patching.records import PATCHES
 from megatron_fp32_router.patching.registry import registry
 
@@ -25,7 +26,7 @@ def only_casts() -> Iterator[None]:
     megatron_fp32_router.enable()
     for patch in reversed(PATCHES):  # of two that share a target, the later one lies on the other
         if patch.mechanism.startswith("optimizers.") and patch.id in registry.replacements:
-            wrapt.unwrap_object(sys.modules[patch.module], patch.path, registry.replacements[patch.id])
+            unwrap(sys.modules[patch.module], patch.path, registry.replacements[patch.id])
     try:
         yield
     finally:
