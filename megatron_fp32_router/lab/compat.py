@@ -154,7 +154,7 @@ def write_item_of_any_time() -> Any:
     return write_item
 
 
-def _fork_results_queue(writers: types.ModuleType) -> None:
+def _fork_results_queue(writers: Any) -> None:
     """All releases spawn a server process for what the writers of a checkpoint report, in every rank that saves.
 
     It imports torch and the program anew, which takes longer than a tiny model trains. A forked one does not. A

@@ -33,7 +33,8 @@ def unwrap(target: Any, path: str, replacement: Any) -> None:
     Raises:
         ValueError: something else is there; nothing is changed.
     """
-    owner, name, current = wrapt.resolve_path(target, path)
+    found: tuple[Any, str, Any] = wrapt.resolve_path(target, path)
+    owner, name, current = found
     if current is not replacement:
         raise ValueError(f"{path} of {target!r} is {current!r}; expected {replacement!r}")
     original = replacement.__wrapped__
