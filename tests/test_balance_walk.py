@@ -37,4 +37,6 @@ def test_a_bias_is_found_wherever_a_router_may_keep_it() -> None:
         assert _counted(module)
     empty.register_buffer("expert_bias", None)
     assert _held(empty, "expert_bias") is None
+    empty.register_buffer(COUNTER, bias)
+    assert not _counted(empty)
     assert _held(torch.nn.Linear(1, 1), "expert_bias") is None

@@ -97,12 +97,19 @@ def test_forty_thousand_tokens_in_sixty_four_parts_are_counted_and_judged_exactl
 def test_a_million_tokens_counted_six_hundred_at_a_time_and_a_count_above_two_to_the_24(
     router: Any, plugin: Any
 ) -> None:
-    r = routers(layers(router, 1)[0])[0]
+    chunk, config = layers(router, 1)
+    r = routers(chunk)[0]
     for _ in range(2000):
         r.local_tokens_per_expert += 600
     assert (r.local_tokens_per_expert == 1_200_000).all()
     r.local_tokens_per_expert += 2**24 + 1
     assert r.local_tokens_per_expert.long().tolist() == [1_200_000 + 2**24 + 1] * 8
+    # One expert has one token more, which fp32 cannot tell: the update does.
+    r.local_tokens_per_expert[1:] -= 1
+    counts, before = r.local_tokens_per_expert.numpy().copy(), r.expert_bias.numpy().copy()
+    assert len(set(counts.astype(np.float32))) == 1
+    finalize()._update_router_expert_bias([chunk], config)
+    assert (r.expert_bias.numpy() == expected(before, counts)).all()
 
 
 def test_floats_added_by_third_parties_are_counted_too(router: Any, plugin: Any) -> None:

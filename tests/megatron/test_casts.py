@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -58,6 +59,8 @@ def test_no_cast_reaches_the_router(cast: Any, router: Any, plugin: Any, with_bi
     assert built.weight is weight
     assert built.weight.sequence_parallel == "kept"
     assert built.weight.grad.dtype == built.weight.dtype
+    # What optimizers know it by.
+    assert all(map(is_protected, built.parameters()))
     assert bool((built.weight.grad.double() == 1 + 2**-20).all())
     if cast is not CASTS["double().bfloat16()"] and cast is not CASTS["share_memory()"]:
         assert built.weight.data_ptr() == address
@@ -123,6 +126,8 @@ def test_buffers_mode_leaves_the_parameters_to_upstream(router: Any, plugin: Any
     assert {p.dtype for p in built.parameters()} == {torch.bfloat16}
     assert built.expert_bias.dtype == torch.float32
     assert built.local_tokens_per_expert.dtype == torch.float64
+    # The look after wrapping has nothing against it.
+    import_module("megatron.core.transformer.module").Float16Module(built.config, built)
 
 
 def test_the_config_is_neither_changed_nor_replaced(router: Any, plugin: Any) -> None:
@@ -148,6 +153,9 @@ def test_a_model_built_before_activation_is_noticed_and_can_be_protected(build: 
 
     megatron_fp32_router.enable()
     try:
+        # What has lost its bits is not made to look as if it had not.
+        assert built.half().weight.dtype == torch.float16
+        built.bfloat16()
         with pytest.raises(megatron_fp32_router.UnprotectedRouterError, match="before the plugin was active"):
             Float16Module(config, built)
         survey = megatron_fp32_router.protect_model(built)
@@ -168,8 +176,6 @@ def test_the_first_forward_and_the_first_update_notice_a_model_wrapped_before_ac
     try:
         with pytest.raises(megatron_fp32_router.UnprotectedRouterError):
             room.step(lab.text_batches(room.recipe, seed=1))
-        from importlib import import_module
-
         finalize = import_module("megatron.core.distributed.finalize_model_grads")
         with pytest.raises(megatron_fp32_router.UnprotectedRouterError, match="balance update"):
             finalize._update_router_expert_bias(room.chunks, room.config)

@@ -21,6 +21,7 @@ import megatron_fp32_router
 from megatron_fp32_router import lab
 from megatron_fp32_router.casts import below
 from megatron_fp32_router.casts.router import COUNTER, wrapped
+from megatron_fp32_router.patching.registry import registry
 
 # What is asked here is alike on the lines in between.
 pytestmark = pytest.mark.on_lines("0.11", "0.14", "0.19")
@@ -196,6 +197,7 @@ def test_a_model_that_was_seen_can_be_let_go_and_so_can_its_tensors(plugin: Any)
         import_module("megatron.core.transformer.module").Float16Module(model.config, model)
         router = weakref.ref(model.decoder.layers[0].mlp.router)
         assert router() in wrapped
+        assert model in registry.models  # also without DDP: what has changed is refused where it is used
         replaced = weakref.ref(model.decoder.layers[0].mlp.router.expert_bias)
         model.decoder.layers[0].mlp.router.expert_bias = torch.zeros(recipe.experts)
         assert replaced() is None

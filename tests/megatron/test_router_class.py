@@ -94,6 +94,18 @@ def test_its_counters_are_exact_and_its_bias_moves_by_integers(router: Any, plug
     assert torch.equal(made.expert_bias, torch.add(start, step, alpha=1e-3))
 
 
+def test_a_class_with_an_apply_of_its_own_gets_that_very_function_back(plugin: Any) -> None:
+    class WithOwn(PlainRouter):
+        def _apply(self, *args: Any, **kwargs: Any) -> Any:
+            return super()._apply(*args, **kwargs)
+
+    own = vars(WithOwn)["_apply"]
+    megatron_fp32_router.protect_router_class(WithOwn)
+    assert WithOwn().bfloat16().weight.dtype == torch.float32
+    megatron_fp32_router.disable()
+    assert vars(WithOwn)["_apply"] is own
+
+
 def test_it_takes_classes_of_modules_only_and_leaves_a_topk_router_alone(plugin: Any) -> None:
     with pytest.raises(TypeError, match=r"subclass of torch\.nn\.Module; found 3"):
         megatron_fp32_router.protect_router_class(3)  # type: ignore[arg-type]

@@ -264,3 +264,17 @@ def test_a_router_class_with_a_gating_of_its_own_is_named_once(
             assert states()["gating"] == ("applied", f"not in {name}")
             megatron_fp32_router.disable()
             megatron_fp32_router.enable()
+
+
+def test_a_gating_that_hangs_on_one_router_is_named_too(
+    router: Any, plugin: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    built = router()
+
+    def rounding(input: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(input, built.weight.to(input.dtype))
+
+    built.gating = rounding
+    with caplog.at_level(logging.INFO):
+        import_module("megatron.core.transformer.module").Float16Module(built.config, built)
+    assert f"gating in the products of {__name__}.{rounding.__qualname__}" in caplog.text
