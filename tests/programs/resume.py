@@ -177,7 +177,8 @@ def refuse_one(case: dict[str, Any], home: Path) -> dict[str, Any]:
     name, recipe = case["format"], recipe_of(case)
     with lab.layout(recipe):
         turn("off")
-        saved = build(dataclasses.replace(recipe, ddp_extra={"bucket_size": 3000}))
+        # A bucket for each parameter, so that padding is at other places than in one bucket for all.
+        saved = build(dataclasses.replace(recipe, ddp_extra={"bucket_size": 1}))
         train(saved, 0)
         checkpoint.save(saved, home, name)
         turn("on")
