@@ -222,7 +222,7 @@ def test_two_steps_on_the_newest_release_end_to_end(tmp_path: Path, monkeypatch:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import bootstrap
 
-    tree = bootstrap.ensurerelease_data(bootstrap.NEWEST)
+    tree = bootstrap.ensure_release(bootstrap.NEWEST)
     picture = tmp_path / "picture.png"
     options = ["--megatron", str(tree), "--steps", "2", "--seeds", "1", "--json", "--out", str(tmp_path)]
     done = _command(*options, "--picture", str(picture), timeout=300)

@@ -104,6 +104,9 @@ def test_steps_without_a_look_run_exactly_the_operations_that_they_run_with_the_
             assert done == expected
         assert file.exists() == (step >= 4)
     assert [record["layer"] for record in looks(file)] == [*expert_layers, "all"]
+    about = looks(file)[-1]["about"]
+    assert about["megatron"] == f"Megatron-Core {lab.megatron_version()}"
+    assert (about["plugin"], about["settings"]["monitor"]) == (megatron_fp32_router.__version__, 4)
     assert update.watchers == []
     megatron_fp32_router.disable()
     assert finalize()._allreduce_conditional_embedding_grads is original
