@@ -59,8 +59,9 @@ found["buffers"] = tries(optimizer="distributed", fused_adam=True)
 plugin.disable()
 plugin.enable(on_mismatch="warn", protect="all")
 found["warn"] = tries(optimizer="distributed", fused_adam=True)
-states = {record.id: record.state for record in plugin.status()}
-found["core under warn"] = sorted({states[name] for name in cores} - {"armed"})
+states = {record.id: (record.state, record.detail) for record in plugin.status()}
+found["optimizer under warn"] = states["optimizer-mixed-groups"]
+found["core under warn"] = sorted({states[name][0] for name in cores} - {"armed"})
 print(json.dumps(found))
 """
 
@@ -119,6 +120,9 @@ def test_under_warn_it_trains_and_says_so_once_and_every_core_patch_is_applied(
 ) -> None:
     assert isinstance(found["warn"], float)
     assert found["core under warn"] == ["applied", "native"]
+    state, detail = found["optimizer under warn"]
+    assert state == "drifted"
+    assert detail.endswith("; left out with a warning where it is used")
     said = [line for line in done.stderr.splitlines() if "DistributedOptimizer.__init__ has changed" in line]
     assert len(said) == 1
 

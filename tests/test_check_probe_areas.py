@@ -106,9 +106,9 @@ def test_who_does_what_the_error_of_an_optimizer_says_can_train_and_a_schedule_i
     assert done.returncode == 0, done.stdout + done.stderr
     for part in ("distributed: fits, proven by the probe", "optimizer: fits, proven", "the probe took", "left out"):
         assert part in done.stdout
-    # For the schedules nobody has asked: they are named, and left out.
+    # For schedules and refit nobody has asked: they are named, and left out.
     assert "schedules: drifted, left out: slower" in done.stdout
-    assert "add schedules to --for" in done.stdout
+    assert "add refit,schedules to --for" in done.stdout
     trained = train(harmless, tmp_path, **{name: file})
     assert trained.returncode == 0, trained.stderr
     assert "'optimizer-mixed-groups': 'applied'" in trained.stdout

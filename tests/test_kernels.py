@@ -10,7 +10,7 @@ import pytest
 import torch
 from bootstrap import ensure_transformer_engine
 
-from megatron_fp32_router.lab import kernels, transformer_engine
+from megatron_fp32_router.lab import kernels, mamba, transformer_engine
 
 f32 = np.float32
 NOOP = torch.zeros(1, dtype=torch.int)
@@ -291,3 +291,19 @@ def test_its_fused_adam_moves_bf16_and_fp32_parameters_as_the_formula_says(remai
     assert torch.equal(rest, expected[0][0])
     # What is wrong with it: nobody ever updates the fp32 parameter's main copy (NVIDIA/Megatron-LM #7338).
     assert torch.equal(optimizer.state[fp32]["master_param"], some(torch.float32, seed=5))
+
+
+def test_mambas_scan_is_its_recurrence() -> None:
+    """One state after another, as Mamba-2 is defined."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (2, 9, 4, 3), "dt": (2, 9, 4), "b": (2, 9, 2, 5), "c": (2, 9, 2, 5), "a": (4,), "d": (4,)}
+    x, dt, b, c, a, d = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes.values())
+    dt, a = dt.abs(), -a.abs()
+    states = torch.zeros(2, 4, 3, 5, dtype=torch.float64)
+    expected = []
+    for t in range(9):
+        into, out = (part[:, t].repeat_interleave(2, 1) for part in (b, c))
+        new = dt[:, t, :, None, None] * x[:, t, :, :, None] * into[:, :, None]
+        states = (dt[:, t] * a).exp()[:, :, None, None] * states + new
+        expected.append(torch.einsum("bhpn,bhn->bhp", states, out) + d[:, None] * x[:, t])
+    torch.testing.assert_close(mamba.scan(x, dt, a, b, c, d), torch.stack(expected, 1), rtol=1e-12, atol=1e-12)

@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from megatron_fp32_router.lab import compat, cpu
+from megatron_fp32_router.lab import compat, cpu, mamba
 from megatron_fp32_router.lab.recipe import LabError, Recipe
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ def make_config(recipe: Recipe) -> Any:
     known = {f.name for f in dataclasses.fields(config_class)}
     dtype = _DTYPES[recipe.precision]
     wanted: dict[str, Any] = {
-        "num_layers": recipe.layers * (2 if recipe.model == "hybrid" else 1),
+        "num_layers": recipe.layers * (1 + (recipe.model == "hybrid") + recipe.mamba),
         "hidden_size": recipe.hidden,
         "num_attention_heads": recipe.heads,
         # 0.11's SequentialMLP takes its size from here.
@@ -259,6 +259,8 @@ def make_config(recipe: Recipe) -> Any:
         wanted["moe_router_dtype"] = recipe.router_dtype
     if recipe.model == "hybrid":
         wanted |= {"is_hybrid_model": True, "mtp_num_layers": recipe.mtp or None}
+    if recipe.mamba:
+        wanted |= {"mamba_state_dim": 16, "mamba_head_dim": 16, "mamba_num_groups": 2}
     if recipe.recompute:
         wanted |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     unknown = (set(wanted) | set(recipe.extra)) - known
@@ -365,12 +367,18 @@ def _hybrid(recipe: Recipe, layer: Any, stage: int | None, **kwargs: Any) -> Any
         input_layernorm=LabLayerNorm, self_attention=parts.self_attention, self_attn_bda=parts.self_attn_bda
     )
     experts = half(pre_mlp_layernorm=LabLayerNorm, mlp=parts.mlp, mlp_bda=parts.mlp_bda)
-    linear = import_module("megatron.core.tensor_parallel").ColumnParallelLinear
+    parallel = import_module("megatron.core.tensor_parallel")
+    linear = parallel.ColumnParallelLinear
     depth = mtp.MultiTokenPredictionLayerSubmodules(
         enorm=LabLayerNorm, hnorm=LabLayerNorm, eh_proj=linear, layer_norm=LabLayerNorm
     )
     depths = mtp.MultiTokenPredictionBlockSubmodules([spec(mtp.MultiTokenPredictionLayer, submodules=depth)])
+    further = {}
+    if recipe.mamba:
+        linears = (linear, parallel.RowParallelLinear)
+        further["mamba_layer"] = mamba.layer(spec, LabLayerNorm, linears, parts.mlp_bda)
     layers = block.HybridStackSubmodules(
+        **further,
         attention_layer=spec(transformer.TransformerLayer, submodules=attention),
         moe_layer=spec(layer.module, submodules=experts),
         mtp_block_spec=spec(mtp.MultiTokenPredictionBlock, submodules=depths),

@@ -17,8 +17,7 @@ class LabError(Fp32RouterError):
 class Recipe:
     """A tiny model with mixture-of-experts layers, and the layout to train it in. Sizes are counts, not bytes."""
 
-    #: "hybrid": HybridModel, in which attention and mixture of experts are layers of their own and take turns. Mamba
-    #: layers have no kernels for a CPU.
+    #: "hybrid": HybridModel, in which attention and mixture of experts are layers of their own and take turns.
     model: Literal["gpt", "hybrid"] = "gpt"
 
     #: Sizes of the parallel dimensions. Experts are spread inside the data-parallel ranks.
@@ -32,6 +31,8 @@ class Recipe:
 
     #: Those that have experts. A hybrid model has as many attention layers between them.
     layers: int = 2
+    #: Whether a hybrid model has a Mamba layer before each attention layer; its kernels are the laboratory's.
+    mamba: bool = False
     #: Depths of multi-token prediction, each of an attention layer and two with experts. Hybrid models only.
     mtp: int = 0
     hidden: int = 64
@@ -94,8 +95,8 @@ class Recipe:
         stages = self.pipeline_parallel * (self.virtual_pipeline or 1)
         if self.layers % stages:
             raise LabError(f"layers={self.layers} must be a multiple of the {stages} pipeline stages")
-        if self.mtp and self.model != "hybrid":
-            raise LabError(f"mtp={self.mtp} needs model='hybrid', found {self.model!r}")
+        if (self.mtp or self.mamba) and self.model != "hybrid":
+            raise LabError(f"mtp={self.mtp} and mamba={self.mamba} need model='hybrid', found {self.model!r}")
 
     @property
     def world_size(self) -> int:
@@ -114,9 +115,9 @@ class Recipe:
 
     @property
     def hybrid_pattern(self) -> str:
-        """HybridModel's hybrid_layer_pattern: "*" is attention, "E" experts, "|" ends a pipeline stage, "/" is MTP."""
+        """Its hybrid_layer_pattern: "*" is attention, "E" experts, "M" Mamba, "|" ends a pipeline stage, "/" is MTP."""
         stages = self.pipeline_parallel * (self.virtual_pipeline or 1)
-        return "|".join(["*E" * (self.layers // stages)] * stages) + "/*EE" * self.mtp
+        return "|".join([("M*E" if self.mamba else "*E") * (self.layers // stages)] * stages) + "/*EE" * self.mtp
 
     def to_json(self) -> dict[str, Any]:
         """As plain values; the `extra` fields must hold only what JSON can."""

@@ -96,6 +96,7 @@ def _imported(tree: Path, *names: str) -> dict[str, types.ModuleType]:
     }
     vars(needed["pydantic.dataclasses"])["dataclass"] = dataclasses.dataclass
     before = dict(sys.modules)
+    _forget()  # somebody may have put a stub there
     sys.modules.update(needed)
     try:
         for name in names:
@@ -192,9 +193,13 @@ def router_in_use(tree: Path, version: str = "") -> Iterator[Any]:
         vars(home).update({name: before[name] for name in names if name in before})
 
 
-def _restore(before: dict[str, types.ModuleType]) -> None:
-    """Take our modules out of sys.modules, and put back what was there under their names."""
+def _forget() -> None:
+    """Take everything that bears our modules' names out of sys.modules."""
     for name in [name for name in sys.modules if name.partition(".")[0] in _ROOTS]:
         del sys.modules[name]
-        if name in before:
-            sys.modules[name] = before[name]
+
+
+def _restore(before: dict[str, types.ModuleType]) -> None:
+    """Take our modules out of sys.modules, and put back what was there under their names."""
+    _forget()
+    sys.modules.update({name: module for name, module in before.items() if name.partition(".")[0] in _ROOTS})

@@ -146,7 +146,8 @@ def _status(patch: Patch) -> tuple[State, str]:
     if module is None:
         return "armed", "waits for the import"
     if patch.id in registry.problems:
-        at_use = "; refused where it is used" if patch.id in registry.replacements else ""
+        how = "refused" if registry.settings.on_mismatch == "raise" else "left out with a warning"
+        at_use = f"; {how} where it is used" if patch.id in registry.replacements else ""
         return "drifted", f"the target {registry.problems[patch.id].says}{at_use}"
     if patch.module in registry.pending:
         return "armed", "the module is half imported"
