@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import email
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -49,6 +51,21 @@ def test_the_wheel_holds_all_that_an_installation_needs_and_no_more(wheel: Path)
     assert "megatron_fp32_router/py.typed" in names
     assert "megatron_fp32_router/patching/fingerprints.json" in names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+def test_the_readme_that_an_index_shows_has_all_of_the_text_and_no_link_that_leads_nowhere(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_string(archive.read(name).decode())
+    shown = metadata.get_payload()
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    links = re.findall(r"\]\(([^)\s]+)", shown)
+    assert [link for link in links if not link.startswith("https://")] == []
+    assert "`docs/limits.md`" in shown
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^#+ .*", shown, re.MULTILINE) == re.findall(r"^#+ .*", readme, re.MULTILINE)
+    # Nothing but links is changed: a line without one is there as it is.
+    assert {line for line in readme.splitlines() if "](" not in line} <= set(shown.splitlines())
 
 
 def test_the_startup_files_lie_at_the_root_of_site_packages(installed: Environment) -> None:
