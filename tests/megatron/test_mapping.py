@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -174,6 +175,28 @@ def test_a_load_that_was_interrupted_leaves_the_checkpoint_as_it_was_and_can_be_
             assert resume.content(tmp_path) == files
             assert_goes_on(recipe, tmp_path, tmp_path, name, "on")
         assert resume.content(tmp_path) == files
+
+
+@pytest.mark.on_lines("0.19")
+def test_a_main_copy_is_not_read_into_the_memory_of_the_weight_into_which_the_rounded_one_is_read(
+    tmp_path: Path,
+) -> None:
+    """Distributed checkpoints are read in place, in whatever order."""
+    recipe = recipe_of()
+    with lab.parallel(recipe):
+        saved(recipe, "off", tmp_path, ["dp_reshardable"])
+        resume.turn("on")
+        room = resume.build(recipe)
+        with checkpoint._step_kept_in_groups(room):
+            state = checkpoint._sharded_state(room, "dp_reshardable", loading=True)
+        load = import_module("megatron.core.dist_checkpointing.serialization").load_tensors_metadata
+        plan = reading.plan(state, lambda: load(str(tmp_path / "dp_reshardable")), lambda *_: "they do not fit")
+    moved = [request for request in plan.changes.values() if isinstance(request, mapping.Request)]
+    asked = [(parameter, entry["param"].data) for request in moved for _, parameter, _, entry in request.slices()]
+    routers = {id(router.weight) for _, router in room.routers()}
+    assert routers <= {id(parameter) for parameter, _ in asked}
+    for parameter, main in asked:
+        assert main.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr()
 
 
 @pytest.mark.on_lines("0.11", "0.19")
