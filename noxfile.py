@@ -30,6 +30,9 @@ SCRIPTS = [
 #: Releases whose optimizer code differs from that of the last of their line (scripts/docs_resume.py finds them).
 OTHER_OPTIMIZERS = ("0.17.0",)
 
+#: Of tests/megatron, what is run on the checkout of main that runs every test of tests/trees: recipes and optimizers.
+ON_MAIN = [f"tests/megatron/test_{name}.py" for name in ("recipes", "muon", "optimizer_step")]
+
 #: What `scripts/test --quick` runs.
 QUICK = [
     f"tests/megatron/test_{name}.py"
@@ -118,6 +121,7 @@ def tree(session: nox.Session, name: str) -> None:
     # scripts/test adds it for a checkout that is named.
     where += ["--whole"] if name in TREES_IN_WHOLE else []
     folders = ["tests/trees", "tests/megatron"] if name in TREES_BY_HAND else ["tests/trees"]
+    folders += ON_MAIN if name in TREES_IN_WHOLE and name.startswith("main-") else []
     session.run(sys.executable, *PYTEST, *folders, *where, success_codes=_good_codes(session))
 
 
