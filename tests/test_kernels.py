@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from bootstrap import ensure_transformer_engine
 
-from megatron_fp32_router.lab import kernels, mamba, transformer_engine
+from megatron_fp32_router.lab import compat, kernels, mamba, transformer_engine
 
 f32 = np.float32
 NOOP = torch.zeros(1, dtype=torch.int)
@@ -307,3 +308,12 @@ def test_mambas_scan_is_its_recurrence() -> None:
         states = (dt[:, t] * a).exp()[:, :, None, None] * states + new
         expected.append(torch.einsum("bhpn,bhn->bhp", states, out) + d[:, None] * x[:, t])
     torch.testing.assert_close(mamba.scan(x, dt, a, b, c, d), torch.stack(expected, 1), rtol=1e-12, atol=1e-12)
+
+
+def test_triton_is_stood_in_for_where_kernels_are_decorated_without_it(tmp_path: Path) -> None:
+    """As on main from 2025-04-08 to 2025-07-05, which cannot be imported otherwise."""
+    file = tmp_path / "megatron" / "core" / "fusions" / "fused_indices_converter.py"
+    file.parent.mkdir(parents=True)
+    for text, needed in (("triton = MagicMock()\n", False), ("triton = None\n\n\n@triton.jit\n", True)):
+        file.write_text(text, encoding="utf-8")
+        assert compat._needs_triton(tmp_path) == needed

@@ -252,8 +252,15 @@ class _TritonStub(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def _needs_triton(tree: Path | None) -> bool:
-    roots = [tree] if tree is not None else list(map(_as_path, sys.path))
-    return any((root / "megatron/core/transformer/moe/paged_stash.py").is_file() for root in roots)
+    for root in [tree] if tree is not None else map(_as_path, sys.path):
+        core = root / "megatron" / "core"
+        converter = core / "fusions" / "fused_indices_converter.py"
+        # Main of spring 2025 has kernels that are decorated whether it is there or not.
+        if converter.is_file() and "triton = None" in converter.read_text(encoding="utf-8"):
+            return True
+        if (core / "transformer" / "moe" / "paged_stash.py").is_file():
+            return True
+    return False
 
 
 def _triton_stub() -> None:

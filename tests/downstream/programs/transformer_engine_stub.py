@@ -20,6 +20,7 @@ import torch
 _ANSWERS = {
     "cpu_offload.get_cpu_offload_context": lambda *args, **kwargs: (contextlib.nullcontext(), None),
     "attention._SplitAlongDim.apply": lambda tensor, dim, sizes: torch.split(tensor, sizes, dim),
+    "optimizers.multi_tensor_applier": lambda op, overflow, lists, *args: op(2048 * 32, overflow, lists, *args),
 }
 
 
@@ -43,9 +44,14 @@ class _Stub(types.ModuleType):
         return answer(*args, **kwargs)
 
 
-class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds the modules `roots`, and everything below them."""
+
+    def __init__(self, *roots: str) -> None:
+        self.roots = roots
+
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if name.partition(".")[0] != "transformer_engine":
+        if not any(f"{name}.".startswith(f"{root}.") for root in self.roots):
             return None
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
@@ -57,4 +63,4 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module: types.ModuleType) -> None: ...
 
 
-sys.meta_path.append(_Finder())
+sys.meta_path.append(Finder("transformer_engine"))
