@@ -228,3 +228,14 @@ def test_frozen_biases_stay_where_the_release_knows_them(router: Any, plugin: An
     r.local_tokens_per_expert.copy_(torch.arange(8))
     finalize()._update_router_expert_bias([chunk], config)
     assert bool(r.expert_bias.any()) == (release.minor < 19)
+
+
+def test_the_sign_that_scripts_study_simulates_is_upstreams(router: Any) -> None:
+    """For docs/study.md: counts in bf16, several layers of them at once."""
+    from studies.simulation import upstream_sign
+
+    router()  # what the rule asks for its process group is there
+    rule = import_module("megatron.core.transformer.moe.moe_utils").get_updated_expert_bias
+    counts_TE = torch.from_numpy(np.random.default_rng(1).poisson(700, (50, 64))).bfloat16()
+    moved = rule(counts_TE.clone(), torch.zeros(50, 64), 1.0)
+    assert (moved.sign() == upstream_sign(counts_TE)).all()

@@ -1,0 +1,1 @@
+"""What scripts/study runs, and the page that it writes."""

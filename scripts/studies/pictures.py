@@ -1,0 +1,87 @@
+"""The two pictures of docs/study.md. Each names in its metadata the results that it shows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from studies import simulation, training
+
+#: Way of adding up -> colour and marks, told apart by more than hue.
+WAYS = {"once": ("#7d8590", ":", "s"), "tree": ("#1f5fc9", "-", "o"), "ring": ("#c8401d", "--", "^")}
+
+
+def digest(results: list[dict[str, Any]]) -> str:
+    """Of the results that a picture shows."""
+    return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()
+
+
+def draw(trainings: list[dict[str, Any]], simulations: list[dict[str, Any]], folder: Path) -> None:
+    """training.png and simulation.png."""
+    import matplotlib
+
+    from megatron_fp32_router.drawing import style
+
+    with matplotlib.rc_context(style()):
+        for name, figure, results in (
+            ("training", _training(trainings), trainings),
+            ("simulation", _simulation(simulations), simulations),
+        ):
+            figure.patch.set_facecolor("white")
+            figure.patch.set_alpha(1)
+            figure.savefig(folder / f"{name}.png", dpi=110, metadata={"Description": digest(results), "Software": None})
+
+
+def _training(trainings: list[dict[str, Any]]) -> Any:
+    from megatron_fp32_router.drawing import COLOURS, new_figure
+
+    rows, columns = len(training.STARTS), len(training.RELEASES)
+    figure, axes = new_figure(10, 5.6, rows, columns, sharex=True, sharey=True)
+    for (row, start), (column, release) in product(enumerate(training.STARTS), enumerate(training.RELEASES)):
+        axis = axes[row][column]
+        for plugin, line in ((False, "--"), (True, "-")):
+            wanted = (release, plugin, start)
+            curves = [run["max_vio"] for run in trainings if (run["release"], run["plugin"], run["start"]) == wanted]
+            steps = [training.THINNED * (at + 0.5) for at in range(len(curves[0]))]
+            columns_of = list(zip(*curves, strict=True))
+            colour = COLOURS["on" if plugin else "off"][0]
+            axis.fill_between(
+                steps, [min(c) for c in columns_of], [max(c) for c in columns_of], color=colour, alpha=0.18, lw=0
+            )
+            label = f"plugin {'on' if plugin else 'off'}"
+            axis.plot(steps, [sum(c) / len(c) for c in columns_of], line, color=colour, label=label)
+        axis.set_title(f"Megatron-Core {release}, biases from {start:g}")
+    axes[0][0].set_ylim(bottom=0)  # of all of them, when everything is drawn
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
+    for line in axes:
+        line[0].set_ylabel("MaxVio")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
+    return figure
+
+
+def _simulation(simulations: list[dict[str, Any]]) -> Any:
+    from megatron_fp32_router.drawing import new_figure
+
+    figure, axes = new_figure(10, 7.4, len(simulation.SPREADS), len(simulation.SHAPES), sharex=True, sharey=True)
+    for cell in simulations:
+        row, column = simulation.SPREADS.index(cell["spread"]), list(simulation.SHAPES).index(cell["experts"])
+        axis = axes[row][column]
+        ranks = [entry["ranks"] for entry in cell["rows"]]
+        for how, (colour, line, mark) in WAYS.items():
+            means, widths = zip(*(entry[how] for entry in cell["rows"]), strict=True)
+            means, widths = [100 * mean for mean in means], [100 * width for width in widths]
+            axis.errorbar(ranks, means, widths, color=colour, ls=line, marker=mark, ms=4, capsize=2, label=how)
+        axis.set_title(f"{cell['experts']} experts, spread {cell['spread']:g}")
+        axis.set_xscale("log", base=8)
+        axis.set_xticks(ranks, [f"{count:,}" for count in ranks])
+        axis.set_ylim(0, 104)
+    for axis in axes[-1]:
+        axis.set_xlabel("ranks")
+    for line in axes:
+        line[0].set_ylabel("wrong signs, %")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
+    return figure
