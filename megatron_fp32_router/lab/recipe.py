@@ -63,6 +63,8 @@ class Recipe:
     #: allgather only, 0.12.1 to 0.14 not at all.
     linear_bias: bool = False
 
+    #: Data parallelism. "fsdp2": torch's, by Megatron's TorchFullyShardedDataParallel; with the plain optimizer.
+    wrapper: Literal["ddp", "fsdp2"] = "ddp"
     optimizer: Literal["plain", "distributed"] = "plain"
     #: Overlap of gradient reduction (and, distributed, of parameter gathering) with computation.
     overlap: bool = True

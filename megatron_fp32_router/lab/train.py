@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -177,8 +178,19 @@ def _wrap(recipe: Recipe, config: Any, model: Any, index: int) -> Any:
         **recipe.ddp_extra,
     }
     ddp = distributed.DistributedDataParallelConfig(**fields)
+    if recipe.wrapper == "fsdp2":
+        return _fsdp2(config, ddp, model)
     # As Megatron's training does: only the first chunk of a virtual pipeline is cut into buckets.
     return distributed.DistributedDataParallel(config, ddp, model, disable_bucketing=index > 0)
+
+
+def _fsdp2(config: Any, ddp: Any, model: Any) -> Any:
+    wrapper = import_module("megatron.core.distributed.torch_fully_sharded_data_parallel").TorchFullyShardedDataParallel
+    usual = inspect.signature(wrapper.__init__).parameters["sub_modules_to_wrap"].default
+    # The local layers are made of them, and torch shards a layer before what is in it only.
+    kinds = [kind for kind in usual if kind.__name__ != "ColumnParallelLinear"]
+    extra = compat.signature_kwargs(wrapper.__init__, ddp_config=ddp)
+    return wrapper(config, module=model, sub_modules_to_wrap=kinds, **extra)
 
 
 def _optimizer(recipe: Recipe, config: Any, chunks: list[Any]) -> Any:
