@@ -5,13 +5,19 @@ from __future__ import annotations
 from functools import partial
 from typing import Final
 
-from megatron_fp32_router.patching.record import UPSTREAM, Function, Patch
+from megatron_fp32_router.patching.record import OPTIMIZER, UPSTREAM, Function, Patch
 
 
-def look_at_fsdp2(original: Function) -> Function:
-    from megatron_fp32_router.optimizers.fsdp import refusal
+def shard_routers_apart(original: Function) -> Function:
+    from megatron_fp32_router.optimizers.fsdp import repair
 
-    return refusal.look_at_fsdp2(original)
+    return repair.shard_routers_apart(original)
+
+
+def lend_gradients(original: Function) -> Function:
+    from megatron_fp32_router.optimizers.fsdp import repair
+
+    return repair.lend_gradients(original)
 
 
 def look_at_megatron_fsdp(original: Function) -> Function:
@@ -22,10 +28,11 @@ def look_at_megatron_fsdp(original: Function) -> Function:
 
 _DISTRIBUTED: Final = "megatron.core.distributed"
 
-_patch: Final = partial(Patch, goes_with="router-casts", area="fsdp", whole=False, parameters=("self", "config"))
+_patch: Final = partial(Patch, goes_with="router-casts", area="fsdp", whole=False)
 
 _megatron: Final = partial(
     _patch,
+    parameters=("self", "config"),
     factory=look_at_megatron_fsdp,
     why="nobody has run fp32 router parameters in it",
     issue=f"{UPSTREAM}/pull/5929",
@@ -38,13 +45,25 @@ _versioned: Final = partial(_adapter, since="0.20", absent_where=("FullyShardedD
 
 PATCHES: Final = (
     _patch(
-        id="refuse-fsdp2",
+        id="fsdp2-units",
         module=f"{_DISTRIBUTED}.torch_fully_sharded_data_parallel",
         path="TorchFullyShardedDataParallel.__init__",
-        factory=look_at_fsdp2,
+        factory=shard_routers_apart,
         why="torch FSDP2 stops at fp32 router parameters in the first forward",
         issue="https://github.com/pytorch/pytorch",
         remove_when="FSDP2 takes several parameter dtypes in one unit",
+        parameters=("self", "config"),
+        uses=("TorchFullyShardedDataParallel.__init__ uses fully_shard",),
+    ),
+    _patch(
+        id="fsdp2-gradients",
+        module=OPTIMIZER,
+        path="Float16OptimizerWithFloat16Params._copy_model_grads_to_main_grads",
+        factory=lend_gradients,
+        why="under torch FSDP2 the optimizer stops at fp32 router parameters, which have no main_grad there",
+        issue=f"{UPSTREAM}/pull/5929",
+        remove_when="the gradient of an fp32 parameter without main_grad is taken from grad",
+        parameters=("self",),
     ),
     _megatron(
         id="refuse-custom-fsdp",
