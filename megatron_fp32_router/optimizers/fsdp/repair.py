@@ -59,7 +59,7 @@ def _routers_first(*, recompute: bool) -> Iterator[None]:
     def fully_shard(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         # Where everything is fp32, one unit takes it all.
         two_dtypes = any(below_fp32(parameter.dtype) for parameter in module.parameters())
-        routers = [inner for inner in module.modules() if two_dtypes and _trains_fp32(inner)]
+        routers: list[Any] = [inner for inner in module.modules() if two_dtypes and _trains_fp32(inner)]
         for router in routers:
             _shard(router, real, args, kwargs)
         sharded = real(module, *args, **kwargs)
@@ -95,7 +95,8 @@ def _shard(router: torch.nn.Module, fully_shard: Callable[..., Any], args: Any, 
     except TypeError:
         if not all(isinstance(parameter, DTensor) for parameter in router.parameters(recurse=False)):
             raise
-        router.__class__ = _sharded_class(type(router))
+        kind: Any = type(router)
+        router.__class__ = _sharded_class(kind)
 
 
 @functools.cache
