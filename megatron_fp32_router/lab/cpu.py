@@ -1,4 +1,4 @@
-"""ALL pretending that a CPU is a CUDA device lives in this file and in cpu_program.py, and nowhere else.
+"""ALL pretending that a CPU is a CUDA device lives in this file, cpu_fsdp.py and cpu_program.py, and nowhere else.
 
 Megatron asks for CUDA devices, streams, generators and tensor types by name. On a machine without any, the
 laboratory answers those questions from the CPU, so that unmodified Megatron code runs. Doing so in somebody's

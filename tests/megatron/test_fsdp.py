@@ -1,4 +1,7 @@
-"""torch FSDP2 with fp32 routers, two ranks: trained as by DDP and by an Adam of their own, saved and resumed."""
+"""torch FSDP2 with fp32 routers, two ranks: trained as by DDP and by an Adam of their own, saved and resumed.
+
+And Megatron-FSDP, which is refused as untested: the first step, on one rank.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from packaging.version import Version
 from programs import fsdp
 
 from megatron_fp32_router import lab
-from megatron_fp32_router.lab import compat
+from megatron_fp32_router.lab import compat, cpu_fsdp
 
 # The oldest and the newest. Between them, 0.12 and 0.16 to 0.18 cannot train with FSDP2 at all, plugin off or on.
 pytestmark = pytest.mark.on_lines("0.11", "0.19")
@@ -106,3 +109,28 @@ def test_torch_dist_cannot_be_saved_plugin_off_or_on(ranks: Any) -> None:
     for rank in ranks:
         assert rank["torch_dist"]["off"]
         assert rank["torch_dist"]["off"] == rank["torch_dist"]["on"]
+
+
+@pytest.mark.since("0.19")
+def test_the_first_step_of_megatron_fsdp_has_the_bits_of_ddp_where_it_is_let_through(
+    plugin: Any, monkeypatch: Any
+) -> None:
+    """What a CPU can say. Its checkpoints, several ranks and a GPU were not tested: tests/gpu has the next step."""
+    monkeypatch.setenv("MEGATRON_FP32_ROUTER_UNTESTED", "allow")
+    plugin()
+    fields = {**fsdp.ONE, "data_parallel": 1, "optimizer": "distributed", "clip_grad": 0.0}
+    found = []
+    with lab.parallel(lab.Recipe(**fields)), cpu_fsdp.megatron_fsdp():
+        for wrapper in ("ddp", "megatron_fsdp"):
+            recipe = lab.Recipe(**fields, wrapper=wrapper)
+            lab.seed(recipe.seed)
+            room = lab.build(recipe)
+            loss = room.step(lab.text_batches(recipe, seed=7))
+            tensors = dict(room.chunks[0].named_parameters()) | dict(room.chunks[0].named_buffers())
+            found.append({name.replace("module.", ""): value.detach().clone() for name, value in tensors.items()})
+            found[-1]["loss"] = torch.tensor(loss)
+    ddp, sharded = found
+    assert ddp["decoder.layers.0.mlp.router.weight"].dtype == torch.float32
+    assert ddp.keys() == sharded.keys()
+    for name, value in ddp.items():
+        assert torch.equal(value, sharded[name]), name

@@ -34,9 +34,9 @@ _megatron: Final = partial(
     _patch,
     parameters=("self", "config"),
     factory=look_at_megatron_fsdp,
-    why="nobody has run fp32 router parameters in it",
+    why="nobody has run fp32 router parameters in it on a GPU, or resumed it",
     issue=f"{UPSTREAM}/pull/5929",
-    remove_when="it has been run on a GPU",
+    remove_when="it has been run and resumed on a GPU",
 )
 
 #: From 0.20 FullyShardedDataParallel is a function that picks one of two classes.

@@ -22,7 +22,7 @@ def look_at_megatron_fsdp(original: Callable[..., None]) -> Callable[..., None]:
     """FullyShardedDataParallel.__init__ of custom_fsdp (0.12, 0.13) and of Megatron-FSDP (0.14 and later).
 
     Raises:
-        CombinationRefusedError: it needs a GPU, and no test has run it.
+        CombinationRefusedError: no test has run it on a GPU or resumed it.
     """
 
     @replaces(original)
@@ -30,7 +30,7 @@ def look_at_megatron_fsdp(original: Callable[..., None]) -> Callable[..., None]:
         refuse_in(
             (*args, *kwargs.values()),
             "Megatron-FSDP (--use-megatron-fsdp, --use-custom-fsdp)",
-            "no test has run it: it needs a GPU",
+            "no test has run it on a GPU, nor resumed it from a checkpoint",
             "Train without it",
             untested=True,
         )
