@@ -80,8 +80,8 @@ def wrapped(recipe: lab.Recipe) -> Any:
 
 
 def test_torch_fsdp2_is_refused_where_torch_keeps_it_private(plugin: Any, monkeypatch: Any) -> None:
-    monkeypatch.delattr(torch.distributed.fsdp, "FSDPModule")
     wrapper = import_module("megatron.core.distributed.torch_fully_sharded_data_parallel").TorchFullyShardedDataParallel
+    monkeypatch.delattr(torch.distributed.fsdp, "FSDPModule")
     recipe = lab.Recipe(**SMALL, wrapper="fsdp2")
     plugin()
     with lab.parallel(recipe):
