@@ -18,7 +18,7 @@ PACKAGE: Final = ROOT / "megatron_fp32_router"
 BASE: Final = "Fp32RouterError"
 
 #: Functions that make the message of a CombinationRefusedError from what they are given: (found, why, instead).
-REFUSALS: Final = ("refuse", "_look_at_wrapped")
+REFUSALS: Final = ("refuse", "refuse_in")
 
 Scope = ast.Module | ast.FunctionDef
 

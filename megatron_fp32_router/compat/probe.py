@@ -26,7 +26,7 @@ from megatron_fp32_router.terminal import lacking, tell
 
 #: Areas of which nothing is tried, and why.
 _NOT_TRIED: Final = {
-    "fsdp": "the plugin refuses to keep routers in fp32 under it, so that there is nothing to train",
+    "fsdp": "the probe trains with Megatron's DistributedDataParallel only; read the diff",
     "monitor": "the probe does not turn the monitor on; read the diff",
 }
 

@@ -1,7 +1,8 @@
 """Saving, loading and looking at everything that a training goes on from, in every format this Megatron has.
 
 Formats are named as Megatron names them: "torch" (the legacy files), "torch_dist" (distributed checkpoints of the
-plain optimizers) and, for the distributed optimizer, its sharding types inside torch_dist.
+plain optimizers), "torch_dcp" (torch's own, for FSDP2) and, for the distributed optimizer, its sharding types inside
+torch_dist.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _SHARDING_TYPES = (
 
 
 def formats(optimizer: str) -> list[str]:
-    """The checkpoint formats that this Megatron has for `optimizer`, "plain" or "distributed" as in Recipe."""
+    """The formats that this Megatron has for `optimizer`, "plain" or "distributed" as in Recipe, with DDP."""
     if optimizer == "plain":
         return ["torch", "torch_dist"]
     source = Path(str(import_module(_DISTRIBUTED).__file__)).read_text(encoding="utf-8")
@@ -51,6 +52,11 @@ def save(room: Lab, folder: Path, checkpoint_format: str) -> None:
     with _step_kept_in_groups(room):
         if checkpoint_format == "torch":
             _save_legacy(room, folder)
+        elif checkpoint_format == "torch_dcp":
+            state = {name: model.state_dict_for_save_checkpoint() for name, model in _models(room)}
+            state["optimizer"] = room.optimizer.state_dict()
+            files: Any = import_module("torch.distributed.checkpoint")
+            files.save(state, storage_writer=files.FileSystemWriter(folder))
         else:
             if dist.get_rank() == 0:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -65,10 +71,22 @@ def load(room: Lab, folder: Path, checkpoint_format: str) -> None:
         if checkpoint_format == "torch":
             _load_legacy(room, folder)
             return
-        state = _sharded_state(room, checkpoint_format, loading=True)
-        loaded = import_module("megatron.core.dist_checkpointing").load(state, str(folder))
-        for name, model in _models(room):
-            model.load_state_dict(loaded[name])
+        if checkpoint_format == "torch_dcp":
+            # What is handed in is written into. Megatron asks the chain of optimizers, which does not know is_loading.
+            loaded: dict[str, Any] = {name: model.state_dict() for name, model in _models(room)}
+            (optimizer,) = optimizers(room)
+            loaded["optimizer"] = optimizer.state_dict(is_loading=True)
+            for group in loaded["optimizer"]["optimizer"]["param_groups"]:
+                group.setdefault(
+                    "step", 0
+                )  # FusedAdam has none before its first step, and what has no place is not read
+            files: Any = import_module("torch.distributed.checkpoint")
+            files.load(loaded, storage_reader=files.FileSystemReader(folder))
+        else:
+            state = _sharded_state(room, checkpoint_format, loading=True)
+            loaded = import_module("megatron.core.dist_checkpointing").load(state, str(folder))
+        for chunk, (name, _) in zip(room.chunks, _models(room), strict=True):
+            chunk.load_state_dict(loaded[name])  # FSDP2 has loaded in place, and does nothing more
         room.optimizer.load_state_dict(loaded["optimizer"])
 
 
@@ -178,13 +196,13 @@ def snapshot(room: Lab) -> dict[str, torch.Tensor]:
         prefix = "" if key == "model" else f"{key}."
         for name, tensor in model.named_parameters():
             names[tensor] = prefix + name
-            found[prefix + name] = tensor.detach().clone()
+            found[prefix + name] = _copy(tensor)
         for name, tensor in model.named_buffers():
-            found[prefix + name] = tensor.detach().clone()
+            found[prefix + name] = _copy(tensor)
     for optimizer in optimizers(room):
         for parameter, main in _main_copies(optimizer):
             name = names[parameter]
-            found[f"{name}.main"] = main.detach().clone()
+            found[f"{name}.main"] = _copy(main)
             if hasattr(optimizer, "model_param_gbuf_map"):
                 part = optimizer._get_model_param_range_map(parameter)["param"]
                 found[f"{name}.range"] = torch.tensor([part.start, part.end])
@@ -195,11 +213,17 @@ def snapshot(room: Lab) -> dict[str, torch.Tensor]:
                 if isinstance(value, torch.Tensor) and not (dead and hasattr(optimizer.optimizer, "set_scaled_state")):
                     # TransformerEngine's fp8 tensors as the numbers they stand for.
                     plain = value.dequantize() if hasattr(value, "_fp8_dtype") else value
-                    found[f"{name}.{key}"] = plain.detach().clone()
+                    found[f"{name}.{key}"] = _copy(plain)
         for index, group in enumerate(optimizer.optimizer.param_groups):
             if "step" in group:
                 found[f"group {index} step"] = torch.tensor(int(group["step"]))
     return found
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """What FSDP2 has sharded comes back whole."""
+    whole = getattr(tensor, "full_tensor", None)
+    return tensor.detach().clone() if whole is None else whole().detach().clone()
 
 
 def _main_copies(optimizer: Any) -> Iterator[tuple[Any, Any]]:

@@ -1,4 +1,4 @@
-"""ALL pretending that a CPU is a CUDA device lives in this file and in cpu_program.py, and nowhere else.
+"""ALL pretending that a CPU is a CUDA device lives in this file, cpu_fsdp.py and cpu_program.py, and nowhere else.
 
 Megatron asks for CUDA devices, streams, generators and tensor types by name. On a machine without any, the
 laboratory answers those questions from the CPU, so that unmodified Megatron code runs. Doing so in somebody's
@@ -137,6 +137,13 @@ def _devices() -> None:
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
         replace(cuda, name, lambda device=None: 0)  # a new function in each turn of the loop
     replace(cuda, "memory_stats", lambda device=None: {})
+    mesh = import_module("torch.distributed.device_mesh").DeviceMesh
+    from_group = mesh.from_group
+
+    def on_cpu(group: Any, device_type: str, *args: Any, **kwargs: Any) -> Any:
+        return from_group(group, _on_cpu(device_type), *args, **kwargs)
+
+    replace(mesh, "from_group", staticmethod(on_cpu))
 
 
 # Streams and events: a CPU runs in order, so all of them are no-ops ----------------------------------------------

@@ -59,7 +59,7 @@ def _split_conv1d_scan(
     assert activation == "silu"
     assert seq_idx is None
     inner, states = headdim * len(a_H), (len(weight) - headdim * len(a_H)) // 2
-    z, xbc, dt = zxbcdt.float().split([inner, inner + 2 * states, len(a_H)], dim=2)
+    z, xbc, dt = torch.split(zxbcdt.float(), [inner, inner + 2 * states, len(a_H)], dim=2)
     padded = functional.pad(xbc.transpose(1, 2), (weight.shape[1] - 1, 0))
     xbc = functional.conv1d(padded, weight.float()[:, None], bias.float(), groups=len(weight)).transpose(1, 2)
     x, b, c = functional.silu(xbc).split([inner, states, states], dim=2)

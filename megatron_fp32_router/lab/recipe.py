@@ -64,6 +64,9 @@ class Recipe:
     #: allgather only, 0.12.1 to 0.14 not at all.
     linear_bias: bool = False
 
+    #: Data parallelism. "fsdp2": torch's, by Megatron's TorchFullyShardedDataParallel; with the plain optimizer.
+    #: "megatron_fsdp": with the distributed optimizer, and on a CPU inside `cpu_fsdp.megatron_fsdp`.
+    wrapper: Literal["ddp", "fsdp2", "megatron_fsdp"] = "ddp"
     optimizer: Literal["plain", "distributed"] = "plain"
     #: Overlap of gradient reduction (and, distributed, of parameter gathering) with computation.
     overlap: bool = True

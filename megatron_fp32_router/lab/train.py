@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from megatron_fp32_router.lab.recipe import Recipe
+
+
+#: Everything sharded. Its fused scaling of gradients is NCCL's only.
+_MEGATRON_FSDP: Final = {
+    "use_megatron_fsdp": True,
+    "data_parallel_sharding_strategy": "optim_grads_params",
+    "overlap_grad_reduce": True,
+    "overlap_param_gather": True,
+    "bucket_size": 40_000_000,
+    "gradient_reduce_div_fusion": False,
+}
 
 
 @dataclass(frozen=True)
@@ -174,11 +186,26 @@ def _wrap(recipe: Recipe, config: Any, model: Any, index: int) -> Any:
         "overlap_grad_reduce": recipe.overlap,
         "use_distributed_optimizer": recipe.optimizer == "distributed",
         "overlap_param_gather": recipe.overlap and recipe.optimizer == "distributed",
+        **(_MEGATRON_FSDP if recipe.wrapper == "megatron_fsdp" else {}),
         **recipe.ddp_extra,
     }
     ddp = distributed.DistributedDataParallelConfig(**fields)
+    if recipe.wrapper == "fsdp2":
+        return _fsdp2(config, ddp, model)
+    if recipe.wrapper == "megatron_fsdp":
+        adapter = import_module("megatron.core.distributed.fsdp.mcore_fsdp_adapter")
+        return adapter.FullyShardedDataParallel(config, ddp, model)
     # As Megatron's training does: only the first chunk of a virtual pipeline is cut into buckets.
     return distributed.DistributedDataParallel(config, ddp, model, disable_bucketing=index > 0)
+
+
+def _fsdp2(config: Any, ddp: Any, model: Any) -> Any:
+    wrapper = import_module("megatron.core.distributed.torch_fully_sharded_data_parallel").TorchFullyShardedDataParallel
+    usual = inspect.signature(wrapper.__init__).parameters["sub_modules_to_wrap"].default
+    # The local layers are made of them, and torch shards a layer before what is in it only.
+    kinds = [kind for kind in usual if kind.__name__ != "ColumnParallelLinear"]
+    extra = compat.signature_kwargs(wrapper.__init__, ddp_config=ddp)
+    return wrapper(config, module=model, sub_modules_to_wrap=kinds, **extra)
 
 
 def _optimizer(recipe: Recipe, config: Any, chunks: list[Any]) -> Any:

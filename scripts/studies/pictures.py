@@ -22,7 +22,6 @@ def digest(results: list[dict[str, Any]]) -> str:
 def draw(trainings: list[dict[str, Any]], simulations: list[dict[str, Any]], folder: Path) -> None:
     """training.png and simulation.png."""
     import matplotlib
-
     from megatron_fp32_router.drawing import style
 
     with matplotlib.rc_context(style()):

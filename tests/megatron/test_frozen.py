@@ -165,30 +165,24 @@ class ReachedError(Exception):
     """Upstream's own code was reached."""
 
 
-def test_wrappers_are_not_refused_where_no_router_is_trained(plugin: Any, release: Version, monkeypatch: Any) -> None:
+@pytest.mark.since("0.12")
+def test_a_wrapper_is_not_refused_where_no_router_is_trained(plugin: Any, release: Version, monkeypatch: Any) -> None:
     recipe = lab.Recipe(**RECIPE)
-    homes = {"TorchFullyShardedDataParallel": "torch_fully_sharded_data_parallel"}
-    if release >= Version("0.12"):
-        adapter = "fsdp.mcore_fsdp_adapter" if release >= Version("0.14") else "custom_fsdp.fully_sharded_data_parallel"
-        homes["FullyShardedDataParallel"] = adapter
+    home = "fsdp.mcore_fsdp_adapter" if release >= Version("0.14") else "custom_fsdp.fully_sharded_data_parallel"
     with lab.parallel(recipe):
-        for name, home in homes.items():
-            wrapper = getattr(import_module(f"megatron.core.distributed.{home}"), name)
-            base = next(base for base in wrapper.__mro__ if base.__name__ == "_BaseDataParallel")
-            monkeypatch.setattr(base, "__init__", lambda *args, **kwargs: (_ for _ in ()).throw(ReachedError))
-            fields = compat.signature_kwargs(wrapper.__init__, ddp_config=object())
-            for frozen, error in ((False, megatron_fp32_router.CombinationRefusedError), (True, Exception)):
-                module = unwrapped(recipe, frozen=frozen)
-                with pytest.raises(error) as caught:
-                    wrapper(module.config, module=module, **fields)
-                assert isinstance(caught.value, megatron_fp32_router.Fp32RouterError) != frozen
+        wrapper = import_module(f"megatron.core.distributed.{home}").FullyShardedDataParallel
+        base = next(base for base in wrapper.__mro__ if base.__name__ == "_BaseDataParallel")
+        monkeypatch.setattr(base, "__init__", lambda *args, **kwargs: (_ for _ in ()).throw(ReachedError))
+        for frozen, error in ((False, megatron_fp32_router.CombinationRefusedError), (True, Exception)):
+            module = unwrapped(recipe, frozen=frozen)
+            with pytest.raises(error) as caught:
+                wrapper(module.config, module=module, ddp_config=object())
+            assert isinstance(caught.value, megatron_fp32_router.Fp32RouterError) != frozen
 
 
-def test_torch_fsdp2_trains_around_frozen_routers(plugin: Any, monkeypatch: Any) -> None:
+def test_torch_fsdp2_trains_around_frozen_routers(plugin: Any) -> None:
     """Torch wants one dtype of trained parameters only."""
     home = import_module("megatron.core.distributed.torch_fully_sharded_data_parallel")
-    mesh = home.DeviceMesh.from_group
-    monkeypatch.setattr(home.DeviceMesh, "from_group", lambda group, device: mesh(group, "cpu"))
     recipe = lab.Recipe(**RECIPE)
     with lab.parallel(recipe):
         module = unwrapped(recipe, frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.fsdp
 from packaging.version import Version
 
 import megatron_fp32_router
@@ -39,37 +40,23 @@ def refused(found: str, instead: str, *, untested: bool = False) -> Iterator[Non
 # Wrappers --------------------------------------------------------------------------------------------------------
 
 
-class ReachedError(Exception):
-    """Upstream's own code was reached."""
-
-
 def wrapped(recipe: lab.Recipe) -> Any:
     (model,) = lab.build_model(recipe)
     return import_module("megatron.core.transformer.module").Float16Module(model.config, model)
 
 
-def test_torch_fsdp2_is_refused_when_it_wraps(plugin: Any, monkeypatch: Any) -> None:
-    home = import_module("megatron.core.distributed.torch_fully_sharded_data_parallel")
-
-    class Mesh:
-        @staticmethod
-        def from_group(*args: Any) -> None:
-            raise ReachedError
-
-    monkeypatch.setattr(home, "DeviceMesh", Mesh)
-    wrapper = home.TorchFullyShardedDataParallel
-    recipe = lab.Recipe(**SMALL)
-    for protect in ("all", "buffers"):
-        plugin(protect=protect)
-        with lab.parallel(recipe):
-            module = wrapped(recipe)
-            fields = compat.signature_kwargs(wrapper.__init__, ddp_config=object())
-            if protect == "all":
-                with refused("torch FSDP2", "without --use-torch-fsdp2"):
-                    wrapper(module.config, module=module, **fields)
-            else:
-                with pytest.raises(ReachedError):
-                    wrapper(module.config, module=module, **fields)
+def test_torch_fsdp2_is_refused_where_torch_keeps_it_private(plugin: Any, monkeypatch: Any) -> None:
+    wrapper = import_module("megatron.core.distributed.torch_fully_sharded_data_parallel").TorchFullyShardedDataParallel
+    monkeypatch.delattr(torch.distributed.fsdp, "FSDPModule")
+    recipe = lab.Recipe(**SMALL, wrapper="fsdp2")
+    plugin()
+    with lab.parallel(recipe):
+        module = wrapped(recipe)
+        with refused("torch FSDP2", "torch 2.6 or later"):
+            wrapper(module.config, module=module, **compat.signature_kwargs(wrapper.__init__, ddp_config=object()))
+    plugin(protect="buffers")
+    with lab.parallel(recipe):
+        assert lab.build(recipe)
 
 
 @pytest.mark.since("0.12")

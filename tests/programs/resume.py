@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 import megatron_fp32_router
 from megatron_fp32_router import lab
@@ -77,22 +78,25 @@ def write(recipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_one(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    turn(case["plugin"])
+    with lab.layout(recipe_of(case)), engine(case):
+        return write_here(case, folder)
+
+
+def write_here(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """In the layout that is there, with the plugin as it is."""
     recipe, home = recipe_of(case), folder / case["name"]
     home.mkdir(exist_ok=True)
-    turn(case["plugin"])
-    with lab.layout(recipe), engine(case):
-        straight = build(recipe)
-        losses = train(straight, 0) + train(straight, STEPS)
-        end = checkpoint.snapshot(straight)
-        room = build(recipe)
-        train(room, 0)
-        middle = checkpoint.snapshot(room)
-        failures = {
-            name: attempt(lambda name=name: checkpoint.save(room, home / name, name)) for name in case["formats"]
-        }
-        train(room, STEPS)
-        disturbed = checkpoint.differences(end, checkpoint.snapshot(room))
-        keep(room, home, middle, end=end, losses=losses)
+    straight = build(recipe)
+    losses = train(straight, 0) + train(straight, STEPS)
+    end = checkpoint.snapshot(straight)
+    room = build(recipe)
+    train(room, 0)
+    middle = checkpoint.snapshot(room)
+    failures = {name: attempt(lambda name=name: checkpoint.save(room, home / name, name)) for name in case["formats"]}
+    train(room, STEPS)
+    disturbed = checkpoint.differences(end, checkpoint.snapshot(room))
+    keep(room, home, middle, end=end, losses=losses)
     return {"failures": failures, "disturbed": disturbed, "losses": losses}
 
 
@@ -140,30 +144,34 @@ def reshard(case: dict[str, Any], folder: Path) -> dict[str, list[str]]:
 
 
 def read_one(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    turn(case["then"])
+    with lab.layout(recipe_of(case)), engine(case):
+        return read_here(case, folder)
+
+
+def read_here(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """For each format: {"failure", "loaded": what differs after the load, "end": what differs three steps later}."""
     recipe, home = recipe_of(case), folder / case["name"]
-    turn(case["then"])
     results: dict[str, Any] = {}
-    with lab.layout(recipe), engine(case):
-        truth = torch.load(home / f"truth-{dist.get_rank()}.pt", weights_only=True)
-        if case["then"] != case["plugin"]:
-            truth = transplanted(recipe, home)
-        for name in case["formats"]:
-            room = build(recipe)
-            before = checkpoint.snapshot(room)
-            failure = attempt(lambda room=room, name=name: checkpoint.load(room, home / name, name))
-            if failure:
-                overwritten = [n for n in checkpoint.differences(before, checkpoint.snapshot(room)) if n in before]
-                results[name] = {"failure": failure, "overwritten": overwritten}
-                continue
-            loaded = checkpoint.differences(truth["middle"], checkpoint.snapshot(room))
-            losses = train(room, STEPS)
-            results[name] = {
-                "failure": "",
-                "loaded": loaded,
-                "end": checkpoint.differences(truth["end"], checkpoint.snapshot(room)),
-                "losses": losses == truth["losses"][-STEPS:],
-            }
+    truth = torch.load(home / f"truth-{dist.get_rank()}.pt", weights_only=True)
+    if case["then"] != case["plugin"]:
+        truth = transplanted(recipe, home)
+    for name in case["formats"]:
+        room = build(recipe)
+        before = checkpoint.snapshot(room)
+        failure = attempt(lambda room=room, name=name: checkpoint.load(room, home / name, name))
+        if failure:
+            overwritten = [n for n in checkpoint.differences(before, checkpoint.snapshot(room)) if n in before]
+            results[name] = {"failure": failure, "overwritten": overwritten}
+            continue
+        loaded = checkpoint.differences(truth["middle"], checkpoint.snapshot(room))
+        losses = train(room, STEPS)
+        results[name] = {
+            "failure": "",
+            "loaded": loaded,
+            "end": checkpoint.differences(truth["end"], checkpoint.snapshot(room)),
+            "losses": losses == truth["losses"][-STEPS:],
+        }
     return results
 
 
@@ -250,7 +258,7 @@ def transplanted(recipe: Any, home: Path) -> dict[str, Any]:
             prefix = "" if key == "model" else f"{key}."
             for name, parameter in model.named_parameters(prefix=prefix.removesuffix(".")):
                 names[parameter] = name
-                parameter.copy_(state[f"{name}.main"].view_as(parameter))
+                put(parameter, state[f"{name}.main"])
             for name, buffer in model.named_buffers(prefix=prefix.removesuffix(".")):
                 buffer.copy_(state[name])
         for optimizer in checkpoint.optimizers(room):
@@ -259,18 +267,27 @@ def transplanted(recipe: Any, home: Path) -> dict[str, Any]:
                 if hasattr(optimizer, "model_param_gbuf_map"):
                     found = optimizer._get_model_param_range_map(parameter)["param"]
                     part = slice(found.start, found.end)
-                main.copy_(state[f"{name}.main"].view(-1)[part].view_as(main))
+                put(main, state[f"{name}.main"], part)
                 inner = optimizer.optimizer.state[main]
                 for kind in ("exp_avg", "exp_avg_sq", "momentum_buffer", "step"):
                     if f"{name}.{kind}" in state:
                         value = state[f"{name}.{kind}"]
-                        inner[kind] = (value if value.dim() == 0 else value.view(-1)[part].view_as(main)).clone()
+                        inner[kind] = value.clone() if value.dim() == 0 else put(torch.empty_like(main), value, part)
             for index, group in enumerate(optimizer.optimizer.param_groups):
                 if f"group {index} step" in state:
                     group["step"] = int(state[f"group {index} step"])
     middle = checkpoint.snapshot(room)
     losses = train(room, STEPS)
     return {"middle": middle, "end": checkpoint.snapshot(room), "losses": losses}
+
+
+def put(target: torch.Tensor, value: torch.Tensor, part: slice = slice(None)) -> torch.Tensor:
+    """Write `part` of `value` into `target`; into its shard, where FSDP2 has sharded it."""
+    if isinstance(target, DTensor):
+        target.copy_(distribute_tensor(value.view(target.shape), target.device_mesh, target.placements))
+    else:
+        target.copy_(value.view(-1)[part].view_as(target))
+    return target
 
 
 def differences_from_whole(room: Any, home: Path) -> list[str]:

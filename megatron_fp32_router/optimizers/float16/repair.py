@@ -63,14 +63,25 @@ def _complete_groups(optimizer: Any, *, all_of_them: bool = False) -> Iterator[l
 
 
 def state_with_every_main_copy(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Float16OptimizerWithFloat16Params.state_dict, which the legacy checkpoint format is made of."""
+    """Float16OptimizerWithFloat16Params.state_dict, of which the formats `torch` and `torch_dcp` (from 0.12) are made.
+
+    While loading torch_dcp, memory of their own for the main copies: see sharded_state_with_every_main_copy.
+    """
 
     @replaces(original)
-    def state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _own_main_copies(self):
-            return original(self, *args, **kwargs)
+    def state_dict(self: Any, is_loading: bool = False) -> Any:
+        given = {"is_loading": True} if is_loading else {}
+        own = _own_main_copies(self)
+        if not own:
+            return original(self, **given)
         with _complete_groups(self):
-            return original(self, *args, **kwargs)
+            state = original(self, **given)
+        if is_loading:
+            state["fp32_from_fp16_params"] = [
+                [main.detach().clone() if id(main) in own else main for main in group]
+                for group in state["fp32_from_fp16_params"]
+            ]
+        return state
 
     return state_dict
 
@@ -91,12 +102,15 @@ def sharded_state_with_every_main_copy(original: Callable[..., Any]) -> Callable
         own = _own_main_copies(self)
         with _complete_groups(self, all_of_them=True) as wanted:
             state = original(self, model_sharded_state_dict, is_loading, *args, **kwargs)
+        if is_loading:
+            # By position: what FSDP2 has sharded is here by its local part.
+            for entries, group in zip(state["fp32_from_fp16_params"], self.optimizer.param_groups, strict=True):
+                for entry, main in zip(entries, group["params"], strict=True):
+                    if id(main) in own:
+                        entry.data = entry.data.detach().clone()
         state["fp32_from_fp16_params"] = [
             list(itertools.compress(*group)) for group in zip(state["fp32_from_fp16_params"], wanted, strict=True)
         ]
-        for entry in itertools.chain.from_iterable(state["fp32_from_fp16_params"]):
-            if is_loading and id(entry.data) in own:
-                entry.data = entry.data.detach().clone()
         return state
 
     return sharded_state_dict

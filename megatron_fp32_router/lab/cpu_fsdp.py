@@ -1,0 +1,58 @@
+"""What Megatron-FSDP asks of CUDA beside what cpu.py answers."""
+
+from __future__ import annotations
+
+import contextlib
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megatron_fp32_router.lab import cpu
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+class _Done:
+    """Collectives that have ended."""
+
+    def wait(self) -> None: ...
+
+
+def _at_once(collective: Callable[..., Any]) -> Callable[..., _Done]:
+    def call(*args: Any, async_op: bool = False, **kwargs: Any) -> _Done:
+        collective(*args, **kwargs)
+        return _Done()
+
+    return call
+
+
+@contextlib.contextmanager
+def _one_by_one(*args: Any, **kwargs: Any) -> Iterator[_Done]:
+    """Stand in for torch's _coalescing_manager, in which Megatron-FSDP gathers and reduces the groups of a unit.
+
+    NCCL takes each tensor of such a call by its own dtype (torch's ProcessGroupNCCL.cpp). Gloo takes all of them by
+    one: with fp32 router parameters among bf16 ones it hands out other bits, without an error.
+    """
+    start = len(cpu._replaced)
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        cpu.replace(torch.distributed, name, _at_once(getattr(torch.distributed, name)))
+    try:
+        yield _Done()
+    finally:
+        cpu._undo_to(start)
+
+
+@contextlib.contextmanager
+def megatron_fsdp() -> Iterator[None]:
+    """Let Megatron-FSDP (0.14 and later) build and train, while this is open."""
+    start = len(cpu._replaced)
+    # A number: it makes a torch.device("cuda:…") of it.
+    cpu.replace(torch.cuda, "current_device", lambda: 0)
+    buffers = import_module("megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer")
+    cpu.replace(buffers, "_coalescing_manager", _one_by_one)
+    try:
+        yield
+    finally:
+        cpu._undo_to(start)

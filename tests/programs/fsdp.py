@@ -1,0 +1,112 @@
+"""What the two ranks of tests/megatron/test_fsdp.py run, all of it in the layout that their launch made.
+
+torch remembers the meshes of DTensors that it has seen, and takes the groups of one layout for those of the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from programs import resume
+
+from megatron_fp32_router import lab
+from megatron_fp32_router.lab import checkpoint
+from megatron_fp32_router.lab.recipe import Recipe
+
+ONE: dict[str, Any] = {**resume.TINY, "data_parallel": 2, "layers": 1, "overlap": False, "fused_adam": True}
+FSDP2: dict[str, Any] = {**ONE, "wrapper": "fsdp2"}
+
+
+def write(recipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """All that needs no second process, and the first half of the resumes."""
+    folder = Path(arguments["folder"])
+    resume.turn("on")
+    found: dict[str, Any] = {"unrepaired": unrepaired()}
+    alike = {"micro_batches": 1, "clip_grad": 0.0}
+    found["ddp"], found["fsdp2"] = (one_step(Recipe(**{**kind, **alike})) for kind in (ONE, FSDP2))
+    found["steps"] = steps(Recipe(**{**FSDP2, "clip_grad": 0.5}))
+    found["torch_dist"] = {plugin: save_torch_dist(plugin, folder / plugin) for plugin in ("off", "on")}
+    for case in arguments["cases"]:
+        resume.turn(case["plugin"])
+        found[case["name"]] = resume.write_here(case, folder)
+    return found
+
+
+def read(recipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The second half."""
+    found = {}
+    for case in arguments["cases"]:
+        resume.turn(case["then"])
+        found[case["name"]] = resume.read_here(case, Path(arguments["folder"]))
+    return found
+
+
+@contextlib.contextmanager
+def without(module: str, name: str, method: str) -> Iterator[None]:
+    """Put the function that a patch replaces back, while this is open."""
+    kind = getattr(import_module(module), name)
+    ours = getattr(kind, method)
+    setattr(kind, method, ours.__wrapped__)
+    try:
+        yield
+    finally:
+        setattr(kind, method, ours)
+
+
+def unrepaired() -> list[str]:
+    """How a step fails without one patch or the other."""
+    home = "megatron.core.distributed.torch_fully_sharded_data_parallel"
+    with without(home, "TorchFullyShardedDataParallel", "__init__"):
+        units = resume.attempt(lambda: one_step(Recipe(**FSDP2)))
+    optimizer = "megatron.core.optimizer.optimizer"
+    with without(optimizer, "Float16OptimizerWithFloat16Params", "_copy_model_grads_to_main_grads"):
+        gradients = resume.attempt(lambda: one_step(Recipe(**FSDP2)))
+    return [units, gradients]
+
+
+def one_step(recipe: Any) -> dict[str, torch.Tensor]:
+    room = resume.build(recipe)
+    room.step(lab.text_batches(recipe, seed=7))
+    return checkpoint.snapshot(room)
+
+
+def steps(recipe: Any) -> dict[str, Any]:
+    """Three steps of two micro-batches: what the inner optimizer was given of every router, and what came of it."""
+    room = resume.build(recipe)
+    (optimizer,) = checkpoint.optimizers(room)
+    weights = {name: router.weight for name, router in room.routers()}
+    real = optimizer.optimizer.step
+    found: dict[str, Any] = {
+        "start": {name: weight.full_tensor().detach() for name, weight in weights.items()},
+        "gradients": [],
+        "norms": [],
+        "clipped": [],
+    }
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        given = [p.grad.full_tensor() for group in optimizer.optimizer.param_groups for p in group["params"]]
+        found["clipped"].append(float(sum(one.double().square().sum() for one in given) ** 0.5))
+        found["gradients"].append({name: weight.grad.full_tensor() for name, weight in weights.items()})
+        return real(*args, **kwargs)
+
+    optimizer.optimizer.step = step
+    batches = lab.text_batches(recipe, seed=7)
+    for _ in range(3):
+        room.step(batches)
+        found["norms"].append(room.grad_norm)
+    found["end"] = {name: weight.full_tensor().detach() for name, weight in weights.items()}
+    return found
+
+
+def save_torch_dist(plugin: str, folder: Path) -> str:
+    resume.turn(plugin)
+    recipe = Recipe(**FSDP2)
+    room = resume.build(recipe)
+    room.step(lab.text_batches(recipe, seed=7))
+    # All ranks fail before the first of them writes.
+    return resume.attempt(lambda: checkpoint.save(room, folder, "torch_dist"))
