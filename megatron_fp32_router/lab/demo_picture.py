@@ -10,12 +10,12 @@ from megatron_fp32_router.lab.demo_report import RUNS
 if TYPE_CHECKING:
     from pathlib import Path
 
-#: As on pages, in light colours.
-_COLOURS: Final = {"off": "#b35300", "on": "#1f5fc9", "exact": "#6b7280"}
+#: As on pages, in light colours. scripts/study draws with these and with STYLE too.
+COLOURS: Final = {"off": "#b35300", "on": "#1f5fc9", "exact": "#6b7280"}
 _INK, _SOFT, _LINE = "#23272e", "#59616d", "#d9dde3"
 _SHAPES: Final[dict[str, Any]] = {"off": {"ls": (0, (4, 2)), "marker": "s"}, "on": {"ls": "-", "marker": "o"}}
 
-_STYLE: Final[Any] = {
+STYLE: Final[Any] = {
     "font.family": "sans-serif",
     "font.size": 11,
     "text.color": _INK,
@@ -48,13 +48,13 @@ def _draw_bias(axis: Any, release: dict[str, Any]) -> str:
         axis.plot(
             steps,
             series["bias"][layer][expert],
-            color=_COLOURS[name],
+            color=COLOURS[name],
             label=f"plugin {name}",
             markevery=often,
             **_SHAPES[name],
         )
         due = "due by exact counts" if name == "off" else None
-        axis.plot(steps, series["exact"][layer][expert], color=_COLOURS["exact"], ls=(0, (1, 2)), lw=1.6, label=due)
+        axis.plot(steps, series["exact"][layer][expert], color=COLOURS["exact"], ls=(0, (1, 2)), lw=1.6, label=due)
     axis.set_ylabel("expert_bias of one expert")
     axis.margins(y=0.12)
     axis.legend(loc="best")
@@ -68,10 +68,8 @@ def _draw_counter(axis: Any, release: dict[str, Any]) -> str:
         columns = list(zip(*(run["series"]["count_error"] for run in release[name]), strict=True))
         steps, often = range(1, len(columns) + 1), max(1, len(columns) // 8)
         means = [sum(values) / len(values) for values in columns]
-        axis.fill_between(
-            steps, list(map(min, columns)), list(map(max, columns)), color=_COLOURS[name], alpha=0.2, lw=0
-        )
-        axis.plot(steps, means, color=_COLOURS[name], label=f"plugin {name}", markevery=often, **_SHAPES[name])
+        axis.fill_between(steps, list(map(min, columns)), list(map(max, columns)), color=COLOURS[name], alpha=0.2, lw=0)
+        axis.plot(steps, means, color=COLOURS[name], label=f"plugin {name}", markevery=often, **_SHAPES[name])
     top = report.span(release["off"], "count_error")[1]
     axis.set_ylabel("counting error, tokens (worst expert)")
     axis.set_ylim(-0.03 * max(1.0, top), 1.3 * max(1.0, top))
@@ -92,7 +90,7 @@ def draw(data: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     releases = data["releases"]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure: Any = Figure(
             figsize=(6.2 * len(releases) + (0.8 if len(releases) == 1 else 0), 4.6), layout="constrained"
         )

@@ -62,13 +62,13 @@ def _split_conv1d_scan(
     z, xbc, dt = torch.split(zxbcdt.float(), [inner, inner + 2 * states, len(a_H)], dim=2)
     padded = functional.pad(xbc.transpose(1, 2), (weight.shape[1] - 1, 0))
     xbc = functional.conv1d(padded, weight.float()[:, None], bias.float(), groups=len(weight)).transpose(1, 2)
-    x, b, c = functional.silu(xbc).split([inner, states, states], dim=2)
+    x, b, c = torch.split(functional.silu(xbc), [inner, states, states], dim=2)
     y = scan(
-        x.unflatten(2, (-1, headdim)),
+        torch.unflatten(x, 2, (-1, headdim)),
         functional.softplus(dt + dt_bias_H),
         a_H,
-        b.unflatten(2, (ngroups, -1)),
-        c.unflatten(2, (ngroups, -1)),
+        torch.unflatten(b, 2, (ngroups, -1)),
+        torch.unflatten(c, 2, (ngroups, -1)),
         D.float(),
     )
     return (y.flatten(2) * functional.silu(z)).to(zxbcdt.dtype)
@@ -83,7 +83,7 @@ class _Norm(torch.nn.Module):
         self.eps, self.group_size = eps, group_size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        groups = x.float().unflatten(-1, (-1, self.group_size))
+        groups = torch.unflatten(x.float(), -1, (-1, self.group_size))
         normed = functional.rms_norm(groups, (self.group_size,), eps=self.eps).flatten(-2)
         return (normed * self.weight.float()).to(x.dtype)
 

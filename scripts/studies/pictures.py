@@ -8,10 +8,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from megatron_fp32_router.lab.demo_picture import COLOURS, STYLE
 from studies import simulation, training
 
 #: Way of adding up -> colour and marks, told apart by more than hue.
-WAYS = {"once": ("#7d8590", ":", "s"), "tree": ("#1f5fc9", "-", "o"), "ring": ("#c8401d", "--", "^")}
+WAYS = {"once": (COLOURS["exact"], ":", "s"), "tree": ("#7a3fb5", "-", "o"), "ring": ("#0f766e", "--", "^")}
 
 
 def digest(results: list[dict[str, Any]]) -> str:
@@ -22,9 +23,8 @@ def digest(results: list[dict[str, Any]]) -> str:
 def draw(trainings: list[dict[str, Any]], simulations: list[dict[str, Any]], folder: Path) -> None:
     """training.png and simulation.png."""
     import matplotlib
-    from megatron_fp32_router.drawing import style
 
-    with matplotlib.rc_context(style()):
+    with matplotlib.rc_context(STYLE):
         for name, figure, results in (
             ("training", _training(trainings), trainings),
             ("simulation", _simulation(simulations), simulations),
@@ -34,11 +34,16 @@ def draw(trainings: list[dict[str, Any]], simulations: list[dict[str, Any]], fol
             figure.savefig(folder / f"{name}.png", dpi=110, metadata={"Description": digest(results), "Software": None})
 
 
-def _training(trainings: list[dict[str, Any]]) -> Any:
-    from megatron_fp32_router.drawing import COLOURS, new_figure
+def _figure(width: float, height: float, rows: int, columns: int) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
 
+    figure: Any = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+
+
+def _training(trainings: list[dict[str, Any]]) -> Any:
     rows, columns = len(training.STARTS), len(training.RELEASES)
-    figure, axes = new_figure(10, 5.6, rows, columns, sharex=True, sharey=True)
+    figure, axes = _figure(10, 5.6, rows, columns)
     for (row, start), (column, release) in product(enumerate(training.STARTS), enumerate(training.RELEASES)):
         axis = axes[row][column]
         for plugin, line in ((False, "--"), (True, "-")):
@@ -46,7 +51,7 @@ def _training(trainings: list[dict[str, Any]]) -> Any:
             curves = [run["max_vio"] for run in trainings if (run["release"], run["plugin"], run["start"]) == wanted]
             steps = [training.THINNED * (at + 0.5) for at in range(len(curves[0]))]
             columns_of = list(zip(*curves, strict=True))
-            colour = COLOURS["on" if plugin else "off"][0]
+            colour = COLOURS["on" if plugin else "off"]
             axis.fill_between(
                 steps, [min(c) for c in columns_of], [max(c) for c in columns_of], color=colour, alpha=0.18, lw=0
             )
@@ -63,9 +68,7 @@ def _training(trainings: list[dict[str, Any]]) -> Any:
 
 
 def _simulation(simulations: list[dict[str, Any]]) -> Any:
-    from megatron_fp32_router.drawing import new_figure
-
-    figure, axes = new_figure(10, 7.4, len(simulation.SPREADS), len(simulation.SHAPES), sharex=True, sharey=True)
+    figure, axes = _figure(10, 7.4, len(simulation.SPREADS), len(simulation.SHAPES))
     for cell in simulations:
         row, column = simulation.SPREADS.index(cell["spread"]), list(simulation.SHAPES).index(cell["experts"])
         axis = axes[row][column]
