@@ -33,7 +33,8 @@ def unwrap(target: Any, path: str, replacement: Any) -> None:
     Raises:
         ValueError: something else is there; nothing is changed.
     """
-    owner, name, current = wrapt.resolve_path(target, path)
+    owner, name, found = wrapt.resolve_path(target, path)
+    current: Any = found  # wrapt's type of it makes of `replacement` a mere function
     if current is not replacement:
         raise ValueError(f"{path} of {target!r} is {current!r}; expected {replacement!r}")
     original = replacement.__wrapped__
