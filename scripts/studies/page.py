@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, Final
@@ -218,10 +218,7 @@ spacing. *Counter*: the largest error of a token counter, in tokens.
                 f"{start:g}",
                 "on" if plugin else "off",
                 f"{sum(run['due'] for run in runs):,}",
-                *(
-                    _band(runs, lambda run, kind=kind: run[kind] / run["due"])
-                    for kind in ("swallowed", "reversed", "wrong_size")
-                ),
+                *(_band([run[kind] / run["due"] for run in runs]) for kind in ("swallowed", "reversed", "wrong_size")),
                 f"{sum(run['unasked'] for run in runs):,}",
                 f"{sum(steps) / len(steps):.5f}" if steps else "none",
                 f"{max(run['count_error'] for run in runs):.0f}",
@@ -253,8 +250,7 @@ router can even have the lower one.
     )
 
 
-def _band(runs: list[dict[str, Any]], of: Callable[[dict[str, Any]], float]) -> str:
-    shares = [of(run) for run in runs]
+def _band(shares: list[float]) -> str:
     if max(shares) == 0:
         return "0"
     if min(shares) == 1:

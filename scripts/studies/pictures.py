@@ -74,8 +74,8 @@ def _simulation(simulations: list[dict[str, Any]]) -> Any:
         axis = axes[row][column]
         ranks = [entry["ranks"] for entry in cell["rows"]]
         for how, (colour, line, mark) in WAYS.items():
-            means, widths = zip(*(entry[how] for entry in cell["rows"]), strict=True)
-            means, widths = [100 * mean for mean in means], [100 * width for width in widths]
+            means = [100 * entry[how][0] for entry in cell["rows"]]
+            widths = [100 * entry[how][1] for entry in cell["rows"]]
             axis.errorbar(ranks, means, widths, color=colour, ls=line, marker=mark, ms=4, capsize=2, label=how)
         axis.set_title(f"{cell['experts']} experts, spread {cell['spread']:g}")
         axis.set_xscale("log", base=8)

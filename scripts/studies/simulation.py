@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 #: experts -> (experts per token, tokens of a rank in a step). Per expert and rank 1,024, 768 and 512 tokens: with
 #: 256 experts on 4,096 ranks that is about DeepSeek-V3's global batch.
 SHAPES: Final = {8: (2, 4096), 64: (6, 8192), 256: (8, 16384)}
-RANKS: Final = (1, 8, 64, 512, 4096)
+RANKS: Final[tuple[int, ...]] = (1, 8, 64, 512, 4096)
 #: Standard deviation of an expert's share of the tokens, over the fair share.
 SPREADS: Final = (0.2, 0.05, 0.01)
 #: Counts that are drawn for each row, at most; and trials, at most.

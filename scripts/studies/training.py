@@ -24,7 +24,7 @@ STEPS: Final = 48
 
 #: Fields of lab.Recipe. Small layers and many tokens: what goes wrong grows with tokens per expert, here 512 on the
 #: mean, not with the size of the model.
-SETTINGS: Final = {
+SETTINGS: Final[dict[str, Any]] = {
     "layers": 1,
     "hidden": 16,
     "heads": 2,
