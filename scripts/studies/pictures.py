@@ -57,7 +57,7 @@ def _training(trainings: list[dict[str, Any]]) -> Any:
             )
             label = f"plugin {'on' if plugin else 'off'}"
             axis.plot(steps, [sum(c) / len(c) for c in columns_of], line, color=colour, label=label)
-        axis.set_title(f"Megatron-Core {release}, biases from {start:g}")
+        axis.set_title(f"{release}, biases from {start:g}")
     axes[0][0].set_ylim(bottom=0)  # of all of them, when everything is drawn
     for axis in axes[-1]:
         axis.set_xlabel("step")
