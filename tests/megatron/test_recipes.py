@@ -20,9 +20,6 @@ def case(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     """As programs/resume.py takes it, with the format that Megatron saves in by default."""
     settings = fields["optimizer_extra"]
     kind = "dp_reshardable" if fields.get("optimizer") == "distributed" else "torch_dist"
-    if settings.get("optimizer_cpu_offload"):
-        # The other one keeps no step count of an offloaded optimizer, with the plugin off and on.
-        kind = "fully_reshardable"
     typed = {key: getattr(torch, value) if key.endswith("_dtype") else value for key, value in settings.items()}
     fields = {**fields, "optimizer_extra": typed}
     found = {"name": name, "fields": fields, "plugin": "on", "then": "on", "formats": [kind]}

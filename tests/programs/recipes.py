@@ -55,7 +55,6 @@ _QWEN: dict[str, Any] = {
 
 _ADAM = {"weight_decay": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_eps": 1e-8}
 _BF16_MOMENTS = {"exp_avg_dtype": BF16, "exp_avg_sq_dtype": BF16}
-_OFFLOAD = {"optimizer_cpu_offload": True, "overlap_cpu_optimizer_d2h_h2d": True, "pin_cpu_grads": False}
 _MUON: dict[str, Any] = {
     **_ADAM,
     "muon_momentum": 0.95,
@@ -86,8 +85,6 @@ def _precision_aware(router: dict[str, Any], dtypes: dict[str, Any], *, reduce: 
 def _muon(router: dict[str, Any], settings: dict[str, Any], **more: Any) -> dict[str, Any]:
     return _fields(router, {**_MUON, **settings}, reduce=F32, **more)
 
-
-_V3_DTYPES = {"main_grads_dtype": BF16, **_BF16_MOMENTS}
 
 RECIPES: dict[str, FlagSet] = {
     "DeepSeek-V3, Moonlight": FlagSet(
