@@ -59,10 +59,10 @@ def _split_conv1d_scan(
     assert activation == "silu"
     assert seq_idx is None
     inner, states = headdim * len(a_H), (len(weight) - headdim * len(a_H)) // 2
-    z, xbc, dt = zxbcdt.float().split([inner, inner + 2 * states, len(a_H)], dim=2)
+    z, xbc, dt = torch.split(zxbcdt.float(), [inner, inner + 2 * states, len(a_H)], dim=2)
     padded = functional.pad(xbc.transpose(1, 2), (weight.shape[1] - 1, 0))
     xbc = functional.conv1d(padded, weight.float()[:, None], bias.float(), groups=len(weight)).transpose(1, 2)
-    x, b, c = functional.silu(xbc).split([inner, states, states], dim=2)
+    x, b, c = torch.split(functional.silu(xbc), [inner, states, states], dim=2)
     y = scan(
         x.unflatten(2, (-1, headdim)),
         functional.softplus(dt + dt_bias_H),
@@ -83,7 +83,7 @@ class _Norm(torch.nn.Module):
         self.eps, self.group_size = eps, group_size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        groups = x.float().unflatten(-1, (-1, self.group_size))
+        groups = x.float().reshape(*x.shape[:-1], -1, self.group_size)
         normed = functional.rms_norm(groups, (self.group_size,), eps=self.eps).flatten(-2)
         return (normed * self.weight.float()).to(x.dtype)
 

@@ -42,7 +42,7 @@ def hand_over(mine: Any) -> None:
     """Send rank 0's weights to rank 1's model. A collective."""
     # Up to 0.16 there has to be a model on both sides of every rank.
     other = torch.nn.Module()
-    other.config, other.pg_collection = mine.config, mine.pg_collection  # type: ignore[assignment]
+    other.config, other.pg_collection = mine.config, mine.pg_collection
     pair = (mine, other) if dist.get_rank() == 0 else (other, mine)
     import_module("megatron.core.resharding.refit").swap_model_weights(*pair, "gloo")
 
