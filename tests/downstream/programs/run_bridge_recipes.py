@@ -28,6 +28,8 @@ from megatron.bridge.training.mixed_precision import get_mixed_precision_config
 from megatron.bridge.training.optim import setup_optimizer
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
+_RATE = 1e-2
+
 
 class Provider(GPTModelProvider):
     """A small mixture of experts in the place of any model."""
@@ -95,6 +97,7 @@ def one(cfg: Any) -> dict[str, Any]:
     """Bridge's model and optimizer for a recipe's configuration, and one step."""
     config = provider()
     precision(cfg.mixed_precision or "bf16_mixed").setup(config, cfg.optimizer, cfg.ddp)
+    cfg.optimizer.lr, cfg.optimizer.min_lr = _RATE, 0.0
     cfg.optimizer.pin_cpu_grads = cfg.optimizer.pin_cpu_params = False  # no CPU has such memory
     bridge_config._validate_and_sync_distributed_optimizer_settings(cfg)
     for part in (config, cfg.optimizer, cfg.train, cfg.scheduler):
@@ -117,7 +120,7 @@ def one(cfg: Any) -> dict[str, Any]:
     model[0].finish_grad_sync()
     before = [weight.detach().clone() for weight in _weights(model)]
     for group in optimizer.param_groups:
-        group["lr"] = 1e-2  # a warm-up begins with a step of nothing
+        group["lr"] = _RATE  # a warm-up begins with a step of nothing
     optimizer.step()
     moved = [not torch.equal(old, new) for old, new in zip(before, _weights(model), strict=True)]
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
@@ -129,8 +132,8 @@ def _weights(model: Any) -> list[torch.Tensor]:
 
 
 def settings(cfg: Any) -> str:
-    """What an optimizer is made of: recipes that ask for the same get the same."""
-    optimizer = dataclasses.replace(cfg.optimizer, lr=1e-3, min_lr=0.0)
+    """What an optimizer is made of, but for learning rates: recipes that ask for the same get the same."""
+    optimizer = dataclasses.replace(cfg.optimizer, lr=_RATE, min_lr=0.0)
     return repr((optimizer, cfg.ddp, cfg.mixed_precision, cfg.peft is None, cfg.dist.use_megatron_fsdp))
 
 
