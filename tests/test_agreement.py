@@ -355,6 +355,16 @@ def test_where_the_first_rank_is_silent_another_one_speaks_for_all_of_its_traini
     assert re.findall("from (.*) \\(host", "".join(told[6]["problems"])) == ["rank 5"]
 
 
+def test_a_verdict_that_has_been_given_is_not_given_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two ranks may lose patience at once. Who has read the first verdict has left, and nobody would delete another.
+    monkeypatch.setattr(dist, "get_world_size", lambda: 8)
+    store = dist.HashStore()
+    store.set("verdict/0", "the first")
+    agreement._give_verdict(store, 0, statements(2), 0b11, 1.0)
+    assert store.get("verdict/0") == b"the first"
+    assert not store.check(["verdict/1"])
+
+
 # The verdict itself: far more ranks than a machine can start ------------------------------------------------------
 
 
