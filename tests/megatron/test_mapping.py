@@ -178,6 +178,16 @@ def test_a_load_that_was_interrupted_leaves_the_checkpoint_as_it_was_and_can_be_
 
 
 @pytest.mark.on_lines("0.19")
+def test_a_gated_mlp_whose_halves_are_stored_apart_is_in_no_ones_way(tmp_path: Path) -> None:
+    recipe = recipe_of(extra={"gated_linear_unit": True})
+    formats = ["dp_reshardable", "fully_reshardable"]
+    with lab.parallel(recipe):
+        saved(recipe, "off", tmp_path, formats)
+        for name in formats:
+            assert_goes_on(recipe, tmp_path, tmp_path, name, "on")
+
+
+@pytest.mark.on_lines("0.19")
 def test_a_main_copy_is_not_read_into_the_memory_of_the_weight_into_which_the_rounded_one_is_read(
     tmp_path: Path,
 ) -> None:

@@ -170,7 +170,7 @@ def resharded(folder: Path, written: list[dict[str, Any]]) -> None:
     resume.turn("off")
 
 
-@pytest.mark.on_lines("0.11", "0.19")
+@pytest.mark.on_lines("0.19")
 def test_a_rank_whose_buffers_fit_neither_setting_stops_all_before_anything_is_read(
     usable: Any, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

@@ -163,14 +163,21 @@ def named(pretrain: Program) -> Run:
     return pretrain("named", *TWO_RANKS, *by_name(pretrain.tree), plugin=False, ranks=2)
 
 
-def test_turned_on_with_a_distributed_optimizer_whose_state_was_saved_by_name(pretrain: Program, named: Run) -> None:
-    run = pretrain("named-on", *TWO_RANKS, *by_name(pretrain.tree), ranks=2, load=named.saved(HALF))
-    trained(run)
-    protected(run)
-    assert [rank["first"] for rank in run.ranks] == [main_copies(named.saved(HALF))] * 2
+@pytest.fixture(scope="module")
+def named_on(pretrain: Program, named: Run) -> Run:
+    """The second half of `named`, with the plugin."""
+    return pretrain("named-on", *TWO_RANKS, *by_name(pretrain.tree), ranks=2, load=named.saved(HALF))
 
 
-def test_turned_on_with_one_whose_state_was_saved_by_buffer_which_is_the_default(pretrain: Program, named: Run) -> None:
+def test_turned_on_with_a_distributed_optimizer_whose_state_was_saved_by_name(named: Run, named_on: Run) -> None:
+    trained(named_on)
+    protected(named_on)
+    assert [rank["first"] for rank in named_on.ranks] == [main_copies(named.saved(HALF))] * 2
+
+
+def test_turned_on_with_one_whose_state_was_saved_by_buffer_which_is_the_default(
+    pretrain: Program, named: Run, named_on: Run
+) -> None:
     if not by_name(pretrain.tree):  # its default is by name
         return
     without = pretrain("by-buffer", *TWO_RANKS, plugin=False, ranks=2)
@@ -182,8 +189,7 @@ def test_turned_on_with_one_whose_state_was_saved_by_buffer_which_is_the_default
     assert [rank["first"] for rank in run.ranks] == [before] * 2
     assert before != rounded(before)
     # The rest goes on too: as from state that is stored by name.
-    again = pretrain("named-on-again", *TWO_RANKS, *by_name(pretrain.tree), ranks=2, load=named.saved(HALF))
-    assert [rank["losses"] for rank in run.ranks] == [rank["losses"] for rank in again.ranks]
+    assert [rank["losses"] for rank in run.ranks] == [rank["losses"] for rank in named_on.ranks]
 
 
 def test_turned_off_from_a_checkpoint_that_megatrons_converter_has_saved_with_weights_left_to_it(

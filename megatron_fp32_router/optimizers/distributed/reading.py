@@ -111,13 +111,16 @@ def plan(tree: Any, metadata: Callable[[], dict[str, Any]], misfit: Callable[...
                 home = next(path for path, router in routers if router.data is parameter)
                 result.after.append(_main_of(now["param"].dtype, (*path, *where, "param"), home, part))
     for path, entry, name in mains:
+        if not _ROUTER_PARAMETER.fullmatch(name):
+            continue
         homes = [p for p, router in routers if (router.key, router.global_offset) == (name, entry.global_offset)]
         stored = saved[entry.key].dtype if entry.key in saved else entry.dtype
         if homes and stored.is_floating_point != entry.dtype.is_floating_point:
             result.changes[path] = replace(entry, data=torch.empty_like(entry.data, dtype=stored), dtype=stored)
             part = getattr(entry, "flattened_range", None) or slice(None)
             result.after.append(_main_of(stored, path, homes[0], part))
-    rests = [entry.dtype for _, entry, _ in mains]
+    # Of data, since factories of sharded tensors (a gated MLP's) have no dtype of their own.
+    rests = [entry.data.dtype for _, entry, _ in mains]
     rests += [asked["param"].dtype for _, request in requests for _, _, _, asked in request.slices()]
     for path, router in routers:
         # With remainders an fp32 weight is not rounded to nearest even, but to what its remainder completes.
