@@ -235,9 +235,10 @@ class Monitor:
                 say(logging.WARNING, f"{PREFIX}_MONITOR is on, and there is no router to look at", once=True)
             before = f", which goes on after step {self._offset}" if self._offset else ""
             where = f"the monitor looks every {registry.settings.monitor} steps and writes {sinks.path()}{before}"
-            if sinks.append(step, self.entries):
+            written = sinks.append(step, self.entries)
+            if written:
                 say(logging.INFO, where, threshold=registry.settings.log, once=True)
-            outside.hand_on(step, self.entries)
+            outside.hand_on(step, self.entries, file=written)
             self._warn_of_what_is_not_finite(step)
         sinks.publish(step, self.entries)
 
