@@ -103,13 +103,13 @@ def test_a_run_of_wandb_that_fails_is_one_line_and_no_error(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("the network\nis gone")
+        raise RuntimeError("the other network\nis gone")
 
     _fake(monkeypatch, SimpleNamespace(define_metric=fail, log=fail))
     for step in (1, 2):
         outside.hand_on(step, ENTRIES)
     (said,) = [record.getMessage() for record in caplog.records]
-    assert said == "the monitor cannot write to W&B: RuntimeError: the network is gone"
+    assert said == "the monitor cannot write to W&B: RuntimeError: the other network is gone"
     assert (folder / "monitor.prom").exists()
 
 

@@ -18,9 +18,14 @@ from megatron_fp32_router.patching.registry import registry
 PROMETHEUS: Final = "monitor.prom"
 
 
-def hand_on(step: int, entries: Entries) -> None:
-    """Give a look, all layers of it, to both. Called on rank 0; whatever fails is one line in the log."""
-    _attempt("the text file for Prometheus", lambda: _to_prometheus(step, entries))
+def hand_on(step: int, entries: Entries, *, file: bool = True) -> None:
+    """Give a look, all layers of it, to both. Called on rank 0; whatever fails is one line in the log.
+
+    Args:
+        file: whether the folder can be written to. Where it cannot, that has been said of monitor.jsonl.
+    """
+    if file:
+        _attempt("the text file for Prometheus", lambda: _to_prometheus(step, entries))
     _attempt("W&B", lambda: _to_wandb(step, entries))
 
 

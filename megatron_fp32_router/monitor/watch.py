@@ -243,9 +243,10 @@ class Monitor:
                 say(logging.WARNING, f"{PREFIX}_MONITOR is on, and there is no router to look at", once=True)
             before = f", which goes on after step {self._offset}" if self._offset else ""
             where = f"the monitor looks every {registry.settings.monitor} steps and writes {sinks.path()}{before}"
-            if sinks.append(step, self.entries):
+            written = sinks.append(step, self.entries)
+            if written:
                 say(logging.INFO, where, threshold=registry.settings.log, once=True)
-            outside.hand_on(step, self.entries)
+            outside.hand_on(step, self.entries, file=written)
             self._say_what_is_not_finite(step)
         if sinks.has_writers():
             from megatron_fp32_router.monitor import writers
