@@ -116,6 +116,18 @@ def test_the_page_shows_every_row_of_the_table_and_escapes_what_it_is_given() ->
     assert "the <fp32> weight" not in page
 
 
+def test_two_releases_fit_beside_each_other_in_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    demo._print(demo_data(release_data(), release_data(megatron="0.19.2")), [])
+    said = capsys.readouterr().out.splitlines()
+    assert max(map(len, said)) <= 80
+    (head,) = (line for line in said if "0.11.0 off" in line)
+    assert head.split() == ["0.11.0", "off", "0.11.0", "on", "0.19.2", "off", "0.19.2", "on"]
+    assert said[0].startswith("Megatron-Core 0.11.0, plugin off: the token counter is wrong by up to 18 tokens")
+
+
 def test_the_page_tells_the_story_in_its_order() -> None:
     page = demo_page.render(demo_data(release_data(), release_data(megatron="0.19.2")))
     story = ["error of the token counter", "4 updates due", "the bias of one expert", "MaxVio, mean of layers"]

@@ -277,7 +277,7 @@ def _print(data: dict[str, Any], written: list[Path]) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in report.header(data):
         shade = {"off": "yellow", "on": "blue"}.get(name.rpartition(" ")[2])
-        table.add_column(name, style=shade, min_width=0 if name else 26)
+        table.add_column(name, style=shade, overflow="fold")
     for row in report.rows(data):
         table.add_row(*row)
     console.print(table)
