@@ -64,11 +64,11 @@ def _split_conv1d_scan(
     xbc = functional.conv1d(padded, weight.float()[:, None], bias.float(), groups=len(weight)).transpose(1, 2)
     x, b, c = torch.split(functional.silu(xbc), [inner, states, states], dim=2)
     y = scan(
-        x.unflatten(2, (-1, headdim)),
+        x.reshape(*x.shape[:2], -1, headdim),
         functional.softplus(dt + dt_bias_H),
         a_H,
-        b.unflatten(2, (ngroups, -1)),
-        c.unflatten(2, (ngroups, -1)),
+        b.reshape(*b.shape[:2], ngroups, -1),
+        c.reshape(*c.shape[:2], ngroups, -1),
         D.float(),
     )
     return (y.flatten(2) * functional.silu(z)).to(zxbcdt.dtype)
