@@ -220,12 +220,14 @@ class Judge:
         for module in filter(self.tree.has, users):
             for called, full in ((path, f"{home}.{path}"), (home.rpartition(".")[2], home)):
                 body = self.tree.body(f"{module}:{called}")
-                sources = [] if body.module is None else [canonical.imported(node) for node in body.module.body]
-                for other in (source for source in sources if source != full):
-                    file = self.tree.file_of(module)
-                    detail = f"{file} has {called} from {other or 'itself'}, where {full} was expected"
-                    accepted = self.accepted.get(name) == body.digest
-                    return Target(name, patches, "drifted", detail, body.digest, file, body.line, "", accepted)
+                for node in [] if body.module is None else body.module.body:
+                    other = canonical.imported(node)
+                    if other != full:
+                        file = self.tree.file_of(module)
+                        detail = f"{file} has {called} from {other or 'itself'}, where {full} was expected"
+                        diff = "".join(f"+{line}\n" for line in ast.unparse(node).splitlines())
+                        accepted = self.accepted.get(name) == body.digest
+                        return Target(name, patches, "drifted", detail, body.digest, file, node.lineno, diff, accepted)
         return None
 
     def _drifted(self, name: str, patches: tuple[str, ...], file: str, accepted: bool) -> Target:
