@@ -30,6 +30,7 @@ from megatron_fp32_router.errors import (
 from megatron_fp32_router.log import say as _say
 from megatron_fp32_router.patching import hooks as _hooks
 from megatron_fp32_router.patching import registry as _registry
+from megatron_fp32_router.patching import undo as _undo
 from megatron_fp32_router.patching.registry import PatchStatus
 from megatron_fp32_router.settings import Settings
 from megatron_fp32_router.version import __version__
@@ -88,9 +89,7 @@ def disable() -> None:
     Raises:
         DisplacedPatchError: somebody else's patch sits on one of ours; nothing has been changed then.
     """
-    from megatron_fp32_router.patching.undo import undo_all
-
-    undo_all()
+    _undo.undo_all()
     _hooks.disarm()
 
 

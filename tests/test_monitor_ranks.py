@@ -134,7 +134,7 @@ def test_two_pipeline_ranks_make_one_report_and_its_numbers_are_those_of_numpy(r
     read = runs.read(tmp_path)
     text = page.render(read, runs.findings(read))
     for layer in (1, 2, 3, 4):
-        assert f"<th scope=row>{layer}</th>" in text
+        assert f">{layer}</th>" in text
     for title in ("Load: MaxVio of every layer", "Drift of the expert biases", "Flips with a bf16 weight, every layer"):
         assert title in text
 

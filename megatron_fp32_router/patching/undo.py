@@ -1,4 +1,8 @@
-"""Taking patches back: disable(). Imported only then."""
+"""Taking patches back: disable().
+
+Imported with the package: later, another copy of the plugin in this process could be what an import finds, and its
+patches would be taken back instead.
+"""
 
 from __future__ import annotations
 

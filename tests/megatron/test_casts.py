@@ -59,11 +59,16 @@ def test_no_cast_reaches_the_router(cast: Any, router: Any, plugin: Any, with_bi
     assert built.weight is weight
     assert built.weight.sequence_parallel == "kept"
     assert built.weight.grad.dtype == built.weight.dtype
-    # What optimizers know it by.
-    assert all(map(is_protected, built.parameters()))
     assert bool((built.weight.grad.double() == 1 + 2**-20).all())
     if cast is not CASTS["double().bfloat16()"] and cast is not CASTS["share_memory()"]:
         assert built.weight.data_ptr() == address
+
+
+@pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS.keys())
+def test_after_a_cast_optimizers_know_what_is_kept(cast: Any, router: Any, plugin: Any, with_bias: bool) -> None:
+    built = router(linear_bias=with_bias)
+    cast(built)
+    assert all(map(is_protected, built.parameters()))
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
