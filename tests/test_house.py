@@ -97,7 +97,7 @@ def test_modules_do_not_import_each_other_in_a_circle() -> None:
     assert needs == {}
 
 
-#: Lines of code that a training imports, with the monitor off and on. 
+#: Lines of code that a training imports, with the monitor off and on.
 MOST_IMPORTED = (2_380, 3_350)
 
 
