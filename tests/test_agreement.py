@@ -119,7 +119,7 @@ def test_a_rank_without_the_plugin_stops_the_others_in_bounded_time_and_the_job_
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode != 0

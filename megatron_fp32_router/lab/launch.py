@@ -52,7 +52,7 @@ def run_ranks(
     megatron: str | Path | None = None,
     plugin: bool | Sequence[bool],
     env: Mapping[str, str] | None = None,
-    timeout: float = 120.0,
+    timeout: float = 300.0,
     python_path: Sequence[str | Path] = (),
     logs: Path | None = None,
 ) -> list[Any]:
