@@ -246,7 +246,7 @@ def _refit(recipe: Recipe) -> str:
             refit.forget_plans()
             with _protecting(case[dist.get_rank()]):
                 mine = refit.model(recipe, dist.get_rank(), alone)
-                refit.hand_over(mine)
+                refit.hand_over(mine, refit.other_side(mine))
             ranks: list[Any] = [None, None]
             dist.all_gather_object(ranks, {name: value.detach() for name, value in mine.named_parameters()})
             found.append(ranks)

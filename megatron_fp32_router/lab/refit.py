@@ -38,11 +38,15 @@ def model(recipe: Recipe, number: int, groups: Any) -> Any:
     return built
 
 
-def hand_over(mine: Any) -> None:
-    """Send rank 0's weights to rank 1's model. A collective."""
-    # Up to 0.16 there has to be a model on both sides of every rank.
+def other_side(mine: Any) -> Any:
+    """An empty model: up to 0.16 each rank needs one on both sides, and keeps its plan on the receiving one."""
     other = torch.nn.Module()
     other.config, other.pg_collection = mine.config, mine.pg_collection
+    return other
+
+
+def hand_over(mine: Any, other: Any) -> None:
+    """Send rank 0's weights to rank 1's model. A collective. `other`: of `other_side`, the same for one plan."""
     pair = (mine, other) if dist.get_rank() == 0 else (other, mine)
     import_module("megatron.core.resharding.refit").swap_model_weights(*pair, "gloo")
 

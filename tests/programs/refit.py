@@ -27,12 +27,13 @@ def hand_over(recipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         refit.forget_plans()
         turn(case.split()[rank])
         mine = refit.model(recipe, rank, alone)
+        other = refit.other_side(mine)
         found[case] = [refit.state(mine)]
         for _ in range(2):
             if rank == 0:
                 with torch.no_grad():
                     for parameter in mine.parameters():
                         parameter.mul_(1.01)
-            refit.hand_over(mine)
+            refit.hand_over(mine, other)
             found[case].append(refit.state(mine))
     return found
