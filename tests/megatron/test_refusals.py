@@ -49,14 +49,19 @@ def test_torch_fsdp2_is_refused_where_torch_keeps_it_private(plugin: Any, monkey
     wrapper = import_module("megatron.core.distributed.torch_fully_sharded_data_parallel").TorchFullyShardedDataParallel
     monkeypatch.delattr(torch.distributed.fsdp, "FSDPModule")
     recipe = lab.Recipe(**SMALL, wrapper="fsdp2")
-    plugin()
-    with lab.parallel(recipe):
+    ddp = import_module("megatron.core.distributed").DistributedDataParallelConfig()
+
+    def wrap() -> Any:
         module = wrapped(recipe)
-        with refused("torch FSDP2", "torch 2.6 or later"):
-            wrapper(module.config, module=module, **compat.signature_kwargs(wrapper.__init__, ddp_config=object()))
+        extra = compat.signature_kwargs(wrapper.__init__, ddp_config=ddp, sub_modules_to_wrap=[])
+        return wrapper(module.config, module=module, **extra)
+
+    plugin()
+    with lab.parallel(recipe), refused("torch FSDP2", "torch 2.6 or later"):
+        wrap()
     plugin(protect="buffers")
     with lab.parallel(recipe):
-        assert lab.build(recipe)
+        assert wrap()
 
 
 @pytest.mark.since("0.12")
