@@ -1,4 +1,4 @@
-"""ALL pretending that a CPU is a CUDA device lives in this file, cpu_fsdp.py and cpu_program.py, and nowhere else.
+"""ALL pretending that a CPU is a CUDA device lives in this file and the others named cpu_*.py, and nowhere else.
 
 Megatron asks for CUDA devices, streams, generators and tensor types by name. On a machine without any, the
 laboratory answers those questions from the CPU, so that unmodified Megatron code runs. Doing so in somebody's
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed
 
+from megatron_fp32_router.lab import cpu_gloo
 from megatron_fp32_router.lab.recipe import LabError
 
 if TYPE_CHECKING:
@@ -87,8 +88,8 @@ def pretend(compile: bool = False) -> None:
     _random_numbers()
     logging.getLogger(_RNG_LOGGER).addFilter(_expected)
     _tensors()
-    replace(torch.distributed, "all_to_all_single", _all_to_all_with_lists(torch.distributed.all_to_all_single))
-    replace(torch.distributed, "all_gather", _all_gather_of_unequal_sizes(torch.distributed.all_gather))
+    for owner, name, value in cpu_gloo.replacements():
+        replace(owner, name, value)
     replace(torch, "compile", _compile_without_toolchain(torch.compile, compile))
 
 
@@ -317,45 +318,6 @@ def _tensors() -> None:
     replace(torch.Tensor, "cuda", itself)
     replace(torch.Tensor, "record_stream", _nothing())
     replace(torch.nn.Module, "cuda", itself)
-
-
-def _all_to_all_with_lists(real: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(real)
-    def all_to_all_single(
-        output: torch.Tensor,
-        input: torch.Tensor,
-        output_split_sizes: Any = None,
-        input_split_sizes: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        # Megatron turns split sizes into lists only when they lie on a GPU.
-        def as_list(sizes: Any) -> Any:
-            return sizes.tolist() if hasattr(sizes, "tolist") else sizes
-
-        return real(output, input, as_list(output_split_sizes), as_list(input_split_sizes), **kwargs)
-
-    return all_to_all_single
-
-
-class _Done:
-    """A collective that has ended."""
-
-    def wait(self) -> None: ...
-
-
-def _all_gather_of_unequal_sizes(real: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(real)
-    def all_gather(tensor_list: Any, tensor: torch.Tensor, group: Any = None, async_op: bool = False) -> Any:
-        # NCCL does that; gloo would write out of bounds.
-        if len({part.numel() for part in tensor_list}) == 1:
-            return real(tensor_list, tensor, group=group, async_op=async_op)
-        tensor_list[torch.distributed.get_rank(group)].copy_(tensor)
-        for rank, part in enumerate(tensor_list):
-            if part.numel():
-                torch.distributed.broadcast(part, group=group, group_src=rank)
-        return _Done() if async_op else None
-
-    return all_gather
 
 
 def _compile_without_toolchain(real: Callable[..., Any], alive: bool) -> Callable[..., Any]:
