@@ -215,7 +215,8 @@ def snapshot(room: Lab) -> dict[str, torch.Tensor]:
                     plain = value.dequantize() if hasattr(value, "_fp8_dtype") else value
                     found[f"{name}.{key}"] = _copy(plain)
         for index, group in enumerate(optimizer.optimizer.param_groups):
-            if "step" in group:
+            # torch's AdamW, which works on the host, counts for each parameter; this one nobody reads.
+            if "step" in group and getattr(optimizer.optimizer, "gpu_optimizer", group) is not None:
                 found[f"group {index} step"] = torch.tensor(int(group["step"]))
     return found
 

@@ -40,6 +40,9 @@ _HOMES: Final = tuple(
     for part in ("", ".clip_grads", ".optimizer", ".optimizer_config", ".distrib_optimizer")
 )
 
+#: The class under a name that pickle finds, while `in_use` is open: checkpoints of an offloaded optimizer hold it.
+FusedAdam: Any = None
+
 
 class _Indices:
     """Enumerations that constants.py copies; nothing here reads them."""
@@ -143,6 +146,10 @@ def in_use(tree: Path, version: str = "") -> Iterator[Any]:
             _restore(before)
 
     changes.append((config, "__post_init__", __post_init__))
+    changes += [
+        (sys.modules[__name__], "FusedAdam", optimizers.FusedAdam),
+        (optimizers.FusedAdam, "__module__", __name__),
+    ]
     originals = [(home, name, getattr(home, name)) for home, name, _ in changes]
     try:
         for home, name, value in changes:

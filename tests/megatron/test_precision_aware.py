@@ -27,6 +27,11 @@ KINDS: dict[str, tuple[bool, dict[str, torch.dtype]]] = {
     "DeepSeek-V3 benchmarks: bf16 moments": (True, BF16_MOMENTS),
     "fp16 main copies, bf16 gradients": (False, {"main_params_dtype": F16, "main_grads_dtype": BF16}),
 }
+OFFLOAD: dict[str, Any] = {
+    "optimizer_cpu_offload": True,
+    "optimizer_offload_fraction": 1.0,
+    "pin_cpu_grads": False,
+}
 ROW = {False: "DistributedOptimizer, precision-aware", True: "DistributedOptimizer, precision-aware, remainders"}
 BY_NAME = ("fully_sharded_model_space", "fully_reshardable")
 
@@ -35,7 +40,7 @@ BY_NAME = ("fully_sharded_model_space", "fully_reshardable")
 def case(release: Version) -> Callable[..., dict[str, Any]]:
     """`case(name, remainders, dtypes, **recipe)`: as programs/resume.py takes it."""
 
-    def make(name: str, remainders: bool, dtypes: dict[str, torch.dtype], **fields: Any) -> dict[str, Any]:
+    def make(name: str, remainders: bool, dtypes: dict[str, Any], **fields: Any) -> dict[str, Any]:
         if release < Version("0.13"):
             # Always with remainders, where TransformerEngine has them.
             more, version = {}, "" if remainders else "2.0"
@@ -108,7 +113,7 @@ def test_a_router_weight_moves_as_the_kernel_moves_one_fp32_parameter(kind: str,
 @pytest.mark.on_lines("0.12", "0.19")
 @pytest.mark.parametrize("fraction", [0.0, 0.001, 1.0])
 def test_with_cpu_offload_too_and_clipped_bf16_gradients(fraction: float, case: Any, plugin: Any) -> None:
-    offload = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": fraction, "pin_cpu_grads": False}
+    offload = {**OFFLOAD, "optimizer_offload_fraction": fraction}
     this = case("offload", False, {"main_grads_dtype": BF16, **offload}, overlap=False, clip_grad=1e-2)
     recipe = resume.recipe_of(this)
     with cpu.offloading(), lab.parallel(recipe), resume.engine(this):
@@ -122,6 +127,35 @@ def test_with_cpu_offload_too_and_clipped_bf16_gradients(fraction: float, case: 
             assert gradient.dtype == F32
             moved = start[name].double() - recipe.lr * gradient.double() / (gradient.double().abs() + 1e-8)
             torch.testing.assert_close(router.weight.detach().flatten().double(), moved, rtol=0, atol=2e-8)
+
+
+@pytest.mark.on_lines("0.12", "0.19")
+def test_an_offloaded_optimizer_in_a_format_that_restores_first_weights_is_warned_of(
+    case: Any, plugin: Any, tmp_path: Path, caplog: Any
+) -> None:
+    """Upstream's doing, plugin off and on, and silent: the step after a load writes what the load found."""
+    this = case("offload", False, OFFLOAD, overlap=False)
+    recipe, kind = resume.recipe_of(this), "dp_zero_gather_scatter"
+    for on in (True, False):
+        resume.turn("on" if on else "off")
+        log._said.clear()  # each warning is said once in a process
+        caplog.clear()
+        with lab.parallel(recipe), resume.engine(this):
+            room = resume.build(recipe)
+            first = checkpoint.snapshot(room)
+            for _ in range(4):
+                resume.train(room, 0)
+            checkpoint.save(room, tmp_path / str(on), kind)
+            assert ("writes the weights from before the load back into the whole model" in caplog.text) == on
+            last = checkpoint.snapshot(room)
+            room = resume.build(recipe)
+            checkpoint.load(room, tmp_path / str(on), kind)
+            loaded = checkpoint.snapshot(room)
+            resume.train(room, 0)
+            now = checkpoint.snapshot(room)
+        name = next(name for name in first if name.endswith("word_embeddings.weight"))
+        assert torch.equal(loaded[name], last[name])
+        assert (now[name] - first[name]).norm() < (now[name] - last[name]).norm() / 2
 
 
 # Checkpoints -----------------------------------------------------------------------------------------------------

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
 from bootstrap import NEWEST, ensure_emerging_optimizers, ensure_transformer_engine
 from packaging.version import Version
-from programs.recipes import RECIPES
+from programs.recipes import RECIPES, FlagSet
 
 from megatron_fp32_router import lab
 
 pytestmark = pytest.mark.on_lines("0.19")
 
 
-def case(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """As programs/resume.py takes it, with the format that Megatron saves in by default."""
+def case(name: str, one: FlagSet) -> dict[str, Any]:
+    """As programs/resume.py takes it, with the format that Megatron saves in by default if the recipe has no other."""
+    fields = one.fields
     settings = fields["optimizer_extra"]
-    kind = "dp_reshardable" if fields.get("optimizer") == "distributed" else "torch_dist"
+    kind = one.format or ("dp_reshardable" if fields.get("optimizer") == "distributed" else "torch_dist")
     typed = {key: getattr(torch, value) if key.endswith("_dtype") else value for key, value in settings.items()}
     fields = {**fields, "optimizer_extra": typed}
     found = {"name": name, "fields": fields, "plugin": "on", "then": "on", "formats": [kind]}
@@ -33,7 +33,7 @@ def test_every_recipe_trains_and_is_resumed_bit_for_bit(
 ) -> None:
     if release < Version(NEWEST):
         return
-    wanted = [case(name, one.fields) for name, one in RECIPES.items()]
+    wanted = [case(name, one) for name, one in RECIPES.items()]
     where = {
         "megatron": request.config.getoption("--megatron"),
         "plugin": True,

@@ -1,9 +1,10 @@
 """The flag sets that well-known recipes train a mixture of experts with: optimizer, data parallelism, router.
 
-Read in Megatron-Bridge 0.6.2 (`megatron/bridge/recipes`, router settings in `megatron/bridge/models`) and in
-yanring/Megatron-MoE-ModelZoo at e865051 (`model_configs/benchmarking`, `sbatch_benchmarking.sh`). Left out, as no CPU
-has them: fp8 and fp4 layers, fused router kernels (`moe_router_fusion`), grouped GEMMs, DeepEP and HybridEP. The model
-is the laboratory's, with experts or tensors on two ranks.
+Read in Megatron-Bridge 0.6.2 (`megatron/bridge/recipes`, router settings in `megatron/bridge/models`), in
+yanring/Megatron-MoE-ModelZoo at e865051 (`model_configs/benchmarking`, `sbatch_benchmarking.sh`), and in the launch
+scripts of slime and miles. Left out, as no CPU has them: fp8 and fp4 layers, fused router kernels
+(`moe_router_fusion`), grouped GEMMs, DeepEP and HybridEP. The model is the laboratory's, with experts or tensors on two
+ranks.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ class FlagSet:
     says: str
     #: Of lab.Recipe.
     fields: Mapping[str, Any]
+    #: The format to resume from, where Megatron's default goes on with other bits, plugin off or on.
+    format: str = ""
 
 
 # Routers -------------------------------------------------------------------------------------------------------------
@@ -55,6 +58,12 @@ _QWEN: dict[str, Any] = {
 
 _ADAM = {"weight_decay": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_eps": 1e-8}
 _BF16_MOMENTS = {"exp_avg_dtype": BF16, "exp_avg_sq_dtype": BF16}
+_OFFLOAD = {
+    "optimizer_cpu_offload": True,
+    "optimizer_offload_fraction": 1.0,
+    "overlap_cpu_optimizer_d2h_h2d": True,
+    "pin_cpu_grads": False,  # no GPU, nothing to pin
+}
 _MUON: dict[str, Any] = {
     **_ADAM,
     "muon_momentum": 0.95,
@@ -131,6 +140,12 @@ RECIPES: dict[str, FlagSet] = {
         "qwen/h100/qwen3_moe.py: pretrain_16gpu (1)",
         "precision-aware, gradients reduced in bf16",
         _precision_aware(_QWEN, {}, reduce=BF16),
+    ),
+    "slime, miles": FlagSet(
+        "slime's (24) and miles' (51) scripts/run-*.sh",
+        "precision-aware, CPU offload of the whole optimizer",
+        _precision_aware(_QWEN, _OFFLOAD, reduce=F32, overlap=False),
+        format="fully_reshardable",
     ),
     "Nemotron-3 Super": FlagSet(
         "nemotronh/h100/nemotron_3_super.py (3)",

@@ -24,8 +24,12 @@ def _holds_main_copies(optimizer: Any) -> bool:
     # Where fp8 recipes leave the main copies to Megatron (0.13 and later), nothing is wrong.
     flag = getattr(config, "use_precision_aware_optimizer", False)
     held = getattr(config, "use_precision_aware_optimizer_no_fp8_or_ds_fp8", flag)
-    # HybridDeviceOptimizer, which offload.py is about, has no such method.
+    # HybridDeviceOptimizer, which optimizers/offload is about, has no such method.
     return held and hasattr(optimizer.optimizer, "set_scaled_state")
+
+
+def _is_offloaded(optimizer: Any) -> bool:
+    return hasattr(optimizer.optimizer, "param_to_inner_param")
 
 
 def _updated_in_place(optimizer: Any, model_param: Any) -> Any:
@@ -66,8 +70,11 @@ def load_the_parameter(original: Callable[..., None]) -> Callable[..., None]:
     return _set_main_param_and_optimizer_states
 
 
+#: Formats that gather state on one rank.
+_DP_ZERO = ("torch", "dp_zero_gather_scatter")
+_LOAD_FROM_DP_ZERO = "load_parameter_state_from_dp_zero"
 #: Formats that pass through fp32 buffers of a whole group of ranks.
-_GATHERED = ("torch", "dp_zero_gather_scatter", "fully_reshardable")
+_GATHERED = (*_DP_ZERO, "fully_reshardable")
 
 
 def _cannot_be_loaded(optimizer: Any, checkpoint_format: str) -> str | None:
@@ -77,11 +84,18 @@ def _cannot_be_loaded(optimizer: Any, checkpoint_format: str) -> str | None:
         code = getattr(inspect.unwrap(getattr(type(optimizer), method)), "__code__", None)
         return set(getattr(code, "co_names", ()))
 
+    if _is_offloaded(optimizer):
+        if checkpoint_format not in _DP_ZERO or "_sync_hdo_state_to_sub_optimizers" in names(_LOAD_FROM_DP_ZERO):
+            return None
+        return (
+            "it keeps what it loads from the offloaded optimizer, whose next step then writes the weights from before "
+            "the load back into the whole model"
+        )
     setting = names("_set_main_param_and_optimizer_states")
     if getattr(optimizer.optimizer, "store_param_remainders", False):
         # A repair would have to name either in one of these.
         repaired = {"int16", "store_param_remainders"}
-        if checkpoint_format in _GATHERED and not repaired & (setting | names("load_parameter_state_from_dp_zero")):
+        if checkpoint_format in _GATHERED and not repaired & (setting | names(_LOAD_FROM_DP_ZERO)):
             return "it makes fp32 numbers of the int16 remainders of main copies, and refuses those when it loads"
         if not repaired & names("load_state_dict"):  # 0.11, 0.12
             return "it prepares fp32 main copies to load into, and TransformerEngine refuses them"
@@ -106,7 +120,8 @@ def warn_before_a_save_in_vain(original: Callable[..., Any]) -> Callable[..., An
             asked = (given.get("metadata") or {}).get("distrib_optim_sharding_type")
             kind = given.get("sharding_type") or asked or "fully_sharded_model_space"
         stub = getattr(self, "is_stub_optimizer", False)
-        why = None if stub or given.get("is_loading") or not _holds_main_copies(self) else _cannot_be_loaded(self, kind)
+        asked_of = not (stub or given.get("is_loading")) and (_holds_main_copies(self) or _is_offloaded(self))
+        why = _cannot_be_loaded(self, kind) if asked_of else None
         if why is not None:
             say(
                 logging.WARNING,
