@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
 import pytest
 import torch
 from benchmarks import gating, page
 from benchmarks.pairs import compare
+from installing import ROOT
 
 from megatron_fp32_router.compat import device
 
@@ -48,6 +50,12 @@ def test_the_times_in_the_file_keep_what_was_promised() -> None:
     for row in rows("balance"):
         # One layer is what upstream's loop is made for: no slower there, faster everywhere else.
         assert row["ratio"] < 1 or (row["layers"] == 1 and row["ratio"] <= 1.02), row
+
+
+def test_the_ratio_in_readme_is_that_of_the_file() -> None:
+    ratios = [Decimal(str(row["ratio"])).quantize(Decimal("0.01"), ROUND_HALF_UP) for row in rows("step")]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"On a CPU a step takes {min(ratios)} to {max(ratios)} of the time without the plugin" in readme
 
 
 def test_the_monitor_adds_no_operation_to_steps_that_it_does_not_look_at() -> None:

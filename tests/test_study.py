@@ -33,6 +33,30 @@ def test_the_files_hold_the_whole_study() -> None:
     assert {run["steps"] for run in TRAININGS} == {training.STEPS}
 
 
+def _load(release: str, start: float, plugin: bool) -> float:
+    found = [
+        run["max_vio_end"]
+        for run in TRAININGS
+        if (run["release"], run["start"], run["plugin"]) == (release, start, plugin)
+    ]
+    return sum(found) / len(found)
+
+
+def test_the_figures_in_readme_are_those_of_the_files() -> None:
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    off, on = ([_load("0.11.0", start, plugin) for start in (0.75, 0)] for plugin in (False, True))
+    assert (
+        f"the load violation of 0.11 falls from {off[0]:.1f} to {on[0]:.1f} (biases from 0.75) and from "
+        f"{off[1]:.1f} to {on[1]:.1f} (from 0)"
+    ) in readme
+    rows = [row for cell in SIMULATIONS for row in cell["rows"] if row["ranks"] == 4096]
+    tree, ring = ([100 * row[how][0] for row in rows] for how in ("tree", "ring"))
+    assert (
+        f"Simulated for 4,096 ranks, bf16 gives {min(tree):.0f} to {max(tree):.0f} % of the updates a wrong sign when "
+        f"counts are added in a tree, and {min(ring):.0f} to {max(ring):.0f} % in a ring."
+    ) in readme
+
+
 def test_with_the_plugin_no_update_in_the_files_is_wrong() -> None:
     for run in TRAININGS:
         if run["plugin"]:

@@ -31,8 +31,9 @@ class Rank:
             found.bind(("", 0))
             return ray.util.get_node_ip_address(), found.getsockname()[1]
 
-    def train(self, rank: int, world: int, meeting_point: tuple[str, int], command: list[str]) -> None:
-        """Run the program as torchrun would."""
+    def train(self, rank: int, world: int, meeting_point: tuple[str, int], folder: str, command: list[str]) -> None:
+        """Run the program in the driver's folder as torchrun would."""
+        os.chdir(folder)
         host, port = meeting_point
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0"}
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
@@ -48,11 +49,12 @@ def main() -> None:
     parser.add_argument("--gpus-per-rank", type=float, default=1)
     parser.add_argument("command", nargs=argparse.REMAINDER, help="the training script and its arguments")
     arguments = parser.parse_args()
-    ray.init(runtime_env=RUNTIME_ENV)
-    options: dict[str, Any] = {"num_gpus": arguments.gpus_per_rank, "num_cpus": 1}
+    ray.init()
+    # For the actors, not for ray.init: a variable that a submitted job has set already may be repeated here only.
+    options: dict[str, Any] = {"num_gpus": arguments.gpus_per_rank, "num_cpus": 1, "runtime_env": RUNTIME_ENV}
     actors = [Rank.options(**options).remote() for _ in range(arguments.ranks)]
-    point = ray.get(actors[0].meeting_point.remote())
-    ray.get([actor.train.remote(rank, len(actors), point, arguments.command) for rank, actor in enumerate(actors)])
+    alike = len(actors), ray.get(actors[0].meeting_point.remote()), os.getcwd(), arguments.command
+    ray.get([actor.train.remote(rank, *alike) for rank, actor in enumerate(actors)])
 
 
 if __name__ == "__main__":

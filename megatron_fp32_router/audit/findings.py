@@ -136,7 +136,8 @@ def _laundered(tensor: RouterTensor, rates: Sequence[float], same: bool) -> Find
             "good", f"{counts[0].nonzero - counts[0].fitting:,} of {counts[0].nonzero:,} values need more than bfloat16"
         )
     if count.distinct < bits.ENOUGH:
-        return found("unknown", f"cannot tell: all values fit {count.dtype}, but only {count.distinct} differ in size")
+        sizes = "one size" if count.distinct == 1 else f"{count.distinct} sizes"
+        return found("unknown", f"cannot tell: all values fit {count.dtype}, but they have only {sizes}")
     if same:
         return found(
             "unknown", f"cannot tell: all values fit {count.dtype}, but they are the same in the other checkpoint"
