@@ -55,9 +55,7 @@ def obstacle(router: Any) -> str | None:
         return "moe_router_force_biased is on"
     if sharded(router.weight):
         return "the weight is sharded over ranks"
-    if router.topk >= router.weight.shape[0]:
-        return "every token goes to every expert"
-    return None
+    return "every token goes to every expert" if router.topk >= router.weight.shape[0] else None
 
 
 def comparable(router: Any) -> bool:

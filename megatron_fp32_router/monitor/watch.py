@@ -8,6 +8,7 @@ step before it; the numbers stay on the device until the balance update is done 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_fp32_router.balance import update
+from megatron_fp32_router.gating.schedule import capturing
 from megatron_fp32_router.log import rank, say
 from megatron_fp32_router.monitor import look, outside, sinks
 from megatron_fp32_router.monitor.sinks import Entry, Layer
@@ -41,8 +43,6 @@ class Monitor:
         self._memory: dict[Layer, look.Memory] = {}
         #: A look that waits for the balance update.
         self._open: dict[Layer, look.Seen] | None = None
-        #: What MEGATRON_FP32_ROUTER_MONITOR_RECORD asks for of this look, on the device.
-        self._recorded: dict[Layer, Any] = {}
         #: Whether what `entries` say has still to be judged.
         self._unjudged = False
         #: (layer, name) of what was not finite at the last look.
@@ -65,7 +65,11 @@ class Monitor:
     def _label(self, step: int) -> int:
         """What the step is called in the file: a program that counts from 1 again after a restart goes on there."""
         if self._offset is None:
-            self._offset = sinks.last_step(sinks.path()) if rank() == 0 else 0
+            self._offset = 0
+            if rank() == 0 and os.path.exists(sinks.path()):  # False where it cannot be looked for, too
+                from megatron_fp32_router.monitor import restart
+
+                self._offset = restart.last_step(sinks.path())
         return self._offset + step
 
     # Steps -------------------------------------------------------------------------------------------------------
@@ -105,7 +109,6 @@ class Monitor:
         self._ended = True
         self._take_listeners()
         self._take_open()
-        self._recorded.clear()
         self._memory.clear()
         say(
             logging.WARNING,
@@ -137,7 +140,7 @@ class Monitor:
         return seen
 
     def _at_gradients(self, model: Any, config: Any) -> None:
-        if look.capturing():
+        if capturing():
             say(logging.WARNING, f"{PREFIX}_MONITOR: steps inside a CUDA graph are not looked at", once=True)
             return
         interval = registry.settings.monitor
@@ -176,8 +179,8 @@ class Monitor:
                 if registry.settings.monitor_record and samples and listener is not None and listener.sample:
                     from megatron_fp32_router.monitor import recording
 
-                    self._recorded[layer] = recording.copied(router, seen.before_E, listener.sample)
-        if registry.settings.on_mismatch == "raise" and any(look.broken(seen) for seen in self._open.values()):
+                    seen.recorded = recording.copied(router, seen.before_E, listener.sample)
+        if registry.settings.on_mismatch == "raise" and any(look.below(seen) for seen in self._open.values()):
             # At once: the balance update refuses to work on what was found. Others may be there already, and would
             # wait for this rank as long as it waited for them.
             self._close(meet=False)
@@ -210,10 +213,10 @@ class Monitor:
         together = self._bring_together(seen, meet)
         self.entries = {layer: together[layer] for layer in sorted(together, key=sinks.order)}
         self._hand_on()
-        if self._recorded:
+        recorded = {layer: each.recorded for layer, each in seen.items() if each.recorded}
+        if recorded:
             from megatron_fp32_router.monitor import recording
 
-            recorded, self._recorded = self._recorded, {}
             recording.write(self._label(self.step), self._place()[0], recorded)
         if self._exchange is not None and self._exchange.ended is not None:
             self._end(self._exchange.ended)
