@@ -6,14 +6,17 @@ import os
 import sys
 from typing import Final
 
-from megatron_fp32_router.log import printable
-
 PROGRAM: Final = "megatron-fp32-router"
 
 _COLOURS: Final = {"good": "32", "bad": "1;31", "unknown": "33", "note": "2"}
 
 #: What reads checkpoints and emulates engines; the `audit` extra of pyproject.toml.
 AUDIT: Final = ("numpy", "ml_dtypes", "safetensors")
+
+
+def printable(text: str) -> str:
+    """Without control characters: names in a file may hold what a terminal obeys."""
+    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def tell(command: str, what: str) -> None:

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fp32_router.errors import Fp32RouterError
-from megatron_fp32_router.log import printable
-from megatron_fp32_router.terminal import AUDIT, lacking, refuse
+from megatron_fp32_router.terminal import AUDIT, lacking, printable, refuse
 
 #: `open_checkpoint` has the same default; this file must be importable without the `audit` extra.
 _SEARCH_LIMIT = 2 << 30

@@ -25,11 +25,12 @@ import socket
 import sys
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 import torch
 
+from megatron_fp32_router.casts.router import below_fp32
 from megatron_fp32_router.errors import RanksDisagreeError
 from megatron_fp32_router.log import say
 from megatron_fp32_router.patching.digest import digest
@@ -38,7 +39,7 @@ from megatron_fp32_router.patching.registry import mismatch, registry, runs, sta
 from megatron_fp32_router.ranks import verdict
 from megatron_fp32_router.settings import PREFIX
 from megatron_fp32_router.version import __version__
-from megatron_fp32_router.wrapping import survey
+from megatron_fp32_router.wrapping.survey import protected_in, tensors_of
 
 #: Names in the store, beside a rank's number for what it says.
 _ROOM: Final = f"{__name__.partition('.')[0]}/agreement"
@@ -102,9 +103,16 @@ def what_must_agree() -> dict[str, str]:
     }
 
 
+def _totals(models: Iterable[torch.nn.Module]) -> tuple[int, int]:
+    """Over these models: how many protected routers there are, and how many of their tensors are fp32 or better."""
+    routers = {id(router): router for module in models for _, router in protected_in(module)}
+    tensors = [tensor for router in routers.values() for _, tensor, _ in tensors_of(router)]
+    return len(routers), sum(not below_fp32(tensor.dtype) for tensor in tensors)
+
+
 def _statement(at_optimizer: bool) -> dict[str, Any]:
     """What this rank writes: what must agree, whom else to ask, and for information whose tensors it holds."""
-    routers, tensors = survey.totals(registry.models - _told)
+    routers, tensors = _totals(registry.models - _told)
     # Those it has agreed with have nothing to add. Without any group of Megatron's, whoever is there may train with it.
     peers = _Agreed.peers & ~_Agreed.ranks or (1 << torch.distributed.get_world_size()) - 1
     return {
