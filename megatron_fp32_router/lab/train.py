@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_fp32_router.lab import compat, emerging
-from megatron_fp32_router.lab.model import chunks_in_training, device, make_config, make_model
+from megatron_fp32_router.lab.groups import chunks_in_training, device
+from megatron_fp32_router.lab.model import make_config, make_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 import megatron_fp32_router
 from megatron_fp32_router import lab
-from megatron_fp32_router.lab.model import leave_layout
+from megatron_fp32_router.lab.groups import leave_layout
 from megatron_fp32_router.lab.train import _mean_over_ranks
 
 
