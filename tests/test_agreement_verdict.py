@@ -7,21 +7,21 @@ import time
 from statements import statements
 
 from megatron_fp32_router.ranks.spans import ranks_text
-from megatron_fp32_router.ranks.verdict import judge
+from megatron_fp32_router.ranks.verdict import verdict_on
 
 
 def test_a_verdict_on_4096_ranks_is_short_quick_and_names_ranks_and_hosts() -> None:
     said = statements(4096)
-    assert judge(range(4096), 4096, said, 1.0)["problems"] == []
-    assert judge(range(4096), 4096, said, 1.0)["line"].startswith(
+    assert verdict_on(range(4096), 4096, said, 1.0)["problems"] == []
+    assert verdict_on(range(4096), 4096, said, 1.0)["line"].startswith(
         "all 4096 ranks on 512 hosts agree: 8192 routers with 24576 "
     )
-    assert judge(range(4096), 4096, said, 1.0)["line"].endswith(" replicas counted, 2 a rank")
+    assert verdict_on(range(4096), 4096, said, 1.0)["line"].endswith(" replicas counted, 2 a rank")
     for rank in [7, *range(16, 24)]:
         del said[rank]
     said[4095]["says"]["the plugin's version"] = "1.1"
     started = time.monotonic()
-    problems = judge(range(4096), 4096, said, 300.0)["problems"]
+    problems = verdict_on(range(4096), 4096, said, 300.0)["problems"]
     assert time.monotonic() - started < 1
     assert len(problems) == 3
     assert problems[0].startswith("nothing was heard for 300 s from rank 7 (host node0): ")
@@ -33,12 +33,12 @@ def test_what_only_some_ranks_mention_is_not_compared_and_a_late_optimizer_is_to
     said = statements(4)
     said[3]["says"]["patch 'gating'"] = "applied"
     said[2]["at optimizer"] = False
-    found = judge(range(4), 4, said, 300.0)
+    found = verdict_on(range(4), 4, said, 300.0)
     assert found["problems"] == []
     assert found["line"].endswith("; no optimizer yet on rank 2")
     assert found["says"]["patch 'gating'"] == "applied"
     said[2]["says"]["patch 'gating'"] = "displaced"
-    assert judge(range(4), 4, said, 300.0)["problems"] == [
+    assert verdict_on(range(4), 4, said, 300.0)["problems"] == [
         "patch 'gating' is 'displaced' on rank 2 (host node0), but 'applied' on rank 3 (host node0)"
     ]
 

@@ -31,7 +31,7 @@ def measured(times: dict[str, Any] = FAST, splitting_ms: float = 0.02) -> dict[s
 
 
 def said(row: dict[str, Any], asked: str = "auto") -> list[tuple[str, str]]:
-    return [(level, text.partition(": ")[2]) for level, text in device.judge(row, asked)]
+    return [(level, text.partition(": ")[2]) for level, text in device.sentences_about(row, asked)]
 
 
 def test_errors_are_those_of_each_arithmetic() -> None:

@@ -59,7 +59,7 @@ def test_every_kind_of_wrong_update_is_counted_as_what_it_is(
     first: tuple[float, ...], second: tuple[float, ...], wrong: dict[str, int]
 ) -> None:
     bias_SLE = np.array([[[0.75] * 3], [first], [second]]).astype(np.float32).astype(np.float64)
-    found = training.judge(bias_SLE, COUNTS_SLE, RATE)
+    found = training.compared_with_rule(bias_SLE, COUNTS_SLE, RATE)
     assert found["due"] == 2
     for kind in ("swallowed", "reversed", "unasked", "wrong_size"):
         assert found[kind] == wrong.get(kind, 0), kind

@@ -19,7 +19,7 @@ from megatron_fp32_router.gating.logits import score_watchers
 from megatron_fp32_router.gating.schedule import capturing
 from megatron_fp32_router.log import say
 from megatron_fp32_router.monitor import bias, precision, stability
-from megatron_fp32_router.monitor.load import load
+from megatron_fp32_router.monitor.expert_load import expert_load
 from megatron_fp32_router.monitor.sinks import NOT_FINITE, Entry, Layer
 from megatron_fp32_router.settings import SAMPLE
 from megatron_fp32_router.wrapping.survey import routers_of
@@ -272,7 +272,7 @@ def counted(seen: Seen) -> dict[str, float]:
     """The numbers that need the counts of all ranks."""
     if seen.reduced_E is None:
         return {}
-    metrics = load(seen.reduced_E.tolist())
+    metrics = expert_load(seen.reduced_E.tolist())
     if seen.updated and (biases := _finite_biases(seen)) is not None:
         metrics |= bias.update(*biases, seen.reduced_E, seen.router.config.moe_router_bias_update_rate)
     return _finite(metrics)

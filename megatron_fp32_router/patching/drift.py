@@ -33,7 +33,7 @@ def _target(judge: Judge, name: str) -> Target:
     return target if target.fits else judge.one(name, ())
 
 
-def judged(patch: Patch, megatron: Megatron, accepted_file: str) -> tuple[str | None, Needless | None]:
+def answer(patch: Patch, megatron: Megatron, accepted_file: str) -> tuple[str | None, Needless | None]:
     """What stands against applying a patch, and why that Megatron needs none: what gate.Finding holds."""
     judge = judge_of(megatron, accepted_file)
     for name, patches in relied_on().items():

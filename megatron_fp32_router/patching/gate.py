@@ -80,4 +80,4 @@ def look(patch: Patch, megatron: Megatron, accepted_file: str) -> Finding:
         return Finding(needless=states[0]["needless"].get(patch.id) if states[0] else None)
     from megatron_fp32_router.patching import drift
 
-    return Finding(*drift.judged(patch, megatron, accepted_file))
+    return Finding(*drift.answer(patch, megatron, accepted_file))

@@ -217,7 +217,7 @@ def _give_verdict(store: Any, rank: int, said: dict[int, dict[str, Any]], peers:
         return
     if not store.check([f"{_VERDICT}/{rank}"]):
         peers = _listen(store, said, peers, each=True)
-        found = verdict.judge(_ranks(peers), torch.distributed.get_world_size(), said, waited)
+        found = verdict.verdict_on(_ranks(peers), torch.distributed.get_world_size(), said, waited)
         for peer in _ranks(peers):
             store.set(f"{_VERDICT}/{peer}", json.dumps({**found, "ranks": hex(peers)}))
     _delete(store, _JUDGE)

@@ -24,7 +24,7 @@ def _holds_main_copies(optimizer: Any) -> bool:
     # Where fp8 recipes leave the main copies to Megatron (0.13 and later), nothing is wrong.
     flag = getattr(config, "use_precision_aware_optimizer", False)
     held = getattr(config, "use_precision_aware_optimizer_no_fp8_or_ds_fp8", flag)
-    # HybridDeviceOptimizer, which offload.py is about, has no such method.
+    # HybridDeviceOptimizer, which optimizers/offload is about, has no such method.
     return held and hasattr(optimizer.optimizer, "set_scaled_state")
 
 
