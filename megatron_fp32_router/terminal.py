@@ -20,7 +20,7 @@ def printable(text: str) -> str:
 
 
 def tell(command: str, what: str) -> None:
-    """Say on standard error what a command is at, or what is wrong; a message may have several lines."""
+    """Print on standard error what a command is doing, or what is wrong. A message may have several lines."""
     lines = "\n".join(printable(line) for line in what.splitlines())
     print(f"{PROGRAM} {command}: {lines}", file=sys.stderr, flush=True)
 

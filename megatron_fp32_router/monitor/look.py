@@ -54,10 +54,10 @@ class Listener:
         self.counts_E: torch.Tensor | None = None
         self.input_dtype: torch.dtype | None = None
         self.scores_dtype: torch.dtype | None = None
-        #: What went wrong in the hook. It must not be the training's business.
+        #: An error in the hook. It must not reach the training.
         self.error: Exception | None = None
         self._samples, self._counts = samples, counts
-        # Not the router itself: whoever keeps a listener by its router would keep both for ever.
+        # Not the router itself: a dictionary from routers to listeners would keep both alive for ever.
         self._id = id(router)
         self._handle = router.register_forward_hook(self._hook, with_kwargs=True)
         score_watchers.append(self._see_scores)
@@ -75,7 +75,7 @@ class Listener:
     def _hook(self, router: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         try:
             self._note(router, args, kwargs, output)
-        except Exception as error:  # raised again in see(), where it harms nobody
+        except Exception as error:  # raised again in see(), outside the forward
             self.error = error
 
     def _note(self, router: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -147,7 +147,7 @@ class Memory:
     step: int = 0
     probe: stability.Probe | None = None
     mean: float | None = None
-    #: None: whoever looked did not say.
+    #: None: the caller gave no step.
     mean_step: int | None = None
 
 

@@ -103,7 +103,7 @@ def append(step: int, entries: Entries) -> bool:
 
 
 def _about() -> dict[str, Any]:
-    """What wrote this look, for whoever reads the file without the job's log."""
+    """The versions and settings behind this look, for readers who do not have the job's log."""
     settings = {name: value for name, value in asdict(registry.settings).items() if value != ""}
     megatron = sys.modules.get("megatron.core")
     return {

@@ -134,7 +134,7 @@ class Rule:
 
 
 def largest(values: torch.Tensor, number: int) -> torch.Tensor:
-    """bool, like `values`: the so many largest of each row; of equal ones those in front."""
+    """bool, like `values`: True for the `number` largest of each row; of equal values the first ones."""
     order = torch.sort(values, dim=-1, descending=True, stable=True).indices[:, :number]
     return torch.zeros_like(values, dtype=torch.bool).scatter_(1, order, True)
 

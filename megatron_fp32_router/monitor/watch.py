@@ -43,7 +43,7 @@ class Monitor:
         self._memory: dict[Layer, look.Memory] = {}
         #: A look that waits for the balance update.
         self._open: dict[Layer, look.Seen] | None = None
-        #: Whether what `entries` say has still to be judged.
+        #: Whether broken promises in `entries` have not been reported yet.
         self._unjudged = False
         #: (layer, name) of what was not finite at the last look.
         self._not_finite: set[tuple[Layer, str]] = set()
@@ -63,10 +63,10 @@ class Monitor:
         return self._calls
 
     def _label(self, step: int) -> int:
-        """What the step is called in the file: a program that counts from 1 again after a restart goes on there."""
+        """The step's number in the file, which goes on where the file ends if a restarted program counts from 1."""
         if self._offset is None:
             self._offset = 0
-            if rank() == 0 and os.path.exists(sinks.path()):  # False where it cannot be looked for, too
+            if rank() == 0 and os.path.exists(sinks.path()):  # also False when the folder cannot be read
                 from megatron_fp32_router.monitor import restart
 
                 self._offset = restart.last_step(sinks.path())
@@ -83,10 +83,10 @@ class Monitor:
         self._try(self._close_with, updated)
 
     def _try(self, part: Callable[..., None], *arguments: Any) -> None:
-        """Do a part of the work. What fails in it ends the monitor and not the training; what was found counts."""
+        """Do a part of the work. An error in it ends the monitor, not the training; what was found still counts."""
         try:
             part(*arguments)
-        except Exception as error:  # whatever it is: the training is not to blame
+        except Exception as error:  # any error: the training must go on
             self._fail(error)
         if self._unjudged:
             self._unjudged = False
@@ -100,7 +100,7 @@ class Monitor:
         why = f"on rank {rank()} it failed with {what}"
         try:
             told = (others := self._others()) is not None and others.end(why)
-        except Exception as another:  # the store itself: nobody else can say it
+        except Exception as another:  # the store itself has failed: this rank has to say it
             told, why = False, f"{why}, and could not tell the other ranks ({type(another).__name__}: {another})"
         self._end(why, speaker=0 if told else rank())
 
@@ -118,7 +118,7 @@ class Monitor:
         )
 
     def _others(self) -> Exchange | None:
-        """How the other ranks are met; None where there are none."""
+        """The exchange with the other ranks; None when there are none."""
         if self._exchange is None and not is_alone():
             from megatron_fp32_router.monitor.collect import Exchange
 
@@ -126,14 +126,14 @@ class Monitor:
         return self._exchange
 
     def _take_listeners(self) -> dict[Layer, look.Listener]:
-        """Take the hooks off the routers; who has listened."""
+        """Take the hooks off the routers, and return the listeners."""
         listeners, self._listeners = self._listeners, {}
         for listener in listeners.values():
             listener.remove()
         return listeners
 
     def _take_open(self) -> dict[Layer, look.Seen]:
-        """Wait for no balance update any more; what the open look has seen."""
+        """Stop waiting for the balance update, and return what the open look has seen."""
         seen, self._open = self._open or {}, None
         if self._after_update in update.watchers:
             update.watchers.remove(self._after_update)

@@ -29,7 +29,7 @@ def judge_of(megatron: Megatron, accepted_file: str) -> Judge:
 @functools.lru_cache(maxsize=1024)
 def _target(judge: Judge, name: str) -> Target:
     target = judge.one(name, (), explain=False)
-    # What has changed is worked out only for what stops the program.
+    # The diff is computed only for what stops the program.
     return target if target.fits else judge.one(name, ())
 
 

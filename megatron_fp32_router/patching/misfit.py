@@ -53,7 +53,7 @@ def warn_of_another_copy(replacement: Any, home: Path) -> None:
 
 
 def refuse(patch: Patch, module: ModuleType, megatron: Megatron, problem: Problem) -> tuple[str, Factory] | None:
-    """Stop the program, or return what stops whoever uses the target: a place in the module, and a factory for it.
+    """Stop the program; or return a place in the module, and a factory for it that stops those who use the target.
 
     Raises:
         TargetMissingError: a target that every job uses is missing or has another signature
@@ -98,10 +98,10 @@ def _how_to_accept(patch: Patch, megatron: Megatron) -> str:
 
 
 def _place_of_use(patch: Patch, module: ModuleType, problem: Problem) -> str | None:
-    """Where whoever uses the target comes by; None where nothing in the module tells."""
+    """A function that every user of the target calls; None if the module has none."""
     if not problem.missing:
         return patch.path
-    # The function may have another name now; whoever builds its class meets the error there.
+    # The function may have been renamed. Then the error comes when its class is built.
     owner = getattr(module, patch.path.partition(".")[0], None)
     return f"{owner.__name__}.__init__" if isinstance(owner, type) and "__init__" in vars(owner) else None
 

@@ -1,4 +1,4 @@
-"""What of somebody else's runs in the place of ours. Imported only where there may be something."""
+"""Other people's functions that run in place of ours. Imported only when there may be some."""
 
 from __future__ import annotations
 

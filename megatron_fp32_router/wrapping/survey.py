@@ -21,7 +21,7 @@ from megatron_fp32_router.patching.record import ROUTER
 from megatron_fp32_router.patching.registry import registry, replaces, runs, status
 from megatron_fp32_router.version import __version__
 
-#: What a subclass of TopKRouter, or an attribute of a router, may have in the place of ours.
+#: Patched methods that a subclass of TopKRouter, or an attribute of a router, may replace.
 PATCHED: Final = frozenset(("gating", "forward", "_apply"))
 
 
@@ -139,7 +139,7 @@ def _say_what_is_there(found: str, chunk: str, routers: list[Any], config: Any) 
 
 
 def _is_as_megatron_made_it(router: torch.nn.Module) -> bool:
-    """Whether neither its class nor an attribute of it can stand in the place of a patched function."""
+    """Whether neither its class nor one of its attributes can replace a patched function."""
     return type(router).__module__.startswith("megatron.") and not vars(router).keys() & PATCHED
 
 
