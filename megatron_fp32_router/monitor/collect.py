@@ -3,9 +3,9 @@
 There is no collective, so the monitor can neither hang a rank nor mix up the training's own collectives. In a look
 every rank stores a note: counts that have not been summed yet, and what is wrong with its tensors. One replica of each
 pipeline stage, the one on rank 0's pipeline, reads the notes of its stage and stores the layers of the stage. The ranks
-that write read those. A reader waits for a bounded time, and only if no other rank waits for the reader. A rank that
-fails, or waits in vain, stores the reason. Readers see it at once, and from the next look on the monitor is off on all
-ranks. So no rank waits twice.
+that write read those. A reader waits for a bounded time, and only when every rank gets there without its help. A rank
+that fails, or waits in vain, stores the reason. Readers see it at once, and from the next look on the monitor is off on
+all ranks. So no rank waits twice.
 
 Keys have the number of the look in this process, which is the same on every rank. The step is not: rank 0 may know a
 better one.
