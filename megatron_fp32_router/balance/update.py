@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_fp32_router.balance.walk import modules_of
+from megatron_fp32_router.balance.walk import counted, held, modules_of
 from megatron_fp32_router.casts.router import COUNTER, below_fp32
 from megatron_fp32_router.patching.owner import somebody_elses
 from megatron_fp32_router.patching.registry import replaces
@@ -50,22 +50,6 @@ def group_of(given: Any) -> Any:
     return parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
 
 
-def _held(module: Any, name: str) -> Any:
-    """What `module` has under `name`, or None.
-
-    torch's own look-up comes last: a miss, as in nearly every module of a model, costs it microseconds.
-    """
-    found = module._buffers.get(name)
-    if found is None and (name in module.__dict__ or name in module._parameters or hasattr(type(module), name)):
-        return getattr(module, name, None)
-    return found
-
-
-def _counted(module: Any) -> bool:
-    """Whether `module` has a bias to update. A router without one (dense layers' stand-ins) has None there."""
-    return _held(module, "expert_bias") is not None and _held(module, COUNTER) is not None
-
-
 def exact_update(original: Callable[..., None]) -> Callable[..., None]:
     """_update_router_expert_bias: all layers at once, one collective for each number of experts.
 
@@ -85,13 +69,13 @@ def exact_update(original: Callable[..., None]) -> Callable[..., None]:
         agree()  # a training that uses neither Megatron's DDP nor its optimizers has not been asked before
         batches: dict[tuple[int, torch.dtype, torch.dtype, torch.device], list[Any]] = {}
         for module in modules_of(model):
-            if not _counted(module):
+            if not counted(module):
                 continue
             if training_only and not module.training:
                 continue
-            if respects_frozen and _held(module, "frozen_expert_bias"):
+            if respects_frozen and held(module, "frozen_expert_bias"):
                 continue
-            bias, counter = _held(module, "expert_bias"), _held(module, COUNTER)
+            bias, counter = held(module, "expert_bias"), held(module, COUNTER)
             for name, tensor in (("expert_bias", bias), (COUNTER, counter)):
                 if below_fp32(tensor.dtype):
                     from megatron_fp32_router.casts.below import refuse
@@ -117,8 +101,8 @@ def exact_update(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _update(modules: list[Any], rate: float, group: Any, zero: bool) -> torch.Tensor:
-    counters = [_held(module, COUNTER) for module in modules]
-    biases = [_held(module, "expert_bias") for module in modules]
+    counters = [held(module, COUNTER) for module in modules]
+    biases = [held(module, "expert_bias") for module in modules]
     counts_LE = torch.stack(counters).to(torch.int64)
     torch.distributed.all_reduce(counts_LE, group=group)
     step_LE = direction(counts_LE).to(biases[0].dtype)
@@ -140,11 +124,11 @@ def reset_in_one_go(original: Callable[..., None]) -> Callable[..., None]:
 
         balancing = config.moe_router_load_balancing_type
         for module in modules_of(model):
-            if config.moe_router_enable_expert_bias and _counted(module):
-                zero(_held(module, COUNTER))
+            if config.moe_router_enable_expert_bias and counted(module):
+                zero(held(module, COUNTER))
             if "global_aux_loss" in balancing and hasattr(module, "reset_global_aux_loss_tracker"):
                 module.reset_global_aux_loss_tracker()
-            if _held(module, "qb_beta_accum") is not None:
+            if held(module, "qb_beta_accum") is not None:
                 zero(module.qb_beta_accum)
                 zero(module.qb_beta_count)
         with torch.no_grad():
