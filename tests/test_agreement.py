@@ -133,7 +133,7 @@ def test_a_rank_without_the_plugin_stops_the_others_in_bounded_time_and_the_job_
     ],
     ids=["oldest", "newest", "newest, groups handed to the model"],
 )
-def test_ranks_that_never_train_are_not_waited_for(
+def test_ranks_that_never_train_do_not_delay_the_others(
     release: str, world: int, arguments: dict[str, Any], tmp_path: Path
 ) -> None:
     env = {"MEGATRON_FP32_ROUTER_AGREE_TIMEOUT": "60"}
@@ -198,7 +198,7 @@ def test_a_patch_that_only_one_rank_has_wrapped_or_not_imported_is_no_difference
     assert patches == {"patch 'one'": "applied", "patch 'two'": "displaced"}
 
 
-def test_a_megatron_is_known_by_what_its_functions_do_and_not_by_its_version_or_place(tmp_path: Path) -> None:
+def test_a_megatron_is_identified_by_the_code_of_its_functions_not_by_version_or_path(tmp_path: Path) -> None:
     def digest_of(tree: Path) -> str:
         digest.cache_clear()
         gate.state_of.cache_clear()
@@ -221,7 +221,7 @@ def test_a_megatron_is_known_by_what_its_functions_do_and_not_by_its_version_or_
     assert len(found) == 4
 
 
-def test_without_process_groups_there_is_nobody_to_agree_with_even_after_a_failure() -> None:
+def test_without_process_groups_a_rank_need_not_agree_even_after_a_failure() -> None:
     agreement._Agreed.group, agreement._Agreed.failure = weakref.ref(type("Gone", (), {})()), "an older group's failure"
     agreement.agree()
     agreement.publish()

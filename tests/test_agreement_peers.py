@@ -27,7 +27,7 @@ def of_8() -> Iterator[Callable[[list[int]], Any]]:
     dist.destroy_process_group()
 
 
-def test_whoever_shares_a_group_is_found_wherever_the_group_is_held(
+def test_every_rank_that_shares_a_process_group_is_found_wherever_the_group_is_stored(
     of_8: Callable[[list[int]], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = ModuleType("parallel_state")
@@ -45,7 +45,7 @@ def test_whoever_shares_a_group_is_found_wherever_the_group_is_held(
     assert agreement._ranks(agreement._reach()) == [0, 2, 3]
 
 
-def test_only_those_are_named_with_whom_nothing_is_agreed_yet(
+def test_a_rank_names_only_ranks_it_has_not_agreed_with_yet(
     of_8: Callable[[list[int]], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "megatron.core", ModuleType("megatron.core"))

@@ -121,7 +121,7 @@ def _study(folder: Path, only: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_few_steps_of_it_and_what_is_there_is_not_run_again(tmp_path: Path) -> None:
+def test_a_few_steps_run_and_finished_runs_are_not_repeated(tmp_path: Path) -> None:
     def result(seed: int) -> Path:
         return tmp_path / "training" / f"{NEWEST}-on-0-seed{seed}.json"
 
