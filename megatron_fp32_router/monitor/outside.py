@@ -26,7 +26,7 @@ def hand_on(step: int, entries: Entries, *, file: bool = True) -> None:
     """
     if file:
         attempt("the text file for Prometheus", lambda: _to_prometheus(step, entries))
-    if getattr(sys.modules.get("wandb"), "run", None) is not None and sinks.TRAINING not in sys.modules:
+    if "wandb" in sys.modules and sinks.TRAINING not in sys.modules:
         from megatron_fp32_router.monitor import wandb_run
 
         attempt("W&B", lambda: wandb_run.log(step, entries))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import itertools
 import sys
@@ -121,11 +120,13 @@ def _when_called(factory: Factory) -> Factory:
     """`factory`, put off until the target is called: a job imports the repairs of what it uses, and no others."""
 
     def put_off(original: Function) -> Function:
-        made = functools.cache(lambda: factory(original))
+        made: Function | None = None
 
         @replaces(original)
         def replacement(*args: Any, **kwargs: Any) -> Any:
-            return made()(*args, **kwargs)
+            nonlocal made
+            made = made or factory(original)
+            return made(*args, **kwargs)
 
         return replacement
 
