@@ -170,8 +170,7 @@ def _status(patch: Patch) -> tuple[State, str]:
 def runs(patch_id: str) -> bool:
     """Whether our function runs in that patch's target: in place, or below somebody else's wrapper."""
     patch = next(patch for patch in PATCHES if patch.id == patch_id)
-    module = sys.modules.get(patch.module)
-    replacement = registry.replacements.get(patch_id)
+    module, replacement = sys.modules.get(patch.module), registry.replacements.get(patch_id)
     if module is None or replacement is None or home(replacement) != HOME:
         return False
     return position_of(patch, module)[0] != "gone"
