@@ -29,9 +29,8 @@ from megatron_fp32_router.errors import (
 )
 from megatron_fp32_router.log import say as _say
 from megatron_fp32_router.patching import hooks as _hooks
-from megatron_fp32_router.patching import registry as _registry
 from megatron_fp32_router.patching import undo as _undo
-from megatron_fp32_router.patching.registry import PatchStatus
+from megatron_fp32_router.patching.registry import PatchStatus, status
 from megatron_fp32_router.settings import Settings
 from megatron_fp32_router.version import __version__
 
@@ -93,11 +92,6 @@ def disable() -> None:
     _hooks.disarm()
 
 
-def status() -> tuple[PatchStatus, ...]:
-    """The state of every patch, asked of Megatron's modules as they are now."""
-    return _registry.status()
-
-
 def protect_model(model: Any) -> Survey:
     """Bring the routers of a model that was built before the plugin was active to fp32, in place.
 
@@ -131,13 +125,6 @@ def protect_router_class(cls: type[Any]) -> None:
     Raises:
         TypeError: it is none.
     """
-    import torch
-
-    if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
-        raise TypeError(f"protect_router_class() takes a subclass of torch.nn.Module; found {cls!r}")
-    if not _registry.registry.active:
-        _say(logging.WARNING, f"the plugin is off: {cls.__module__}.{cls.__qualname__} is not protected", once=True)
-        return
     from megatron_fp32_router.casts.other_class import protect_class
 
     protect_class(cls)

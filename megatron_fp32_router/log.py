@@ -48,8 +48,3 @@ def say(level: int, message: str, *, threshold: str = "info", once: bool = False
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
         handler.handle(record)
-
-
-def printable(text: str) -> str:
-    """Without control characters: names in a file may hold what a terminal obeys."""
-    return "".join(char if char.isprintable() else "?" for char in text)

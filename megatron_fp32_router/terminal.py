@@ -6,8 +6,6 @@ import os
 import sys
 from typing import Final
 
-from megatron_fp32_router.log import printable
-
 PROGRAM: Final = "megatron-fp32-router"
 
 _COLOURS: Final = {"good": "32", "bad": "1;31", "unknown": "33", "note": "2"}
@@ -16,8 +14,13 @@ _COLOURS: Final = {"good": "32", "bad": "1;31", "unknown": "33", "note": "2"}
 AUDIT: Final = ("numpy", "ml_dtypes", "safetensors")
 
 
+def printable(text: str) -> str:
+    """Without control characters: names in a file may hold what a terminal obeys."""
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
 def tell(command: str, what: str) -> None:
-    """Say on standard error what a command is at, or what is wrong; a message may have several lines."""
+    """Print on standard error what a command is doing, or what is wrong. A message may have several lines."""
     lines = "\n".join(printable(line) for line in what.splitlines())
     print(f"{PROGRAM} {command}: {lines}", file=sys.stderr, flush=True)
 

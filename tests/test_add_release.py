@@ -41,7 +41,7 @@ def test_the_newest_release_taken_out_and_added_again_is_known_as_before(copy: P
     assert [name for name in generated if (copy / name).read_bytes() != (ROOT / name).read_bytes()] == []
 
 
-def test_what_is_no_new_release_is_refused_and_nothing_is_written(copy: Path) -> None:
+def test_only_a_new_release_is_added_and_otherwise_nothing_is_written(copy: Path) -> None:
     before = (copy / "scripts" / "releases.txt").read_bytes()
     for name, said in ((RELEASES[0], "is among the known releases already"), ("main", "is not a release")):
         done = run(copy, "add-release", name)

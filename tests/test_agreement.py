@@ -5,25 +5,19 @@ Real ranks on a real Megatron, the oldest and the newest; what is compared does 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
 import sys
-import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
-import torch.distributed as dist
 from bootstrap import RELEASES, ensure_release
 from checking import FINALIZE, copier
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_fp32_router import lab
 from megatron_fp32_router.patching import drift, gate
@@ -31,8 +25,6 @@ from megatron_fp32_router.patching.digest import digest
 from megatron_fp32_router.patching.megatron import Megatron, read_version
 from megatron_fp32_router.patching.registry import PatchStatus
 from megatron_fp32_router.ranks import agreement
-from megatron_fp32_router.ranks.spans import ranks_text
-from megatron_fp32_router.ranks.verdict import judge
 from megatron_fp32_router.settings import SettingsError, from_environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,7 +133,7 @@ def test_a_rank_without_the_plugin_stops_the_others_in_bounded_time_and_the_job_
     ],
     ids=["oldest", "newest", "newest, groups handed to the model"],
 )
-def test_ranks_that_never_train_are_not_waited_for(
+def test_ranks_that_never_train_do_not_delay_the_others(
     release: str, world: int, arguments: dict[str, Any], tmp_path: Path
 ) -> None:
     env = {"MEGATRON_FP32_ROUTER_AGREE_TIMEOUT": "60"}
@@ -206,7 +198,7 @@ def test_a_patch_that_only_one_rank_has_wrapped_or_not_imported_is_no_difference
     assert patches == {"patch 'one'": "applied", "patch 'two'": "displaced"}
 
 
-def test_a_megatron_is_known_by_what_its_functions_do_and_not_by_its_version_or_place(tmp_path: Path) -> None:
+def test_a_megatron_is_identified_by_the_code_of_its_functions_not_by_version_or_path(tmp_path: Path) -> None:
     def digest_of(tree: Path) -> str:
         digest.cache_clear()
         gate.state_of.cache_clear()
@@ -229,193 +221,7 @@ def test_a_megatron_is_known_by_what_its_functions_do_and_not_by_its_version_or_
     assert len(found) == 4
 
 
-def test_without_process_groups_there_is_nobody_to_agree_with_even_after_a_failure() -> None:
+def test_without_process_groups_a_rank_need_not_agree_even_after_a_failure() -> None:
     agreement._Agreed.group, agreement._Agreed.failure = weakref.ref(type("Gone", (), {})()), "an older group's failure"
     agreement.agree()
     agreement.publish()
-
-
-# Who is asked ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def of_8() -> Iterator[Callable[[list[int]], Any]]:
-    """`of_8(ranks)`: a process group of these, in a job of 8 whose other ranks torch only pretends to have."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
-    yield dist.new_group
-    dist.destroy_process_group()
-
-
-def test_whoever_shares_a_group_is_found_wherever_the_group_is_held(
-    of_8: Callable[[list[int]], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    state = ModuleType("parallel_state")
-    monkeypatch.setitem(sys.modules, "megatron.core.parallel_state", state)
-    assert agreement._reach() == 0
-    state.one, state.several, state.named = of_8([0, 1]), [of_8([0, 2])], {"cp": of_8([0, 3])}
-    assert agreement._ranks(agreement._reach()) == [0, 1, 2, 3]
-    # As DDP gets it, and as a layer deep in the model holds it.
-    assert agreement._ranks(agreement._reach(SimpleNamespace(dp=of_8([0, 4])))) == [0, 1, 2, 3, 4]
-    model = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Identity()))
-    model[0][0].tp_group = of_8([0, 5])
-    model[0].pg_collection = SimpleNamespace(ep=of_8([0, 6]))
-    assert agreement._ranks(agreement._reach(model)) == [0, 1, 2, 3, 5, 6]
-    dist.destroy_process_group(state.one)
-    assert agreement._ranks(agreement._reach()) == [0, 2, 3]
-
-
-def test_only_those_are_named_with_whom_nothing_is_agreed_yet(
-    of_8: Callable[[list[int]], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "megatron.core", ModuleType("megatron.core"))
-    monkeypatch.setattr(agreement, "_Agreed", type("_Agreed", (), {"peers": 0b111, "ranks": 0b11}))
-    assert agreement._statement(at_optimizer=True)["peers"] == hex(0b101)
-    # Where no group of Megatron's is known, everybody.
-    agreement._Agreed.peers = 0
-    assert agreement._statement(at_optimizer=True)["peers"] == hex(0b11111111)
-
-
-def grid(rank: int) -> int:
-    """Ranks of 4,096 that share a tensor-, pipeline- or data-parallel group with `rank`: TP=8, DP=32, PP=16."""
-    tensor, data, pipeline = rank % 8, rank // 8 % 32, rank // 256
-    peers = [t + 8 * data + 256 * pipeline for t in range(8)]
-    peers += [tensor + 8 * d + 256 * pipeline for d in range(32)]
-    peers += [tensor + 8 * data + 256 * p for p in range(16)]
-    return sum(1 << peer for peer in set(peers))
-
-
-class Counted:
-    """A store that counts its operations."""
-
-    def __init__(self, store: Any) -> None:
-        self.store, self.calls = store, 0
-
-    def __getattr__(self, name: str) -> Any:
-        self.calls += 1
-        return getattr(self.store, name)
-
-
-def test_all_4096_ranks_of_a_training_are_found_with_few_operations() -> None:
-    store = Counted(dist.HashStore())
-    for rank, said in statements(4096).items():
-        store.set(str(rank), json.dumps({**said, "peers": hex(grid(rank))}))
-    store.calls, heard = 0, {}
-    found = agreement._listen(store, heard, grid(0))
-    assert found == (1 << 4096) - 1
-    assert len(heard) == 4096
-    assert store.calls < 20
-    store.delete_key("4095")
-    heard = {}
-    assert agreement._listen(store, heard, grid(0)) == found  # others name it,
-    assert 4095 not in heard  # but it has said nothing
-
-
-def wait(ranks: dict[int, int], timeout: float, monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
-    """What ranks (rank -> whom it names) of a job of 8 are told, each a thread."""
-    store, told = dist.HashStore(), {}
-    settings = SimpleNamespace(agree_timeout=timeout, log="info")
-    monkeypatch.setattr(agreement, "registry", SimpleNamespace(settings=settings))
-    monkeypatch.setattr(dist, "get_world_size", lambda: 8)
-
-    def one(rank: int, peers: int) -> None:
-        store.set(str(rank), json.dumps({**statements(8)[rank], "peers": hex(peers)}))
-        told[rank] = agreement._wait(store, rank, peers)
-        agreement._leave(store, rank, told[rank])
-
-    threads = [threading.Thread(target=one, args=item, daemon=True) for item in ranks.items()]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert not store.check(["judge"])
-    assert not any(store.check([str(rank)]) or store.check([f"verdict/{rank}"]) for rank in ranks)
-    return told
-
-
-def test_two_trainings_in_one_job_are_two_agreements(monkeypatch: pytest.MonkeyPatch) -> None:
-    # 1, 2, 5 hang together through 2 only.
-    ranks = {1: 0b110, 2: 0b100110, 5: 0b100100, 3: 0b11000, 4: 0b11000}
-    told = wait(ranks, 300.0, monkeypatch)
-    assert {rank: (found["ranks"], found["problems"]) for rank, found in told.items()} == {
-        **dict.fromkeys((1, 2, 5), (hex(0b100110), [])),
-        **dict.fromkeys((3, 4), (hex(0b11000), [])),
-    }
-    assert told[5]["line"].startswith("all 3 ranks (of 8) on 1 host agree: 6 routers")
-    assert told[5]["line"].endswith(": ranks 0, 3-4, 6-7")
-
-
-def test_where_the_first_rank_is_silent_another_one_speaks_for_all_of_its_training_and_only_that(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    told = wait({1: 0b11, 2: 0b101, 3: 0b11000, 4: 0b11000, 6: 0b1100000}, 0.3, monkeypatch)
-    for rank in (1, 2):
-        # 1 and 2 need not know of each other: 0, which joins them, has not said so.
-        assert re.findall("from (.*) \\(host", "".join(told[rank]["problems"])) == ["rank 0"]
-    assert told[3]["problems"] == told[4]["problems"] == []
-    assert re.findall("from (.*) \\(host", "".join(told[6]["problems"])) == ["rank 5"]
-
-
-def test_a_verdict_that_has_been_given_is_not_given_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Two ranks may lose patience at once. Who has read the first verdict has left, and nobody would delete another.
-    monkeypatch.setattr(dist, "get_world_size", lambda: 8)
-    store = dist.HashStore()
-    store.set("verdict/0", "the first")
-    agreement._give_verdict(store, 0, statements(2), 0b11, 1.0)
-    assert store.get("verdict/0") == b"the first"
-    assert not store.check(["verdict/1"])
-
-
-# The verdict itself: far more ranks than a machine can start ------------------------------------------------------
-
-
-def statements(world: int, ranks_per_host: int = 8, **says: str) -> dict[int, dict[str, Any]]:
-    return {
-        rank: {
-            "says": {"the plugin's version": "1.0", **says},
-            "host": f"node{rank // ranks_per_host}",
-            "local world size": str(ranks_per_host),
-            "at optimizer": True,
-            "routers": 2,
-            "tensors": 6,
-        }
-        for rank in range(world)
-    }
-
-
-def test_a_verdict_on_4096_ranks_is_short_quick_and_names_ranks_and_hosts() -> None:
-    said = statements(4096)
-    assert judge(range(4096), 4096, said, 1.0)["problems"] == []
-    assert judge(range(4096), 4096, said, 1.0)["line"].startswith(
-        "all 4096 ranks on 512 hosts agree: 8192 routers with 24576 "
-    )
-    assert judge(range(4096), 4096, said, 1.0)["line"].endswith(" replicas counted, 2 a rank")
-    for rank in [7, *range(16, 24)]:
-        del said[rank]
-    said[4095]["says"]["the plugin's version"] = "1.1"
-    started = time.monotonic()
-    problems = judge(range(4096), 4096, said, 300.0)["problems"]
-    assert time.monotonic() - started < 1
-    assert len(problems) == 3
-    assert problems[0].startswith("nothing was heard for 300 s from rank 7 (host node0): ")
-    assert "from ranks 16-23 (host unknown, no rank of that node runs the plugin): " in problems[1]
-    assert problems[2].endswith("and 507 more), but '1.1' on rank 4095 (host node511)")
-
-
-def test_what_only_some_ranks_mention_is_not_compared_and_a_late_optimizer_is_told() -> None:
-    said = statements(4)
-    said[3]["says"]["patch 'gating'"] = "applied"
-    said[2]["at optimizer"] = False
-    found = judge(range(4), 4, said, 300.0)
-    assert found["problems"] == []
-    assert found["line"].endswith("; no optimizer yet on rank 2")
-    assert found["says"]["patch 'gating'"] == "applied"
-    said[2]["says"]["patch 'gating'"] = "displaced"
-    assert judge(range(4), 4, said, 300.0)["problems"] == [
-        "patch 'gating' is 'displaced' on rank 2 (host node0), but 'applied' on rank 3 (host node0)"
-    ]
-
-
-def test_ranks_are_listed_as_spans() -> None:
-    assert ranks_text([3]) == "rank 3"
-    assert ranks_text([7, 0, 1, 2]) == "ranks 0-2, 7"
-    assert ranks_text(list(range(0, 100, 2))).endswith("38 and 30 more spans")

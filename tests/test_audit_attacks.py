@@ -24,7 +24,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from megatron_fp32_router.audit import dcp as reader
-from megatron_fp32_router.audit import findings, open_checkpoint, source
+from megatron_fp32_router.audit import files, findings, open_checkpoint
 from megatron_fp32_router.cli import main
 from megatron_fp32_router.errors import CheckpointUnreadableError
 
@@ -197,11 +197,11 @@ def test_all_router_tensors_together_are_bounded(
 ) -> None:
     names = [f"decoder.layers.{layer}.mlp.router.weight" for layer in range(9)]
     file = archive(tmp_path / "model.pt", {n: _tensor((4, 4), (4, 1), 16) for n in names}, bytes(64))
-    monkeypatch.setattr(source, "MAX_TOTAL", 8 * 64)
+    monkeypatch.setattr(files, "MAX_TOTAL", 8 * 64)
     assert f"{file}: expected at most 512 bytes of router tensors in a checkpoint" in refused(capsys, file)
-    monkeypatch.setattr(source, "MAX_TOTAL", 9 * 64)
+    monkeypatch.setattr(files, "MAX_TOTAL", 9 * 64)
     assert len(open_checkpoint(file).tensors) == 9
-    monkeypatch.setattr(source, "MAX_TENSORS", 8)
+    monkeypatch.setattr(files, "MAX_TENSORS", 8)
     assert "at most 8 router tensors" in refused(capsys, file)
 
 
@@ -217,11 +217,11 @@ def test_the_pieces_of_a_tensor_count_as_one_and_not_again_and_again(
     metadata.storage_data = {Index(NAME, (row, 0)): where for row in (0, 2)}
     whole.chunks = [type(chunk)(torch.Size([row, 0]), torch.Size([2, 4])) for row in (0, 2)]
     (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
-    monkeypatch.setattr(source, "MAX_TOTAL", 64)
-    monkeypatch.setattr(source, "MAX_TENSORS", 1)
+    monkeypatch.setattr(files, "MAX_TOTAL", 64)
+    monkeypatch.setattr(files, "MAX_TENSORS", 1)
     (found,) = open_checkpoint(tmp_path).tensors
     assert found.shape == (4, 4)
-    monkeypatch.setattr(source, "MAX_TOTAL", 63)
+    monkeypatch.setattr(files, "MAX_TOTAL", 63)
     assert "at most 63 bytes of router tensors" in refused(capsys, tmp_path)
     monkeypatch.undo()
     # As often as there are ranks: no harm. Overlapping in other ways: no planner does that, and it has no end.

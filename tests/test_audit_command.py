@@ -17,7 +17,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.numpy import load_file, save_file
 
-from megatron_fp32_router.audit import open_checkpoint, report
+from megatron_fp32_router.audit import open_checkpoint, printing
 from megatron_fp32_router.cli import main
 
 CORPUS = Path(__file__).parent / "corpus" / "audit"
@@ -76,7 +76,7 @@ def test_layers_with_the_same_answer_share_a_row(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "model.safetensors")
     from megatron_fp32_router.audit import audit
 
-    (row,) = report.rows(audit(open_checkpoint(tmp_path)))
+    (row,) = printing.rows(audit(open_checkpoint(tmp_path)))
     assert row[0] == "model.layers.{3-5,9}.mlp.gate.weight"
 
 
@@ -220,7 +220,7 @@ def test_a_truncated_large_file_is_named(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_progress_is_shown_after_two_seconds_and_not_before(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(report.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(printing.time, "monotonic", lambda: clock[0])
 
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
@@ -228,7 +228,7 @@ def test_progress_is_shown_after_two_seconds_and_not_before(monkeypatch: pytest.
 
     for out, expected in ((io.StringIO(), 1), (Terminal(), 2)):
         clock[0] = 0.0
-        tell: Any = report.progress(out)
+        tell: Any = printing.progress(out)
         for clock[0] in (0.5, 1.9):
             tell(10**6, "a.distcp")
         assert out.getvalue() == ""

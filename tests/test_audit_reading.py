@@ -260,7 +260,7 @@ def test_legacy_stages_are_counted_through_and_mtp_by_itself(tmp_path: Path) -> 
     }
 
 
-def test_what_was_repaired_finds_its_layer_on_every_stage_by_the_documented_lines(
+def test_the_documented_lines_load_a_repaired_bias_into_its_layer_on_every_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     truth = _stages(tmp_path / "checkpoint")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_fp32_router.balance.update import _counted, _held
-from megatron_fp32_router.balance.walk import modules_of
+from megatron_fp32_router.balance.walk import counted, held, modules_of
 from megatron_fp32_router.casts.router import COUNTER
 
 
@@ -31,12 +30,12 @@ def test_a_bias_is_found_wherever_a_router_may_keep_it() -> None:
     attribute.expert_bias = bias
     parameter.expert_bias = torch.nn.Parameter(bias)
     for module in (buffer, attribute, parameter, WithProperty()):
-        assert _held(module, "expert_bias") is not None
-        assert not _counted(module)
+        assert held(module, "expert_bias") is not None
+        assert not counted(module)
         module.register_buffer(COUNTER, bias)
-        assert _counted(module)
+        assert counted(module)
     empty.register_buffer("expert_bias", None)
-    assert _held(empty, "expert_bias") is None
+    assert held(empty, "expert_bias") is None
     empty.register_buffer(COUNTER, bias)
-    assert not _counted(empty)
-    assert _held(torch.nn.Linear(1, 1), "expert_bias") is None
+    assert not counted(empty)
+    assert held(torch.nn.Linear(1, 1), "expert_bias") is None

@@ -329,7 +329,7 @@ def test_a_commit_may_be_pinned(copy: Copy, capsys: Any) -> None:
     assert (code, report["reason"]) == (1, f"--pin asks for commit 0123456789; found {commit}")
 
 
-def test_what_was_accepted_before_and_did_not_run_in_the_next_probe_stays_accepted(
+def test_a_drift_accepted_before_stays_accepted_if_the_next_probe_does_not_run_it(
     copy: Copy, capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     tree, file = copy("0.19.2"), tmp_path / "accepted.json"

@@ -108,7 +108,7 @@ def test_a_damaged_checkout_gives_one_line_and_exit_code_2(damage: Any, copy: Co
 
 
 @pytest.mark.parametrize("refused", ["megatron/core", ROUTER])
-def test_what_nobody_may_look_at_gives_one_line_and_exit_code_2(
+def test_an_unreadable_path_gives_one_line_and_exit_code_2(
     refused: str, copy: Copy, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Tests may run as root, whom no permission stops.

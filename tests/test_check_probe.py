@@ -201,7 +201,7 @@ def test_a_drifted_target_stops_the_program_at_the_import_and_says_where_and_how
     assert "None" not in message
 
 
-def test_who_does_word_for_word_what_the_error_says_can_train(
+def test_a_job_that_follows_the_error_message_word_for_word_can_train(
     gate: subprocess.CompletedProcess[str], harmless: Path, tmp_path: Path
 ) -> None:
     message = json.loads(gate.stdout.splitlines()[0])

@@ -83,7 +83,7 @@ def train(tree: Path, folder: Path, **variables: str) -> subprocess.CompletedPro
     )
 
 
-def test_who_does_what_the_error_of_an_optimizer_says_can_train_and_a_schedule_is_accepted_when_asked_for(
+def test_a_job_that_follows_an_optimizers_error_message_can_train_and_a_schedule_can_be_accepted(
     tmp_path: Path, capsys: Any
 ) -> None:
     harmless = changed(
@@ -127,9 +127,7 @@ def test_who_does_what_the_error_of_an_optimizer_says_can_train_and_a_schedule_i
     }
 
 
-def test_what_would_train_or_resume_wrongly_is_refused_by_the_promise_that_it_breaks(
-    tmp_path: Path, capsys: Any
-) -> None:
+def test_a_change_that_would_train_or_resume_wrongly_breaks_a_promise_of_the_probe(tmp_path: Path, capsys: Any) -> None:
     harmful = changed(
         tmp_path / "harmful",
         [

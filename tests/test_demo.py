@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_fp32_router.lab import demo, demo_page, demo_picture, demo_report
-from megatron_fp32_router.lab.demo_run import judge
+from megatron_fp32_router.lab.demo_run import compared
 
 ROOT = Path(__file__).resolve().parent.parent
 RATE = 1e-3
@@ -34,7 +34,7 @@ def _biases(*steps: tuple[float, float]) -> np.ndarray[Any, Any]:
 def _run(good: bool, seed: int = 1) -> dict[str, Any]:
     right = _biases((0.75, 0.75), (_fp32(0.75, -RATE), _fp32(0.75, RATE)), (_fp32(0.75, -RATE), _fp32(0.75, RATE)))
     stuck = _biases((0.75, 0.75), (0.75, 0.75), (0.75, 0.75))
-    judged = judge(right if good else stuck, COUNTS_SLE, RATE)
+    judged = compared(right if good else stuck, COUNTS_SLE, RATE)
     judged["series"] |= {
         "layers": ["layer.0.router"],
         "max_vio": [0.5 * seed, 0.0],
@@ -91,13 +91,13 @@ def test_a_step_that_bf16_makes_a_thousandth_smaller_is_no_exact_update(less: bo
     step = float(torch.tensor(RATE).bfloat16()) if less else RATE
     assert abs(step / RATE - 1) < 0.001
     biases = _biases((0.0, 0.0), (-step, step), (-step, step)).astype(np.float32).astype(np.float64)
-    found = judge(biases, COUNTS_SLE, RATE)
+    found = compared(biases, COUNTS_SLE, RATE)
     assert found["updates"]["wrong_size"] == found["updates"]["wrong"] == 2 * less
     assert found["step"] == pytest.approx(step)
 
 
 def test_a_step_the_wrong_way_a_step_of_the_wrong_size_and_an_unasked_one_are_told_apart() -> None:
-    backwards = judge(_biases((0.0, 0.0), (RATE, 2 * RATE), (0.0, 2 * RATE)), COUNTS_SLE, RATE)["updates"]
+    backwards = compared(_biases((0.0, 0.0), (RATE, 2 * RATE), (0.0, 2 * RATE)), COUNTS_SLE, RATE)["updates"]
     assert (backwards["reversed"], backwards["wrong_size"], backwards["unasked"], backwards["wrong"]) == (
         1,
         1,

@@ -31,7 +31,7 @@ def measured(times: dict[str, Any] = FAST, splitting_ms: float = 0.02) -> dict[s
 
 
 def said(row: dict[str, Any], asked: str = "auto") -> list[tuple[str, str]]:
-    return [(level, text.partition(": ")[2]) for level, text in device.judge(row, asked)]
+    return [(level, text.partition(": ")[2]) for level, text in device.sentences_about(row, asked)]
 
 
 def test_errors_are_those_of_each_arithmetic() -> None:
@@ -124,7 +124,7 @@ def test_a_shape_that_is_none_is_one_line_and_exit_code_2(shape: str, capsys: py
     assert "expected TOKENSxHIDDENxEXPERTS" in capsys.readouterr().err
 
 
-def test_what_a_device_cannot_do_is_told_and_not_thrown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_measurement_on_a_device_is_a_finding_and_no_exception(monkeypatch: pytest.MonkeyPatch) -> None:
     def too_large(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 200.00 GiB.\nmore")
 

@@ -155,7 +155,7 @@ def test_python_m_says_a_bad_value_in_one_line_too_and_runs_nothing(arguments: t
 
 
 @pytest.mark.parametrize("switch", ["1", None])
-def test_a_startup_file_where_nobody_reads_it_is_a_problem_only_for_who_relies_on_it(
+def test_a_startup_file_that_python_does_not_read_is_a_problem_only_if_the_job_needs_it(
     switch: str | None, capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     # What `pip install --target` and a checkout on PYTHONPATH come to.

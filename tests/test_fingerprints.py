@@ -232,7 +232,7 @@ def test_the_gate_answers_for_a_known_file_as_it_would_after_parsing_it() -> Non
     for release in (RELEASES[0], "0.14.0", NEWEST):
         megatron = Megatron(ensure_release(release) / "megatron" / "core", Version(release))
         for patch in PATCHES:
-            assert gate.look(patch, megatron, "") == gate.Finding(*drift.judged(patch, megatron, "")), (
+            assert gate.look(patch, megatron, "") == gate.Finding(*drift.answer(patch, megatron, "")), (
                 release,
                 patch.id,
             )

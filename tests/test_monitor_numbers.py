@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from megatron_fp32_router.errors import SettingsError
 from megatron_fp32_router.monitor import bias, stability
-from megatron_fp32_router.monitor.load import load
+from megatron_fp32_router.monitor.expert_load import expert_load
 from megatron_fp32_router.settings import from_environment
 
 # Load ------------------------------------------------------------------------------------------------------------
@@ -22,7 +22,7 @@ from megatron_fp32_router.settings import from_environment
 
 @given(st.lists(st.integers(0, 10**7), min_size=2, max_size=64))
 def test_load_is_what_numpy_says(counts: list[int]) -> None:
-    found = load(counts)
+    found = expert_load(counts)
     values = np.array(counts, dtype=np.float64)
     if not values.sum():
         assert found == {}

@@ -194,7 +194,7 @@ def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> An
     return made
 
 
-def test_what_ranks_leave_is_gathered_and_taken_away_before_the_next_look(store: Any) -> None:
+def test_notes_of_ranks_are_gathered_and_deleted_before_the_next_look(store: Any) -> None:
     one, two = collect.Exchange(), collect.Exchange()
     for number, exchange in enumerate((one, two)):
         exchange.begin()
@@ -207,7 +207,7 @@ def test_what_ranks_leave_is_gathered_and_taken_away_before_the_next_look(store:
     assert not one.has_ended()
 
 
-def test_who_says_nothing_is_named_waited_for_once_and_the_others_are_kept(store: Any) -> None:
+def test_a_silent_rank_is_named_and_waited_for_once_and_the_others_notes_are_kept(store: Any) -> None:
     exchange, other = collect.Exchange(), collect.Exchange()
     exchange.post(1, "pipeline stage 0", [])
     started = time.monotonic()

@@ -187,7 +187,7 @@ def failing_renames(monkeypatch: pytest.MonkeyPatch, *failing: int) -> None:
     monkeypatch.setattr(Path, "write_bytes", write_bytes)
 
 
-def test_what_was_replaced_is_put_back_by_renames_and_the_rest_is_not_touched(
+def test_replaced_files_are_restored_by_renames_and_others_are_not_touched(
     tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = content(tree)
@@ -200,7 +200,7 @@ def test_what_was_replaced_is_put_back_by_renames_and_the_rest_is_not_touched(
     assert [path.stat().st_ino for path in untouched] == inodes
 
 
-def test_what_cannot_be_put_back_is_named_and_the_command_can_complete_it(
+def test_files_that_cannot_be_restored_are_named_and_the_command_can_finish_later(
     tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = content(tree)

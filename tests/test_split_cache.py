@@ -119,7 +119,7 @@ def test_hooks_on_saved_tensors_do_not_make_a_step_keep_more(hooks: str, monkeyp
     assert torch.equal(weight.grad, 3 * split.gradients(o.g, o.x, split.split_weight(o.w), False, True)[1])
 
 
-def test_what_a_step_kept_is_let_go_at_its_end_also_when_it_fails() -> None:
+def test_splits_are_released_at_the_end_of_a_step_even_if_it_fails() -> None:
     weight = torch.nn.Parameter(operands().w)
     with contextlib.suppress(ZeroDivisionError), schedule.one_step():
         split_cache.parts_of(weight)

@@ -1,6 +1,6 @@
 """Split gating: exact parts, fp32's class of accuracy, and the range of fp32; on a CPU, where it is emulated.
 
-The code that runs on CUDA is the same but for two products (split._to_fp32, split._to_bf16); on the meta device their
+The code that runs on CUDA is the same but for two products (split.to_fp32, split._to_bf16); on the meta device their
 real calls are made, with shapes and dtypes only. tests/gpu runs them for real.
 """
 
@@ -142,7 +142,7 @@ def test_what_is_not_finite_does_not_become_finite_and_touches_nothing_else(wher
 def test_zero_tokens_give_empty_logits_and_zero_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     o = operands()
     # No product is asked what it makes of empty matrices.
-    monkeypatch.setattr(split, "_to_fp32", None)
+    monkeypatch.setattr(split, "to_fp32", None)
     monkeypatch.setattr(split, "_to_bf16", None)
     parts = split.split_weight(o.w)
     assert split.logits(o.x[:0], parts, 16, torch.ones(16)).shape == (0, 16)

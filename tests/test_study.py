@@ -83,7 +83,7 @@ def test_every_kind_of_wrong_update_is_counted_as_what_it_is(
     first: tuple[float, ...], second: tuple[float, ...], wrong: dict[str, int]
 ) -> None:
     bias_SLE = np.array([[[0.75] * 3], [first], [second]]).astype(np.float32).astype(np.float64)
-    found = training.judge(bias_SLE, COUNTS_SLE, RATE)
+    found = training.compared_with_rule(bias_SLE, COUNTS_SLE, RATE)
     assert found["due"] == 2
     for kind in ("swallowed", "reversed", "unasked", "wrong_size"):
         assert found[kind] == wrong.get(kind, 0), kind
@@ -145,7 +145,7 @@ def _study(folder: Path, only: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_few_steps_of_it_and_what_is_there_is_not_run_again(tmp_path: Path) -> None:
+def test_a_few_steps_run_and_finished_runs_are_not_repeated(tmp_path: Path) -> None:
     def result(seed: int) -> Path:
         return tmp_path / "training" / f"{NEWEST}-on-0-seed{seed}.json"
 

@@ -103,7 +103,7 @@ class _Class(_Base):
 
 
 @pytest.mark.parametrize("path", ["_Class.own", "_Class.inherited", "_Class.static", "_function"])
-def test_what_is_taken_off_leaves_nothing_behind(path: str) -> None:
+def test_a_patch_that_is_taken_off_leaves_no_trace(path: str) -> None:
     module = ModuleType("module")
     module._Class, module._function = type("_Class", (_Base,), dict(vars(_Class))), lambda: None  # type: ignore[attr-defined]
     owner = module._Class if path.startswith("_Class") else module

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fp32_router.errors import Fp32RouterError
-from megatron_fp32_router.log import printable
-from megatron_fp32_router.terminal import AUDIT, lacking, refuse
+from megatron_fp32_router.terminal import AUDIT, lacking, printable, refuse
 
 #: `open_checkpoint` has the same default; this file must be importable without the `audit` extra.
 _SEARCH_LIMIT = 2 << 30
@@ -97,7 +96,7 @@ def _refuse(why: str) -> int:
 
 
 def _main(arguments: argparse.Namespace) -> int:
-    from megatron_fp32_router.audit import audit, open_checkpoint, report
+    from megatron_fp32_router.audit import audit, open_checkpoint, printing
     from megatron_fp32_router.serving.contracts import find
 
     engines = [find(asked) for option in arguments.engines for asked in option.split(",")]
@@ -116,13 +115,13 @@ def _main(arguments: argparse.Namespace) -> int:
     limit = int(min(arguments.search_limit * 1e9, sys.maxsize))
     against = None
     if arguments.against is not None:
-        against = open_checkpoint(arguments.against, search_limit=0, progress=report.progress(sys.stderr))
+        against = open_checkpoint(arguments.against, search_limit=0, progress=printing.progress(sys.stderr))
         against.notes.clear()
     codes: list[int] = []
     printed: list[dict[str, Any]] = []
     for path in arguments.path:
         try:
-            checkpoint = open_checkpoint(path, search_limit=limit, progress=report.progress(sys.stderr))
+            checkpoint = open_checkpoint(path, search_limit=limit, progress=printing.progress(sys.stderr))
         except Fp32RouterError as error:
             # The other paths still have their say.
             printed.append({"checkpoint": {"path": str(path)}, "verdict": "unknown", "error": str(error)})
@@ -151,7 +150,7 @@ def _main(arguments: argparse.Namespace) -> int:
             # Names in a file may hold halves of characters, which no encoding has.
             arguments.html.write_text(page(found, _asked(arguments)), encoding="utf-8", errors="backslashreplace")
         if not arguments.json:
-            report.show(found, sys.stdout)
+            printing.show(found, sys.stdout)
         if arguments.router_dtype is not None:
             from megatron_fp32_router.audit.fill import fill
 

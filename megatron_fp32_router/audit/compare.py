@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_fp32_router.audit import bias, bits, lattice
+from megatron_fp32_router.audit import bits, expert_bias, lattice
 from megatron_fp32_router.audit.finding import Finding
 
 if TYPE_CHECKING:
@@ -109,8 +109,8 @@ def _moved(one: RouterTensor, other: RouterTensor, between: int | None, known: S
         return found(
             "note", f"{moved} of {a.size} biases moved{over}, by up to {largest:.3g}, on {one.dtype}'s own grid"
         )
-    fit = bias.fitted(one.values, known, other.values)
-    verdict, text = bias.judge(fit, a.size, known, data)
+    fit = expert_bias.fitted(one.values, known, other.values)
+    verdict, text = expert_bias.verdict_on_fit(fit, a.size, known, data)
     count = np.abs(lattice.steps(one.values, fit.step) - lattice.steps(other.values, fit.step))
     data["net_steps"] = float(np.nan_to_num(count).max(initial=0.0))
     text = f"{moved} of {a.size} biases moved{over}, by up to {round(data['net_steps'])} steps; {text}"

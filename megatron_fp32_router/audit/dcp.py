@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from megatron_fp32_router.audit.files import Meter, inside, read_small, shown, unreadable
 from megatron_fp32_router.audit.main_copies import Flat, Piece, buffers_in
 from megatron_fp32_router.audit.pickles import Dtype, Opaque, TensorRef, load
-from megatron_fp32_router.audit.source import Meter, inside, read_small, shown, unreadable
 from megatron_fp32_router.audit.tensors import PARAMETERS, Checkpoint, RouterTensor, kind_of, read_arguments
 from megatron_fp32_router.audit.torch_zip import NUMPY_DTYPES, Archive
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
-from megatron_fp32_router.audit import bias, bits, compare
+from megatron_fp32_router.audit import bits, compare, expert_bias
 from megatron_fp32_router.audit.finding import Audit, Finding, Verdict
 from megatron_fp32_router.audit.tensors import PARAMETERS
 
@@ -71,13 +71,13 @@ def _of_a_bias(tensor: RouterTensor, known: Sequence[float]) -> list[Finding]:
     values = tensor.values
     assert values is not None
     if tensor.dtype in (*LOW, "float32"):
-        return bias.questions(tensor, known)
+        return expert_bias.questions(tensor, known)
     if tensor.dtype != "float64":
         return []
     narrow = values.astype(np.float32)
     if np.array_equal(narrow.astype(np.float64), values):
         # fp32 steps, kept in more room than they need.
-        return bias.questions(replace(tensor, dtype="float32", values=narrow), known)
+        return expert_bias.questions(replace(tensor, dtype="float32", values=narrow), known)
     return [Finding(tensor.name, "updates", "unknown", "cannot tell: its values need more than float32")]
 
 

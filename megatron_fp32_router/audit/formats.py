@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Final
 
 from megatron_fp32_router.audit import main_copies
 from megatron_fp32_router.audit.dcp import read_dcp
+from megatron_fp32_router.audit.files import Meter, read_small, unreadable
 from megatron_fp32_router.audit.huggingface import read_safetensors
 from megatron_fp32_router.audit.legacy import read_legacy
-from megatron_fp32_router.audit.source import Meter, read_small, unreadable
 from megatron_fp32_router.audit.tensors import Checkpoint, unstack
 from megatron_fp32_router.errors import CheckpointUnreadableError
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 import ml_dtypes  # noqa: F401
 from safetensors import SafetensorError, safe_open
 
+from megatron_fp32_router.audit.files import Meter, inside, open_regular, read_small, unreadable
 from megatron_fp32_router.audit.pickles import ITEMSIZE
-from megatron_fp32_router.audit.source import Meter, inside, open_regular, read_small, unreadable
 from megatron_fp32_router.audit.tensors import Checkpoint, RouterTensor, kind_of, layer_of_an_expert
 from megatron_fp32_router.errors import CheckpointUnreadableError
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Final
 
+from megatron_fp32_router.audit.files import unreadable
 from megatron_fp32_router.audit.main_copies import Flat, buffers_in, walk
 from megatron_fp32_router.audit.pickles import TensorRef
-from megatron_fp32_router.audit.source import unreadable
 from megatron_fp32_router.audit.tensors import Checkpoint, RouterTensor, argument, kind_of, read_arguments
 from megatron_fp32_router.audit.torch_zip import NUMPY_DTYPES, Archive
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from contextlib import ExitStack
     from pathlib import Path
 
-    from megatron_fp32_router.audit.source import Meter
+    from megatron_fp32_router.audit.files import Meter
 
 _RANK: Final = re.compile(r"^mp_rank_(\d+)(?:_(\d+))?(?:_(\d+))?$")
 

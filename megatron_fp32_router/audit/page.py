@@ -7,7 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Final
 
 from megatron_fp32_router import pages
-from megatron_fp32_router.audit import report
+from megatron_fp32_router.audit import printing
 from megatron_fp32_router.pages.chart import Chart, Line, side_by_side
 
 if TYPE_CHECKING:
@@ -24,10 +24,10 @@ _NAMED: Final = 3
 
 def page(found: Audit, settings: Mapping[str, str] | None = None) -> str:
     """The whole document. `settings`: what the audit was asked, by option."""
-    *read, verdict = report.summary(found)
-    rows = sorted(report.rows(found), key=lambda row: _ORDER.index(row[2]))
-    classes = [{0: "name", 2: report.STATES[verdict]} for _, _, verdict, _ in rows]
-    table = pages.table(report.COLUMNS, rows, row_classes=classes)
+    *read, verdict = printing.summary(found)
+    rows = sorted(printing.rows(found), key=lambda row: _ORDER.index(row[2]))
+    classes = [{0: "name", 2: printing.STATES[verdict]} for _, _, verdict, _ in rows]
+    table = pages.table(printing.COLUMNS, rows, row_classes=classes)
     biases = [drawn for tensor in found.checkpoint.tensors if (drawn := _biases(tensor))]
     explained = (
         "Experts in order of their bias; the axis does not start at 0. A square is a value that several experts have, "
@@ -36,7 +36,7 @@ def page(found: Audit, settings: Mapping[str, str] | None = None) -> str:
     return pages.document(
         f"Router audit: {found.verdict}",
         "What a checkpoint on disk says about its routers.",
-        [(report.STATES[found.verdict], "Verdict", verdict.removeprefix("verdict: "))],
+        [(printing.STATES[found.verdict], "Verdict", verdict.removeprefix("verdict: "))],
         _facts(found, read, settings or {}),
         [
             pages.section("Findings", table),

@@ -15,7 +15,7 @@ import pickle
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from megatron_fp32_router.audit.source import shown
+from megatron_fp32_router.audit.files import shown
 from megatron_fp32_router.errors import CheckpointUnreadableError
 
 if TYPE_CHECKING:

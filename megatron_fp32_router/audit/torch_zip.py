@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 import ml_dtypes
 import numpy as np
 
+from megatron_fp32_router.audit.files import MAX_TENSOR, Meter, Window, unreadable
 from megatron_fp32_router.audit.pickles import ITEMSIZE, TensorRef, load
-from megatron_fp32_router.audit.source import MAX_TENSOR, Meter, Window, unreadable
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,7 +13,7 @@ from megatron_fp32_router.patching.registry import replaces
 
 
 def exact_rule(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """get_updated_expert_bias: for whoever calls it, third parties' own update functions included.
+    """get_updated_expert_bias: for every caller, third parties' own update functions included.
 
     As upstream's, it leaves the reduced counts in `tokens_per_expert`.
     """

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from megatron_fp32_router.balance.walk import modules_of
+from megatron_fp32_router.balance.walk import counted, held, modules_of
 from megatron_fp32_router.casts.router import COUNTER, below_fp32
 from megatron_fp32_router.patching.owner import somebody_elses
 from megatron_fp32_router.patching.registry import replaces
@@ -51,70 +50,32 @@ def group_of(given: Any) -> Any:
     return parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
 
 
-@dataclass(frozen=True)
-class _Rules:
-    """What upstream's own update function does in this release, read off its code.
-
-    Attributes:
-        training_only: routers in eval mode (a distillation teacher) are left alone (0.17 and later).
-        respects_frozen: so are routers with frozen_expert_bias (0.19 and later).
-        zeroes: counters are zeroed here (to 0.14; later by reset_model_temporary_tensors).
-        takes_group: the function, and the rule that it calls, take the group to reduce over (0.19 and later).
-    """
-
-    training_only: bool
-    respects_frozen: bool
-    zeroes: bool
-    takes_group: bool
-
-
-def _rules(original: Callable[..., Any]) -> _Rules:
-    code = inspect.unwrap(original).__code__
-    return _Rules(
-        training_only="training" in code.co_names,
-        respects_frozen="frozen_expert_bias" in code.co_consts,
-        zeroes="zero_" in code.co_names,
-        takes_group="tp_dp_cp_group" in code.co_varnames,
-    )
-
-
-def _held(module: Any, name: str) -> Any:
-    """What `module` has under `name`, or None.
-
-    torch's own look-up comes last: a miss, as in nearly every module of a model, costs it microseconds.
-    """
-    found = module._buffers.get(name)
-    if found is None and (name in module.__dict__ or name in module._parameters or hasattr(type(module), name)):
-        return getattr(module, name, None)
-    return found
-
-
-def _counted(module: Any) -> bool:
-    """Whether `module` has a bias to update. A router without one (dense layers' stand-ins) has None there."""
-    return _held(module, "expert_bias") is not None and _held(module, COUNTER) is not None
-
-
 def exact_update(original: Callable[..., None]) -> Callable[..., None]:
     """_update_router_expert_bias: all layers at once, one collective for each number of experts.
 
-    Which routers take part, and where counters are zeroed, is upstream's rule of the release at hand. Where somebody
+    Which routers take part, and where counters are zeroed, is upstream's rule, read off its code. Where somebody
     else has put a rule of their own in the name that upstream calls, get_updated_expert_bias, theirs is called.
     """
-    rules = _rules(original)
-    names = inspect.unwrap(original).__globals__
+    upstream = inspect.unwrap(original)
+    names, code = upstream.__globals__, upstream.__code__
+    # Routers in eval mode (a distillation teacher) are left alone from 0.17 on, those with frozen_expert_bias from 0.19
+    # on. Counters are zeroed here to 0.14; later by reset_model_temporary_tensors.
+    training_only = "training" in code.co_names
+    respects_frozen = "frozen_expert_bias" in code.co_consts
+    zeroes = "zero_" in code.co_names
 
     @replaces(original)
     def _update_router_expert_bias(model: Any, config: Any, tp_dp_cp_group: Any = None) -> None:
         agree()  # a training that uses neither Megatron's DDP nor its optimizers has not been asked before
         batches: dict[tuple[int, torch.dtype, torch.dtype, torch.device], list[Any]] = {}
         for module in modules_of(model):
-            if not _counted(module):
+            if not counted(module):
                 continue
-            if rules.training_only and not module.training:
+            if training_only and not module.training:
                 continue
-            if rules.respects_frozen and _held(module, "frozen_expert_bias"):
+            if respects_frozen and held(module, "frozen_expert_bias"):
                 continue
-            bias, counter = _held(module, "expert_bias"), _held(module, COUNTER)
+            bias, counter = held(module, "expert_bias"), held(module, COUNTER)
             for name, tensor in (("expert_bias", bias), (COUNTER, counter)):
                 if below_fp32(tensor.dtype):
                     from megatron_fp32_router.casts.below import refuse
@@ -126,10 +87,13 @@ def exact_update(original: Callable[..., None]) -> Callable[..., None]:
             updated = []
             for modules in batches.values():
                 if theirs is not None and somebody_elses(theirs):
-                    group = {"tp_dp_cp_group": tp_dp_cp_group} if rules.takes_group else {}
-                    _update_by(theirs, modules, rate, group, rules.zeroes)
+                    from megatron_fp32_router.balance.theirs import update_by
+
+                    # From 0.19 on the function, and the rule that it calls, take the group to reduce over.
+                    group = {"tp_dp_cp_group": tp_dp_cp_group} if "tp_dp_cp_group" in code.co_varnames else {}
+                    update_by(theirs, modules, rate, group, zeroes)
                 else:
-                    updated.append((modules, _update(modules, rate, group_of(tp_dp_cp_group), rules.zeroes)))
+                    updated.append((modules, _update(modules, rate, group_of(tp_dp_cp_group), zeroes)))
         for watcher in list(watchers):
             watcher(updated)
 
@@ -137,8 +101,8 @@ def exact_update(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _update(modules: list[Any], rate: float, group: Any, zero: bool) -> torch.Tensor:
-    counters = [_held(module, COUNTER) for module in modules]
-    biases = [_held(module, "expert_bias") for module in modules]
+    counters = [held(module, COUNTER) for module in modules]
+    biases = [held(module, "expert_bias") for module in modules]
     counts_LE = torch.stack(counters).to(torch.int64)
     torch.distributed.all_reduce(counts_LE, group=group)
     step_LE = direction(counts_LE).to(biases[0].dtype)
@@ -146,15 +110,6 @@ def _update(modules: list[Any], rate: float, group: Any, zero: bool) -> torch.Te
     if zero:
         torch._foreach_zero_(counters)
     return counts_LE
-
-
-def _update_by(rule: Callable[..., torch.Tensor], modules: list[Any], rate: float, group: Any, zero: bool) -> None:
-    """As upstream calls a rule, with exact counts [L, E] and fp32 biases [L, E]."""
-    counters = [getattr(module, COUNTER) for module in modules]
-    biases = [module.expert_bias for module in modules]
-    torch._foreach_copy_(biases, list(rule(torch.stack(counters), torch.stack(biases), rate, **group).unbind(0)))
-    if zero:
-        torch._foreach_zero_(counters)
 
 
 def reset_in_one_go(original: Callable[..., None]) -> Callable[..., None]:
@@ -169,11 +124,11 @@ def reset_in_one_go(original: Callable[..., None]) -> Callable[..., None]:
 
         balancing = config.moe_router_load_balancing_type
         for module in modules_of(model):
-            if config.moe_router_enable_expert_bias and _counted(module):
-                zero(_held(module, COUNTER))
+            if config.moe_router_enable_expert_bias and counted(module):
+                zero(held(module, COUNTER))
             if "global_aux_loss" in balancing and hasattr(module, "reset_global_aux_loss_tracker"):
                 module.reset_global_aux_loss_tracker()
-            if _held(module, "qb_beta_accum") is not None:
+            if held(module, "qb_beta_accum") is not None:
                 zero(module.qb_beta_accum)
                 zero(module.qb_beta_count)
         with torch.no_grad():

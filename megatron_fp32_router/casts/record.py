@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from megatron_fp32_router.patching.record import MODULE, ROUTER, UPSTREAM, Patch, deferred
 
 if TYPE_CHECKING:
-    from megatron_fp32_router.casts import router
+    from megatron_fp32_router.casts import constructor, router
 else:
-    router = deferred(__package__, "router")
+    constructor, router = deferred(__package__, "constructor"), deferred(__package__, "router")
 
 #: Which parameters and buffers a router has, and that reset_parameters alone casts them at construction.
 _CONSTRUCTION: Final = f"{ROUTER}:Router Router.__init__ TopKRouter TopKRouter.__init__ InferenceTopKRouter.__init__"
 
+_patch: Final = partial(Patch, module=ROUTER)
+
 PATCHES: Final = (
-    Patch(
+    _patch(
         id="router-init",
-        module=ROUTER,
         path="Router.__init__",
-        factory=router.initialise_in_fp32,
+        factory=constructor.initialise_in_fp32,
         why="the router weight is cast to params_dtype as soon as it is initialised",
         issue=f"{UPSTREAM}/pull/683",
         remove_when="Router.__init__ no longer casts (from 0.13 reset_parameters does)",
@@ -30,9 +32,8 @@ PATCHES: Final = (
         relies_on=(_CONSTRUCTION,),
         needs=("gating",),
     ),
-    Patch(
+    _patch(
         id="router-reset",
-        module=ROUTER,
         path="Router.reset_parameters",
         factory=router.reset_in_fp32,
         why="router weight and bias are cast to params_dtype as soon as they are initialised",
@@ -46,9 +47,8 @@ PATCHES: Final = (
         relies_on=(_CONSTRUCTION, f"{ROUTER}:TopKRouter.reset_parameters InferenceTopKRouter.reset_parameters"),
         needs=("gating",),
     ),
-    Patch(
+    _patch(
         id="router-casts",
-        module=ROUTER,
         path="TopKRouter._apply",
         factory=router.keep_fp32,
         why="bfloat16(), half() and to(dtype) round the router's weight, biases and token counts",

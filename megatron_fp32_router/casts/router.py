@@ -55,25 +55,11 @@ def protects_parameters() -> bool:
     return registry.settings.protect == "all" and "gating" not in registry.problems
 
 
-def _fp32_view(config: Any) -> Any:
+def fp32_view(config: Any) -> Any:
     """A shallow copy of `config` whose params_dtype is fp32. The shared config is never changed, not even briefly."""
     view = copy.copy(config)
     view.params_dtype = torch.float32
     return view
-
-
-def initialise_in_fp32(original: Callable[..., None]) -> Callable[..., None]:
-    """Router.__init__ of 0.11 and 0.12, which cast the weight to params_dtype right after initialising it."""
-
-    @replaces(original)
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        if not (protects_parameters() and is_router(self)):
-            original(self, config, *args, **kwargs)
-            return
-        original(self, _fp32_view(config), *args, **kwargs)
-        self.config = config
-
-    return __init__
 
 
 def reset_in_fp32(original: Callable[..., None]) -> Callable[..., None]:
@@ -85,7 +71,7 @@ def reset_in_fp32(original: Callable[..., None]) -> Callable[..., None]:
             original(self)
             return
         config = self.config
-        self.config = _fp32_view(config)
+        self.config = fp32_view(config)
         try:
             original(self)
         finally:

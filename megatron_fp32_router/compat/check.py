@@ -5,42 +5,29 @@ Exit codes: 0 it fits, 1 it does not, 2 could not tell or bad input. The static 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING
 
 from packaging.version import InvalidVersion, Version
 
 from megatron_fp32_router.compat import find
-from megatron_fp32_router.compat.show import table
+from megatron_fp32_router.compat.check_output import print_report
+from megatron_fp32_router.compat.check_report import EXIT_CODES, Report
 from megatron_fp32_router.errors import Fp32RouterError
 from megatron_fp32_router.patching import accepted as accepting
 from megatron_fp32_router.patching.accepted import Accepted
 from megatron_fp32_router.patching.fingerprints import known
-from megatron_fp32_router.patching.judge import Judge, Target
+from megatron_fp32_router.patching.judge import Judge
 from megatron_fp32_router.patching.megatron import Megatron
 from megatron_fp32_router.patching.record import AREAS, USUAL
-from megatron_fp32_router.patching.records import PATCHES
 from megatron_fp32_router.patching.source import Tree, UnreadableSourceError
 from megatron_fp32_router.settings import PREFIX
-from megatron_fp32_router.terminal import painted, tell
-from megatron_fp32_router.version import __version__
 
 if TYPE_CHECKING:
     import argparse
-
-    from megatron_fp32_router.compat.probe import Outcome
-
-Verdict: TypeAlias = Literal["fits", "does not fit", "unknown"]
-
-EXIT_CODES: Final[dict[Verdict, int]] = {"fits": 0, "does not fit": 1, "unknown": 2}
-
-#: So many lines of a diff are shown in a terminal; --json has all of them.
-_DIFF_LINES: Final = 40
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,84 +74,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=("table", "json", "github"), default="table", help="how to print it")
 
 
-@dataclass
-class Report:
-    """Everything that `check` has found out."""
-
-    root: str | None
-    version: str | None = None
-    known_release: bool = False
-    targets: list[Target] = field(default_factory=list)
-    #: What the job uses, of patching.record.AREAS.
-    areas: tuple[str, ...] = USUAL
-    #: Sentences that stand against it, beside the targets that do not fit.
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    probe: Outcome | None = None
-    #: Whether the user vouches for what the probe did not run.
-    vouched: bool = False
-    unknown: str = ""
-
-    @property
-    def unfit(self) -> list[Target]:
-        """The targets that the job uses and that do not fit, except those that a passing probe has cleared."""
-        return [t for t in self.targets if not t.fits and t not in self.proven and t.areas & set(self.areas)]
-
-    def area(self, name: str) -> str:
-        """A word about an area: whether it fits, or what comes of it."""
-        drifted = [t for t in self.targets if not t.fits and name in t.areas]
-        if all(t in self.proven for t in drifted):
-            return "fits, proven by the probe" if drifted and not self.vouched else "fits"
-        if name == "router":
-            return "does not fit"
-        stops = any(patch.essential for patch in PATCHES if patch.area == name)
-        return "drifted, refused when used" if stops else "drifted, left out: slower"
-
-    @property
-    def proven(self) -> list[Target]:
-        """What has drifted and ran in a probe that passed, or was vouched for."""
-        if self.probe is None or not self.probe.passed:
-            return []
-        unproven = () if self.vouched else self.probe.unproven
-        return [t for t in self.targets if t.state == "drifted" and t.name not in unproven]
-
-    @property
-    def verdict(self) -> Verdict:
-        """The one word."""
-        if self.unknown:
-            return "unknown"
-        failed = self.probe is not None and not self.probe.passed
-        return "does not fit" if self.unfit or self.problems or failed else "fits"
-
-    def to_json(self) -> dict[str, Any]:
-        """What --json prints."""
-        return {
-            "megatron": {"path": self.root, "version": self.version},
-            "plugin": __version__,
-            "verdict": self.verdict,
-            "reason": self.unknown or "; ".join(self.problems),
-            "notes": self.notes,
-            "areas": {name: self.area(name) for name in AREAS} if self.targets else {},
-            "for": list(self.areas),
-            "targets": [
-                {
-                    "target": t.dotted,
-                    "state": t.state,
-                    "detail": t.detail,
-                    "patches": list(t.patches),
-                    "file": t.file,
-                    "line": t.line,
-                    "accepted": t.accepted,
-                    "diff": t.diff,
-                }
-                for t in self.targets
-            ],
-            "probe": None
-            if self.probe is None
-            else [{"name": p.name, "holds": p.holds, "detail": p.detail} for p in self.probe.proofs],
-        }
-
-
 def main(arguments: argparse.Namespace) -> int:
     """Check, print, and return the exit code."""
     if arguments.unproven and not arguments.probe and arguments.accept is None:
@@ -181,7 +90,7 @@ def main(arguments: argparse.Namespace) -> int:
             _accept(report, arguments)
     except (Fp32RouterError, UnreadableSourceError, OSError) as error:
         report.unknown = str(error)
-    _print(report, "json" if arguments.json else arguments.format)
+    print_report(report, "json" if arguments.json else arguments.format)
     return EXIT_CODES[report.verdict]
 
 
@@ -322,97 +231,3 @@ def _accept(report: Report, arguments: argparse.Namespace) -> None:
     except OSError as error:
         raise Fp32RouterError(f"{path} cannot be written: {error.strerror or error}") from error
     report.notes.append(f"written: {path}. Commit it; for training set {PREFIX}_ACCEPTED={path}")
-
-
-# Printing -------------------------------------------------------------------------------------------------------
-
-
-def _print(report: Report, form: str) -> None:
-    if report.unknown:
-        tell("check", report.unknown)
-    if form == "json":
-        print(json.dumps(report.to_json(), indent=1))
-    elif form == "github":
-        _print_annotations(report)
-    elif not report.unknown:
-        _print_table(report)
-
-
-def _summary(report: Report) -> str:
-    counts = ", ".join(
-        f"{number} {state}"
-        for state in ("match", "known", "drifted", "missing")
-        if (number := sum(target.state == state for target in report.targets))
-    )
-    what = f"Megatron-Core {report.version}: " if report.version else ""
-    if not report.targets:
-        return f"{what}{report.verdict}."
-    left_out = [name for name in AREAS if name not in report.areas]
-    asked = [*report.areas, *(name for name in left_out if not report.area(name).startswith("fits"))]
-    areas = "; ".join(f"{name}: {report.area(name)}" for name in asked)
-    areas += f". Not asked for: {', '.join(left_out)}" if left_out else ""
-    return f"{what}{report.verdict}. {areas}. {len(report.targets)} targets: {counts}."
-
-
-def _print_table(report: Report) -> None:
-    rows = [
-        ("accepted" if t.accepted else t.state, t.dotted.removeprefix("megatron."), t.detail)
-        for t in report.targets
-        # Of a version that is no known release, nothing better than "known" can be said of any function.
-        if t.state not in ("match", "known") or (t.state == "known" and report.known_release)
-    ]
-    print(report.root)
-    if rows:
-        table(("state", "target", "detail"), rows)
-    for t in report.targets:
-        if t.state == "drifted" and not t.accepted:
-            print(f"\n{t.dotted} ({', '.join(t.patches)}), {t.file}:{t.line}")
-            lines = t.diff.splitlines()
-            print("\n".join(lines[:_DIFF_LINES]))
-            if len(lines) > _DIFF_LINES:
-                print(f"… {len(lines) - _DIFF_LINES} more lines with --json")
-    if report.probe is not None:
-        words = {True: "yes", False: "NO", None: "left out"}
-        tried = [(p.name, words[p.holds], p.detail) for p in report.probe.proofs]
-        table(("probe", "holds", "detail"), tried)
-    for sentence in (*report.problems, *report.notes):
-        print(f"- {sentence}")
-    print(painted(_summary(report), {"fits": "good", "does not fit": "bad", "unknown": "unknown"}[report.verdict]))
-    if report.unfit and report.probe is None and all(t.patchable for t in report.unfit):
-        print("What has drifted may be harmless: `check --accept` trains on this tree and records it if it is.")
-
-
-def _print_annotations(report: Report) -> None:
-    """Workflow commands of GitHub Actions: https://docs.github.com/actions/reference/workflow-commands"""
-    if report.unknown:
-        print(f"::error title=megatron-fp32-router::{_escaped(report.unknown)}")
-        return
-    for t in report.targets:
-        if t.state in ("drifted", "missing"):
-            level = "error" if t in report.unfit else "notice"
-            place = _property(_relative(Path(str(report.root)) / t.file))
-            text = f"{t.dotted} has {t.state}: {t.detail}" if t.state == "drifted" else f"{t.dotted} {t.detail}"
-            text += f" (patches {', '.join(t.patches)})\n{t.diff}"
-            print(f"::{level} file={place},line={max(t.line, 1)},title=megatron-fp32-router::{_escaped(text.rstrip())}")
-    for proof in report.probe.proofs if report.probe is not None else ():
-        if proof.holds is False:
-            print(f"::error title=megatron-fp32-router::{_escaped(f'probe {proof.name}: {proof.detail}')}")
-    for sentence in report.problems:
-        print(f"::error title=megatron-fp32-router::{_escaped(sentence)}")
-    print(f"::notice title=megatron-fp32-router::{_escaped(' '.join([_summary(report), *report.notes]))}")
-
-
-def _relative(path: Path) -> str:
-    base = Path(os.environ.get("GITHUB_WORKSPACE") or Path.cwd())
-    try:
-        return str(path.resolve().relative_to(base.resolve()))
-    except ValueError:
-        return str(path)  # outside the repository: shown as it is
-
-
-def _escaped(text: str) -> str:
-    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
-
-
-def _property(text: str) -> str:
-    return _escaped(text).replace(":", "%3A").replace(",", "%2C")

@@ -168,7 +168,7 @@ def _chosen(logits: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, best, True)
 
 
-def judge(row: dict[str, Any], asked: str) -> list[tuple[str, str]]:
+def sentences_about(row: dict[str, Any], asked: str) -> list[tuple[str, str]]:
     """(level, sentence) on what was measured at one shape. `asked`: what MEGATRON_FP32_ROUTER_PRODUCTS says."""
     found: list[tuple[str, str]] = []
     name = f"{row['tokens']} x {row['hidden']} x {row['experts']}"
@@ -293,7 +293,7 @@ def look(add: Callable[[Any, str, str], None], shapes: Sequence[Shape], asked: s
     for shape in shapes:
         row = measure(shape, device)
         found["shapes"].append(row)
-        for level, text in judge(row, asked):
+        for level, text in sentences_about(row, asked):
             add(level, "products", text)
     if gpu:
         found["graph"] = capture(operands(shapes[0], device)) or "captured"

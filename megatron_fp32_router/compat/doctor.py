@@ -41,7 +41,7 @@ _SIGNS: Final[dict[Level, tuple[str, str]]] = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: how it stands with something, and what to do if it is a problem."""
+    """One line of the report: the state of something, and what to do if it is a problem."""
 
     level: Level
     about: str

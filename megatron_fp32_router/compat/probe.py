@@ -140,7 +140,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def _worst(found: Sequence[Sequence[Any]]) -> Proof:
-    """One promise as the ranks tell of it: whatever one of them found wrong."""
+    """The result of one promise over all ranks: wrong if any of them found it wrong."""
     name, holds, detail = next((proof for proof in found if proof[1] is False), found[0])
     return Proof(str(name), holds, str(detail))
 
@@ -155,7 +155,7 @@ def _ran(target: Target, functions: list[tuple[str, int]]) -> bool:
 
 
 class _Shown:
-    """Says on standard error what the probe is at: it takes many seconds."""
+    """Prints on standard error what the probe is doing: it takes many seconds."""
 
     def __init__(self, progress: Path) -> None:
         self._progress = progress

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_fp32_router import disable, enable
-from megatron_fp32_router.compat import probe_run
-from megatron_fp32_router.compat.probe_run import Failed, LeftOut, Promise
+from megatron_fp32_router.compat.probe_proving import Failed, LeftOut, Promise, prove_each
+from megatron_fp32_router.compat.probe_run import update
 from megatron_fp32_router.lab import (
     Lab,
     Recipe,
@@ -54,9 +54,9 @@ _DISTRIBUTED: Final[dict[str, Any]] = {"optimizer": "distributed", "fused_adam":
 
 
 def prove(recipe: Recipe, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Try the promises of `arguments["areas"]`, as probe_run.prove does its own."""
+    """Try the promises of `arguments["areas"]`, as probe_run.py does its own."""
     leave_layout()
-    return probe_run.prove_each(_promises(arguments), recipe, arguments, stop=True)
+    return prove_each(_promises(arguments), recipe, arguments, stop=True)
 
 
 def _promises(arguments: dict[str, Any]) -> dict[str, Promise]:
@@ -230,7 +230,7 @@ def _layer_wise_resume(recipe: Recipe) -> str:
 def _schedule(recipe: Recipe, fields: dict[str, Any]) -> str:
     this = dataclasses.replace(recipe, **fields)
     with layout(this):
-        return probe_run.update(dataclasses.replace(this, seq_length=256, micro_batch=4))
+        return update(dataclasses.replace(this, seq_length=256, micro_batch=4))
 
 
 def _refit(recipe: Recipe) -> str:

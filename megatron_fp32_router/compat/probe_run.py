@@ -5,35 +5,21 @@ Shapes: T tokens, H hidden size, E experts.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import io
-import json
-import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import numpy as np
 import torch
 
 from megatron_fp32_router import disable, enable
-from megatron_fp32_router.lab import (
-    Lab,
-    Recipe,
-    Routing,
-    build,
-    checkpoint,
-    cpu,
-    make_config,
-    make_router,
-    seed,
-    text_batches,
-)
+from megatron_fp32_router.compat.probe_offload import offload
+from megatron_fp32_router.compat.probe_proving import Failed, LeftOut, Promise, prove_each
+from megatron_fp32_router.lab import Lab, Recipe, Routing, build, make_config, make_router, text_batches
 from megatron_fp32_router.lab.model import default_groups
 from megatron_fp32_router.patching.records import PATCHES
 from megatron_fp32_router.patching.registry import status
@@ -46,75 +32,12 @@ _STEPS: Final = 3
 _EXACT: Final = 6.9012345
 
 
-class Failed(Exception):
-    """A promise does not hold; the text says what was found."""
-
-
-class LeftOut(Exception):
-    """Nothing was tried; the text says why."""
-
-
-Promise: TypeAlias = Callable[[Recipe], str]
-
-
 def prove(recipe: Recipe, arguments: dict[str, Any]) -> dict[str, Any]:
     """Try the promises that one rank can try, of the areas in `arguments["areas"]`; see prove_each."""
     promises = {name: promise for area in arguments["areas"] for name, promise in PROMISES.get(area, {}).items()}
     # Last, because it turns the plugin off and on again.
     promises |= {name: promises.pop(name) for name in ("upstream",) if name in promises}
     return prove_each(promises, recipe, arguments)
-
-
-def prove_each(
-    promises: dict[str, Promise], recipe: Recipe, arguments: dict[str, Any], *, stop: bool = False
-) -> dict[str, Any]:
-    """Try promises one after the other.
-
-    Args:
-        stop: let through what a promise raises, except Failed: other ranks may wait for this one. What was done before
-            it lies in the file `arguments["done"]`, one result a line.
-
-    Returns:
-        `proofs`: [name, holds, detail] of each; holds is None for what was left out. `ran`: [name, line] of every
-        function in the files of `arguments["files"]`, by file, that was called in a promise that holds.
-    """
-    results: list[list[Any]] = []
-    ran: dict[str, set[tuple[str, int]]] = {file: set() for file in arguments["files"]}
-    called: set[tuple[str, str, int]] = set()
-
-    def note(frame: Any, event: str, argument: Any) -> None:
-        if event == "call":
-            code = frame.f_code
-            if code.co_filename in ran:
-                called.add((code.co_filename, code.co_name, code.co_firstlineno))
-
-    def tell(what: str, text: str) -> None:
-        if os.environ.get("RANK", "0") == "0":
-            with Path(arguments[what]).open("a", encoding="utf-8") as file:
-                file.write(f"{text}\n")
-
-    for name, promise in promises.items():
-        tell("progress", name)
-        called.clear()
-        if ran:
-            sys.setprofile(note)  # slows everything down
-        try:
-            results.append([name, True, promise(recipe)])
-        except LeftOut as error:
-            results.append([name, None, str(error)])
-        except Failed as error:
-            results.append([name, False, str(error)])
-        except Exception as error:  # what breaks a promise may be anything; it is reported by its name
-            if stop:
-                raise
-            results.append([name, False, f"{type(error).__name__}: {error}"])
-        finally:
-            sys.setprofile(None)
-        tell("done", json.dumps(results[-1]))
-        if results[-1][1]:
-            for file, function, line in called:
-                ran[file].add((function, line))
-    return {"proofs": results, "ran": {file: [list(item) for item in sorted(found)] for file, found in ran.items()}}
 
 
 def _patches(recipe: Recipe) -> str:
@@ -283,54 +206,6 @@ def _inference(recipe: Recipe) -> str:
     return "InferenceTopKRouter chooses the experts that training chooses"
 
 
-def _offload(recipe: Recipe) -> str:
-    """With half of the parameters in host memory: three steps, save, load and three more."""
-    if find_spec("megatron.core.optimizer.cpu_offloading") is None:
-        raise LeftOut("this Megatron has no CPU offload of the optimizer")
-    if not cpu.is_pretending():
-        raise LeftOut("it is tried on a machine without a GPU only, where the laboratory pretends that there is one")
-    fields = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5, "pin_cpu_grads": False}
-    fields["use_precision_aware_optimizer"] = True
-    this = dataclasses.replace(
-        recipe, optimizer="distributed", overlap=False, seq_length=16, clip_grad=0.0, optimizer_extra=fields
-    )
-
-    def made() -> tuple[Lab, Any]:
-        seed(this.seed)
-        room = build(this)
-        return room, checkpoint.optimizers(room)[0].optimizer
-
-    def held(room: Lab, inner: Any) -> dict[str, torch.Tensor]:
-        model = {name: value for name, value in room.chunks[0].state_dict().items() if value is not None}
-        states = inner.state_dict()["state"]
-        moments = {f"{i}.{name}": value for i, state in states.items() for name, value in state.items()}
-        return {name: torch.as_tensor(value).clone() for name, value in {**model, **moments}.items()}
-
-    with cpu.offloading():
-        room, inner = made()
-        batches = text_batches(this, seed=1)
-        for _ in range(_STEPS):
-            room.step(batches)
-        before, saved = held(room, inner), copy.deepcopy((room.chunks[0].state_dict(), inner.state_dict()))
-        other, other_inner = made()
-        other.chunks[0].load_state_dict(
-            {name: value for name, value in saved[0].items() if value is not None}, strict=False
-        )
-        other_inner.load_state_dict(saved[1])
-        after = held(other, other_inner)
-        ends = []
-        for one, optimizer in ((room, inner), (other, other_inner)):
-            batches = text_batches(this, seed=2)
-            for _ in range(_STEPS):
-                one.step(batches)
-            ends.append(held(one, optimizer))
-    for what, pair in (("loaded", (before, after)), (f"{_STEPS} steps after the load", (ends[0], ends[1]))):
-        different = checkpoint.differences(*pair)
-        if different:
-            raise Failed(f"{what}: {len(different)} tensors differ, first {different[0]}")
-    return f"{_STEPS} steps, save, load and {_STEPS} more end on the bits of {2 * _STEPS}"
-
-
 def _upstream(recipe: Recipe) -> str:
     """In a regime where upstream itself loses nothing, the plugin changes nothing: its oracle is this very tree."""
     done = _gating_of_upstream(recipe)
@@ -408,5 +283,5 @@ PROMISES: Final[dict[str, dict[str, Promise]]] = {
         "upstream": _upstream,
     },
     "inference": {"inference": _inference},
-    "offload": {"offload": _offload},
+    "offload": {"offload": offload},
 }

@@ -25,14 +25,15 @@ class Step:
 running: list[Step] = []
 
 
-def _is_captured() -> bool:
+def capturing() -> bool:
+    """Whether what runs now is being recorded into a CUDA graph."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 @contextmanager
 def one_step() -> Iterator[None]:
     """Weights do not change inside: splits are kept, and let go at the end."""
-    step = Step(_is_captured())
+    step = Step(capturing())
     running.append(step)
     try:
         yield

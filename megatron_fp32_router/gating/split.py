@@ -66,7 +66,7 @@ def exact_products(device: torch.device) -> Iterator[None]:
             switches.allow_bf16_reduced_precision_reduction = True
 
 
-def _to_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def to_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`a @ b` of bf16 matrices, in fp32."""
     if a.device.type == "cpu":
         return torch.mm(a.float(), b.float())
@@ -99,7 +99,7 @@ def split_weight(weight_EH: torch.Tensor) -> torch.Tensor:
     return parts.view(-1, weight_EH.shape[1])
 
 
-def _split_gradient(grad_TE: torch.Tensor, terms: int) -> torch.Tensor:
+def split_gradient(grad_TE: torch.Tensor, terms: int) -> torch.Tensor:
     """bf16 [T, terms E]: the columns hi, mid, lo and, for 6 terms, hi, mid and hi once more."""
     experts = grad_TE.shape[1]
     parts = grad_TE.new_empty((grad_TE.shape[0], terms * experts), dtype=torch.bfloat16)
@@ -126,7 +126,7 @@ def logits(tokens_TH: torch.Tensor, parts: torch.Tensor, experts: int, bias_E: t
     if not tokens_TH.shape[0]:
         return tokens_TH.new_zeros((0, experts), dtype=torch.float32)
     with exact_products(tokens_TH.device):
-        out = _to_fp32(tokens_TH, parts.t())
+        out = to_fp32(tokens_TH, parts.t())
     if out.shape[1] != experts:
         out = out.view(-1, 3, experts).sum(dim=1)
     return out if bias_E is None else out.add_(bias_E.float())
@@ -157,12 +157,12 @@ def gradients(
         return grad_input, grad_weight
     whole = parts.shape[0] == experts  # a bf16 weight, in one part
     with exact_products(grad_TE.device):
-        split_grad = _split_gradient(grad_TE, 6 if needs_input and not whole else 3)
+        split_grad = split_gradient(grad_TE, 6 if needs_input and not whole else 3)
         if needs_input:
             pieces = [parts] * 3 if whole else [parts, parts[experts:], parts[2 * experts :]]
             grad_input = _to_bf16(split_grad, torch.cat(pieces))
         if needs_weight:
-            out = _to_fp32(split_grad[:, : 3 * experts].t(), tokens_TH)
+            out = to_fp32(split_grad[:, : 3 * experts].t(), tokens_TH)
             grad_weight = out.view(3, experts, hidden).sum(dim=0)
     return grad_input, grad_weight
 

@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_fp32_router.lab.compat import megatron_version
+    from megatron_fp32_router.lab.groups import layout, leave_layout, parallel, prepare, seed
     from megatron_fp32_router.lab.launch import RankFailedError, RanksTimedOutError, run_ranks
-    from megatron_fp32_router.lab.model import layout, leave_layout, make_config, make_router, parallel, prepare, seed
+    from megatron_fp32_router.lab.model import make_config, make_router
     from megatron_fp32_router.lab.recipe import LabError, Recipe
     from megatron_fp32_router.lab.text import text_batches
     from megatron_fp32_router.lab.train import Lab, Routing, build, build_model, wrap
@@ -40,15 +41,15 @@ _HOMES = {
     "Routing": "train",
     "build": "train",
     "build_model": "train",
-    "layout": "model",
-    "leave_layout": "model",
+    "layout": "groups",
+    "leave_layout": "groups",
     "make_config": "model",
     "make_router": "model",
     "megatron_version": "compat",
-    "parallel": "model",
-    "prepare": "model",
+    "parallel": "groups",
+    "prepare": "groups",
     "run_ranks": "launch",
-    "seed": "model",
+    "seed": "groups",
     "text_batches": "text",
     "wrap": "train",
 }

@@ -208,7 +208,7 @@ def findings(data: dict[str, Any]) -> list[tuple[State, str, str]]:
 
 
 def outcomes(data: dict[str, Any]) -> list[str]:
-    """What the trainings came to, which is mostly noise."""
+    """The results of the trainings. They differ mostly by noise."""
     said = []
     for release in data["releases"]:
         for key, name in (("max_vio", "load violation at the end (MaxVio)"), ("loss", "loss at the end")):

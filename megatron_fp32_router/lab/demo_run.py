@@ -123,7 +123,7 @@ class _Observer:
         recipe = self.lab.recipe
         bias_SLE = np.stack([*self.biases, self._stacked("expert_bias")])
         counts_SLE, counters_SLE = np.stack(self.counts), np.stack(self.counters)
-        result = judge(bias_SLE, counts_SLE, recipe.bias_rate)
+        result = compared(bias_SLE, counts_SLE, recipe.bias_rate)
         errors_SLE = np.abs(counters_SLE - counts_SLE)
         violation_SL = counts_SLE.max(axis=-1) / counts_SLE.mean(axis=-1) - 1
         result["series"] |= {
@@ -141,7 +141,7 @@ class _Observer:
         }
 
 
-def judge(bias_SLE: np.ndarray[Any, Any], counts_SLE: np.ndarray[Any, Any], rate: float) -> dict[str, Any]:
+def compared(bias_SLE: np.ndarray[Any, Any], counts_SLE: np.ndarray[Any, Any], rate: float) -> dict[str, Any]:
     """Compare what the biases did with what exact counting asks for, bit for bit.
 
     Args:

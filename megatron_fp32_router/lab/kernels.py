@@ -43,7 +43,7 @@ def scale(chunk_size: int, noop_flag: torch.Tensor, tensor_lists: Lists, factor:
 
 
 def _memory(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The bytes from a tensor's first element on that so many elements of `dtype` take, as far as there are any."""
+    """The tensor's memory from its first element on, for as many elements of `dtype` as it has, or fewer if it ends."""
     storage, start = tensor.untyped_storage(), tensor.storage_offset() * tensor.element_size()
     length = min(tensor.numel() * dtype.itemsize, storage.nbytes() - start)
     return torch.empty(0, dtype=torch.uint8).set_(storage, start, (length - length % dtype.itemsize,), (1,))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from megatron_fp32_router.lab import compat, train
-from megatron_fp32_router.lab.model import chunks_in_training, seed
+from megatron_fp32_router.lab.groups import chunks_in_training, seed
 
 if TYPE_CHECKING:
     from megatron_fp32_router.lab.recipe import Recipe

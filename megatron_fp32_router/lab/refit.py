@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_fp32_router.lab.model import seed
+from megatron_fp32_router.lab.groups import seed
 from megatron_fp32_router.lab.recipe import Recipe
 from megatron_fp32_router.lab.train import build_model
 

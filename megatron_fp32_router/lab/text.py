@@ -47,7 +47,7 @@ def text_batches(recipe: Recipe, seed: int) -> Iterator[dict[str, Any]]:
         `tokens`, `labels`, `position_ids`: int64 [micro_batch, seq_length]; `loss_mask`: fp32, ones, same shape;
         `attention_mask`: bool [1, 1, seq_length, seq_length], True where attention is forbidden.
     """
-    from megatron_fp32_router.lab.model import device
+    from megatron_fp32_router.lab.groups import device
 
     text = corpus()
     replica = 0

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_fp32_router.lab import compat, emerging
-from megatron_fp32_router.lab.model import chunks_in_training, device, make_config, make_model
+from megatron_fp32_router.lab.groups import chunks_in_training, device
+from megatron_fp32_router.lab.model import make_config, make_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -105,7 +106,7 @@ class Lab:
             decoder_seq_length=self.recipe.seq_length,
             forward_only=False,
         )
-        return _mean_over_ranks([float(item["loss"]) for item in losses])
+        return mean_over_ranks([float(item["loss"]) for item in losses])
 
     def record_routing(self, into: Callable[[Routing], None] | bool = True) -> contextlib.ExitStack:
         """Record every routing decision, from now until the returned context is left or closed.
@@ -283,7 +284,7 @@ def _forward_step(batches: Iterator[dict[str, Any]], model: Any) -> tuple[torch.
     return output, loss_of
 
 
-def _mean_over_ranks(losses: list[float]) -> float:
+def mean_over_ranks(losses: list[float]) -> float:
     """Only the last pipeline stage has losses; every rank gets their mean."""
     total = torch.tensor([sum(losses), float(len(losses))], dtype=torch.float64, device=device())
     dist.all_reduce(total)

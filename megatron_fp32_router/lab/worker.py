@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from megatron_fp32_router.lab.model import parallel, prepare
+from megatron_fp32_router.lab.groups import parallel, prepare
 from megatron_fp32_router.lab.recipe import LabError, Recipe
 
 

@@ -27,6 +27,4 @@ def __getattr__(name: str) -> Any:
     """Fetch a public name on first use."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module("megatron_fp32_router.monitor.own_loop"), name)
-    globals()[name] = value
-    return value
+    return getattr(import_module("megatron_fp32_router.monitor.own_loop"), name)

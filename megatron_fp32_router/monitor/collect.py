@@ -1,14 +1,14 @@
-"""How what all ranks have seen reaches the ranks that write: through the process group's own key-value store.
+"""How the results of all ranks reach the ranks that write: through the process group's own key-value store.
 
-No collective: what no rank takes part in can neither hang one nor be taken for one of the training's. In a look every
-rank leaves a note: counts that nobody has summed yet, and what is wrong with its tensors. One replica of each pipeline
-stage, the one on rank 0's pipeline, reads the notes of its stage and leaves the layers of the stage; the ranks that
-write read those. Whoever reads waits for a bounded time, and only where every rank comes by without its help. A rank
-that fails, or has waited in vain, writes down why; whoever reads sees that at once, and from the next look on nobody
-looks any more. So nothing is waited for twice.
+There is no collective, so the monitor can neither hang a rank nor mix up the training's own collectives. In a look
+every rank stores a note: counts that have not been summed yet, and what is wrong with its tensors. One replica of each
+pipeline stage, the one on rank 0's pipeline, reads the notes of its stage and stores the layers of the stage. The ranks
+that write read those. A reader waits for a bounded time, and only when every rank gets there without its help. A rank
+that fails, or waits in vain, stores the reason. Readers see it at once, and from the next look on the monitor is off on
+all ranks. So no rank waits twice.
 
-Keys carry the number of the look in this process, which is the same on every rank, and not the step, which rank 0 may
-know better.
+Keys have the number of the look in this process, which is the same on every rank. The step is not: rank 0 may know a
+better one.
 """
 
 from __future__ import annotations
@@ -148,16 +148,16 @@ class Exchange:
         return room is not None
 
     def begin(self) -> None:
-        """Take away what this rank left in the look before.
+        """Delete what this rank stored in the look before.
 
-        It has been read: no rank gets from one look to the next without those it meets there.
+        All readers have read it: they needed it to get to this look.
         """
         for key in self._posted:
             store().delete_key(key)
         self._posted = []
 
     def post(self, look: int, name: str, value: Any) -> None:
-        """Leave `value`, plain lists and numbers, for whoever gathers `name` in this look."""
+        """Store `value`, plain lists and numbers, for the ranks that gather `name` in this look."""
         key = f"{look}/{name}"
         store().set(key, json.dumps(value))
         self._posted.append(key)
@@ -194,7 +194,7 @@ class Exchange:
         return {layer: entry for entries in told.values() for layer, entry in entries}
 
     def gather(self, look: int, names: Sequence[str], patience: float) -> dict[str, Any]:
-        """Name -> what was left under it: all of them, or those that are there when waiting has no more sense."""
+        """Name -> what was stored under it: all of them, or those that are there when waiting is given up."""
         room, keys = store(), [f"{look}/{name}" for name in names]
         found, until, pause = names, time.monotonic() + patience, 0.001
         # Polling, because a wait inside the store would lock out torch's own threads that use the same connection.

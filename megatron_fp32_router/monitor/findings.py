@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+
+import torch
 
 from megatron_fp32_router.errors import UnprotectedRouterError
 from megatron_fp32_router.log import say
@@ -33,6 +35,40 @@ def refuse(found: list[str]) -> None:
         f"the monitor found routers that are no longer in fp32: {_listed(found)}. Something has changed them since the "
         f"model was wrapped. {PREFIX}_ON_MISMATCH=warn trains on as it is.",
     )
+
+
+def violations(
+    router: str,
+    now: Mapping[str, torch.dtype],
+    below: Iterable[str],
+    bits: float | None,
+    last: Mapping[str, torch.dtype],
+    steps: int,
+) -> list[str]:
+    """Sentences, one for each broken promise.
+
+    Args:
+        router: its module name, for the sentences.
+        now: dtypes of its tensors and results.
+        below: the names of those that are below fp32.
+        bits: significant bits of the gating's arithmetic, where these are too few.
+        last: the dtypes at the look before.
+        steps: how long ago that was.
+    """
+    found = []
+    ago = f"{steps} step{'' if steps == 1 else 's'}"
+    for name in below:
+        was = last.get(name)
+        since = f"; it was {_short(was)} {ago} before" if was not in (None, now[name]) else ""
+        found.append(f"{router}: {name} is {_short(now[name])}{since}")
+    if bits is not None:
+        kind = "bf16" if bits < 9.5 else "TF32 or fp16"
+        found.append(f"{router}: logits are computed with {bits:.0f} significant bits, as {kind} does; fp32 has 24")
+    return found
+
+
+def _short(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _listed(found: list[str]) -> str:

@@ -9,19 +9,23 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from megatron_fp32_router.casts.layer import layer_of
-from megatron_fp32_router.casts.router import COUNTER
+from megatron_fp32_router.casts.router import COUNTER, below_fp32
 from megatron_fp32_router.gating.logits import score_watchers
+from megatron_fp32_router.gating.schedule import capturing
 from megatron_fp32_router.log import say
 from megatron_fp32_router.monitor import bias, precision, stability
-from megatron_fp32_router.monitor.load import load
+from megatron_fp32_router.monitor.expert_load import expert_load
 from megatron_fp32_router.monitor.sinks import NOT_FINITE, Entry, Layer
 from megatron_fp32_router.settings import SAMPLE
 from megatron_fp32_router.wrapping.survey import routers_of
+
+#: A mantissa below this is TF32 (11 bits with the hidden one), fp16 (11) or bf16 (8), not fp32 (24).
+_FP32_BITS: Final = 20.0
 
 
 def layers_of(model: Any) -> dict[Layer, tuple[str, Any]]:
@@ -42,11 +46,6 @@ def layers_of(model: Any) -> dict[Layer, tuple[str, Any]]:
     return found
 
 
-def capturing() -> bool:
-    """Whether what runs now is being recorded into a CUDA graph."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
 class Listener:
     """What a forward hook keeps of one router during one step."""
 
@@ -55,10 +54,10 @@ class Listener:
         self.counts_E: torch.Tensor | None = None
         self.input_dtype: torch.dtype | None = None
         self.scores_dtype: torch.dtype | None = None
-        #: What went wrong in the hook. It must not be the training's business.
+        #: An error in the hook. It must not reach the training.
         self.error: Exception | None = None
         self._samples, self._counts = samples, counts
-        # Not the router itself: whoever keeps a listener by its router would keep both for ever.
+        # Not the router itself: a dictionary from routers to listeners would keep both alive for ever.
         self._id = id(router)
         self._handle = router.register_forward_hook(self._hook, with_kwargs=True)
         score_watchers.append(self._see_scores)
@@ -76,7 +75,7 @@ class Listener:
     def _hook(self, router: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         try:
             self._note(router, args, kwargs, output)
-        except Exception as error:  # raised again in see(), where it harms nobody
+        except Exception as error:  # raised again in see(), outside the forward
             self.error = error
 
     def _note(self, router: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -135,16 +134,20 @@ class Seen:
     #: 0-dimensional fp64 tensors on the device, and what they are once they have been read.
     pending: dict[str, torch.Tensor] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
+    #: What MEGATRON_FP32_ROUTER_MONITOR_RECORD asks for, on the device.
+    recorded: Any = None
 
 
 @dataclass
 class Memory:
     """What is kept of one layer between looks."""
 
-    watch: precision.Watch = field(default_factory=precision.Watch)
+    #: The dtypes of the last look, and its step, so that a violation can say what changed.
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    step: int = 0
     probe: stability.Probe | None = None
     mean: float | None = None
-    #: None: whoever looked did not say.
+    #: None: the caller gave no step.
     mean_step: int | None = None
 
 
@@ -198,10 +201,10 @@ def _input_dtype(config: Any) -> torch.dtype:
     return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
 
 
-def broken(seen: Seen) -> bool:
-    """Whether a promise is broken that can be seen without waiting for the device."""
+def below(seen: Seen) -> list[str]:
+    """The names of what is below fp32 against a promise, as far as that can be seen without waiting for the device."""
     mixed = is_mixed(seen.router.config)
-    return any(precision.breaks(name, dtype, mixed) for name, dtype in seen.dtypes.items())
+    return [name for name, dtype in seen.dtypes.items() if below_fp32(dtype) and precision.promised(name, mixed)]
 
 
 def is_mixed(config: Any) -> bool:
@@ -217,24 +220,22 @@ def read(seen: Iterable[Seen]) -> None:
         values = torch.stack([each.pending[name] for each, name in names]).tolist()
         for (each, name), value in zip(names, values, strict=True):
             each.numbers[name] = value
-    counted = [each for each in seen if each.reduced_E is not None]
-    for each, row_E in zip(counted, _to_host(each.reduced_E for each in counted), strict=True):
-        each.reduced_E = row_E
-    others = [each for each in seen if each.reduced_E is None and each.local_E is not None]
-    for each, row_E in zip(others, _to_host(each.local_E for each in others), strict=True):
-        each.local_E = row_E
     biased = [each for each in seen if each.before_E is not None]
-    befores = _to_host(each.before_E for each in biased)
-    afters = _to_host(each.router.expert_bias.detach() for each in biased)
-    for each, before_E, after_E in zip(biased, befores, afters, strict=True):
-        each.before_E, each.after_E = before_E, after_E
+    for each in biased:
+        each.after_E = each.router.expert_bias.detach()
+    _to_host([each for each in seen if each.reduced_E is not None], "reduced_E")
+    _to_host([each for each in seen if each.reduced_E is None and each.local_E is not None], "local_E")
+    _to_host(biased, "before_E")
+    _to_host(biased, "after_E")
 
 
-def _to_host(tensors: Iterable[torch.Tensor | None]) -> list[torch.Tensor]:
-    whole = [tensor for tensor in tensors if tensor is not None]
-    if len({tensor.dtype for tensor in whole}) != 1:  # none, or somebody has cast one layer of several
-        return [tensor.cpu() for tensor in whole]
-    return list(torch.split(torch.cat(whole).cpu(), [tensor.numel() for tensor in whole]))
+def _to_host(seen: list[Seen], name: str) -> None:
+    """Replace a tensor that all of them have under `name` by its copy on the host."""
+    tensors: list[torch.Tensor] = [getattr(each, name) for each in seen]
+    if len({tensor.dtype for tensor in tensors}) == 1:  # else there is none, or somebody has cast one layer of several
+        tensors = list(torch.split(torch.cat(tensors).cpu(), [tensor.numel() for tensor in tensors]))
+    for each, tensor in zip(seen, tensors, strict=True):
+        setattr(each, name, tensor.cpu())
 
 
 def entry(seen: Seen, memory: Memory, step: int | None) -> Entry:
@@ -248,7 +249,14 @@ def entry(seen: Seen, memory: Memory, step: int | None) -> Entry:
     if not math.isnan(error):
         bits = precision.bits_of(error, seen.dtypes["logits"])
         metrics["precision/arithmetic_bits"] = bits
-    violations = memory.watch.violations(seen.name, seen.dtypes, bits, is_mixed(config), step or 0)
+    narrow = bits is not None and bits < _FP32_BITS and precision.promised("arithmetic", is_mixed(config))
+    names, violations = below(seen), []
+    if names or narrow:
+        from megatron_fp32_router.monitor import findings
+
+        steps = (step or 0) - memory.step
+        violations = findings.violations(seen.name, seen.dtypes, names, bits if narrow else None, memory.dtypes, steps)
+    memory.dtypes, memory.step = seen.dtypes, step or 0
     if any(value for name, value in numbers.items() if name.startswith(NOT_FINITE)):
         # Whom such numbers choose says nothing about precision, now or at the next look.
         numbers = {name: value for name, value in numbers.items() if name.startswith(NOT_FINITE)}
@@ -264,7 +272,7 @@ def counted(seen: Seen) -> dict[str, float]:
     """The numbers that need the counts of all ranks."""
     if seen.reduced_E is None:
         return {}
-    metrics = load(seen.reduced_E.tolist())
+    metrics = expert_load(seen.reduced_E.tolist())
     if seen.updated and (biases := _finite_biases(seen)) is not None:
         metrics |= bias.update(*biases, seen.reduced_E, seen.router.config.moe_router_bias_update_rate)
     return _finite(metrics)

@@ -6,8 +6,8 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
-from typing import Any, Final
+from collections.abc import Callable, Iterator
+from typing import Final
 
 from megatron_fp32_router.log import rank, say
 from megatron_fp32_router.monitor import sinks
@@ -25,11 +25,15 @@ def hand_on(step: int, entries: Entries, *, file: bool = True) -> None:
         file: whether the folder can be written to. Where it cannot, that has been said of monitor.jsonl.
     """
     if file:
-        _attempt("the text file for Prometheus", lambda: _to_prometheus(step, entries))
-    _attempt("W&B", lambda: _to_wandb(step, entries))
+        attempt("the text file for Prometheus", lambda: _to_prometheus(step, entries))
+    if "wandb" in sys.modules and sinks.TRAINING not in sys.modules:
+        from megatron_fp32_router.monitor import wandb_run
+
+        attempt("W&B", lambda: wandb_run.log(step, entries))
 
 
-def _attempt(name: str, write: Any) -> None:
+def attempt(name: str, write: Callable[[], None]) -> None:
+    """Somebody else's writer may fail in any way, which must end neither the training nor the monitor."""
     try:
         write()
     except Exception as error:
@@ -72,22 +76,3 @@ def _gauge(name: str, text: str) -> Iterator[str]:
 
 def _name(metric: str) -> str:
     return "moe_router_" + re.sub(r"[^a-zA-Z0-9_]", "_", metric)
-
-
-# W&B -------------------------------------------------------------------------------------------------------------
-
-
-def _to_wandb(step: int, entries: Entries) -> None:
-    """To the run that the program has started in this process; none is started here.
-
-    The program counts the steps of its run as it likes, so the look's own step is a metric of its own, and the values
-    go with the program's next log().
-    """
-    wandb = sys.modules.get("wandb")
-    run = getattr(wandb, "run", None)
-    if run is None or "megatron.training.global_vars" in sys.modules:
-        return
-    run.define_metric("moe_router/*", step_metric="moe_router/step")
-    values = {f"moe_router/all/{name}": value for name, value in sinks.aggregate(entries).items()}
-    violations = sum(len(entry["violations"]) for entry in entries.values())
-    run.log({**values, "moe_router/violations": violations, "moe_router/step": step}, commit=False)

@@ -24,9 +24,6 @@ _BUFFERS: Final = (
     "qb_beta",
     "qb_beta_accum",
 )
-#: A mantissa below this is TF32 (11 bits with the hidden one), fp16 (11) or bf16 (8), not fp32 (24).
-_FP32_BITS: Final = 20.0
-
 _optimizers: Final[weakref.WeakSet[Any]] = weakref.WeakSet()
 
 #: (parameters of the model, their main copies), in Megatron's optimizers.
@@ -182,48 +179,6 @@ def promised(name: str, mixed: bool) -> bool:
     return registry.settings.protect == "all" and (derived in ("", "grad") or not _moments_are_chosen())
 
 
-def breaks(name: str, dtype: torch.dtype, mixed: bool) -> bool:
-    """Whether `dtype` breaks what is promised of `name`; see promised()."""
-    return below_fp32(dtype) and promised(name, mixed)
-
-
 def _moments_are_chosen() -> bool:
     configs = (getattr(optimizer, "config", None) for optimizer in _optimizers)
     return any(getattr(config, "use_precision_aware_optimizer", False) for config in configs)
-
-
-class Watch:
-    """What one router looked like at the last look, so that a violation can say what changed."""
-
-    def __init__(self) -> None:
-        self._last: dict[str, torch.dtype] = {}
-        self._step = 0
-
-    def violations(
-        self, router: str, now: dict[str, torch.dtype], bits: float | None, mixed: bool, step: int
-    ) -> list[str]:
-        """Sentences, one for each broken promise.
-
-        Args:
-            router: its module name, for the sentences.
-            now: what facts() found, `logits` and `scores`.
-            bits: significant bits of the gating's arithmetic; None if not measured.
-            mixed: whether the model trains in bf16 or fp16.
-            step: this look's.
-        """
-        found = []
-        for name, dtype in now.items():
-            if breaks(name, dtype, mixed):
-                was = self._last.get(name)
-                ago = f"{step - self._step} step{'' if step - self._step == 1 else 's'}"
-                since = f"; it was {_short(was)} {ago} before" if was not in (None, dtype) else ""
-                found.append(f"{router}: {name} is {_short(dtype)}{since}")
-        if bits is not None and bits < _FP32_BITS and promised("arithmetic", mixed):
-            kind = "bf16" if bits < 9.5 else "TF32 or fp16"
-            found.append(f"{router}: logits are computed with {bits:.0f} significant bits, as {kind} does; fp32 has 24")
-        self._last, self._step = dict(now), step
-        return found
-
-
-def _short(dtype: torch.dtype | None) -> str:
-    return str(dtype).removeprefix("torch.")

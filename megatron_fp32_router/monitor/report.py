@@ -8,10 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
-from megatron_fp32_router.log import printable
 from megatron_fp32_router.monitor import page
 from megatron_fp32_router.monitor.runs import UnreadableRunError, findings, headline, read
-from megatron_fp32_router.terminal import painted, refuse, tell
+from megatron_fp32_router.terminal import painted, printable, refuse, tell
 
 #: A file larger than this takes more than a moment to read, so it is announced.
 _LARGE: Final = 30_000_000

@@ -21,7 +21,8 @@ from megatron_fp32_router.version import __version__
 #: In front of the name of a tensor, of how many values in it are NaN or infinite.
 NOT_FINITE: Final = "not_finite/"
 
-_TRAINING: Final = "megatron.training.global_vars"
+#: Where megatron.training keeps its writers. A program without it has its own.
+TRAINING: Final = "megatron.training.global_vars"
 
 
 class Entry(TypedDict):
@@ -75,26 +76,6 @@ def path() -> Path:
     return Path(registry.settings.monitor_dir) / "monitor.jsonl"
 
 
-def last_step(file: Path) -> int:
-    """The step of the last whole line of `file`; 0 when there is none.
-
-    Or when it cannot be read: append() meets the same trouble, and says so.
-    """
-    try:
-        with file.open("rb") as stream:
-            stream.seek(0, 2)
-            stream.seek(max(0, stream.tell() - 2**20))
-            lines = stream.read(2**20).splitlines()
-    except OSError:
-        return 0
-    for line in reversed(lines):
-        try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            continue  # the job was killed while it wrote this line
-    return 0
-
-
 def append(step: int, entries: Entries) -> bool:
     """Add a look to monitor.jsonl, and say whether it is there: a full disk is a warning, and no end of a training."""
     records: list[dict[str, Any]] = [
@@ -122,7 +103,7 @@ def append(step: int, entries: Entries) -> bool:
 
 
 def _about() -> dict[str, Any]:
-    """What wrote this look, for whoever reads the file without the job's log."""
+    """The versions and settings behind this look, for readers who do not have the job's log."""
     settings = {name: value for name, value in asdict(registry.settings).items() if value != ""}
     megatron = sys.modules.get("megatron.core")
     return {
@@ -142,7 +123,7 @@ def _ends_inside_a_line(stream: Any) -> bool:
 
 def megatron_writers() -> tuple[Any, Any]:
     """(TensorBoard, W&B) writers of megatron.training; it has them on the last rank only. None: not there."""
-    module = sys.modules.get(_TRAINING)
+    module = sys.modules.get(TRAINING)
     return getattr(module, "_GLOBAL_TENSORBOARD_WRITER", None), getattr(module, "_GLOBAL_WANDB_WRITER", None)
 
 
@@ -150,4 +131,4 @@ def has_writers() -> bool:
     """Whether this rank has a writer beside the file: megatron.training's, or one of our own where that is not used."""
     if any(writer is not None for writer in megatron_writers()):
         return True
-    return _TRAINING not in sys.modules and rank() == 0 and importlib.util.find_spec("tensorboard") is not None
+    return TRAINING not in sys.modules and rank() == 0 and importlib.util.find_spec("tensorboard") is not None

@@ -55,9 +55,7 @@ def obstacle(router: Any) -> str | None:
         return "moe_router_force_biased is on"
     if sharded(router.weight):
         return "the weight is sharded over ranks"
-    if router.topk >= router.weight.shape[0]:
-        return "every token goes to every expert"
-    return None
+    return "every token goes to every expert" if router.topk >= router.weight.shape[0] else None
 
 
 def comparable(router: Any) -> bool:
@@ -136,7 +134,7 @@ class Rule:
 
 
 def largest(values: torch.Tensor, number: int) -> torch.Tensor:
-    """bool, like `values`: the so many largest of each row; of equal ones those in front."""
+    """bool, like `values`: True for the `number` largest of each row; of equal values the first ones."""
     order = torch.sort(values, dim=-1, descending=True, stable=True).indices[:, :number]
     return torch.zeros_like(values, dtype=torch.bool).scatter_(1, order, True)
 

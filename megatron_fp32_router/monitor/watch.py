@@ -8,6 +8,7 @@ step before it; the numbers stay on the device until the balance update is done 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_fp32_router.balance import update
+from megatron_fp32_router.gating.schedule import capturing
 from megatron_fp32_router.log import rank, say
 from megatron_fp32_router.monitor import look, outside, sinks
 from megatron_fp32_router.monitor.sinks import Entry, Layer
@@ -41,9 +43,7 @@ class Monitor:
         self._memory: dict[Layer, look.Memory] = {}
         #: A look that waits for the balance update.
         self._open: dict[Layer, look.Seen] | None = None
-        #: What MEGATRON_FP32_ROUTER_MONITOR_RECORD asks for of this look, on the device.
-        self._recorded: dict[Layer, Any] = {}
-        #: Whether what `entries` say has still to be judged.
+        #: Whether broken promises in `entries` have not been reported yet.
         self._unjudged = False
         #: (layer, name) of what was not finite at the last look.
         self._not_finite: set[tuple[Layer, str]] = set()
@@ -63,9 +63,13 @@ class Monitor:
         return self._calls
 
     def _label(self, step: int) -> int:
-        """What the step is called in the file: a program that counts from 1 again after a restart goes on there."""
+        """The step's number in the file, which goes on where the file ends if a restarted program counts from 1."""
         if self._offset is None:
-            self._offset = sinks.last_step(sinks.path()) if rank() == 0 else 0
+            self._offset = 0
+            if rank() == 0 and os.path.exists(sinks.path()):  # also False when the folder cannot be read
+                from megatron_fp32_router.monitor import restart
+
+                self._offset = restart.last_step(sinks.path())
         return self._offset + step
 
     # Steps -------------------------------------------------------------------------------------------------------
@@ -79,10 +83,10 @@ class Monitor:
         self._try(self._close_with, updated)
 
     def _try(self, part: Callable[..., None], *arguments: Any) -> None:
-        """Do a part of the work. What fails in it ends the monitor and not the training; what was found counts."""
+        """Do a part of the work. An error in it ends the monitor, not the training; what was found still counts."""
         try:
             part(*arguments)
-        except Exception as error:  # whatever it is: the training is not to blame
+        except Exception as error:  # any error: the training must go on
             self._fail(error)
         if self._unjudged:
             self._unjudged = False
@@ -96,7 +100,7 @@ class Monitor:
         why = f"on rank {rank()} it failed with {what}"
         try:
             told = (others := self._others()) is not None and others.end(why)
-        except Exception as another:  # the store itself: nobody else can say it
+        except Exception as another:  # the store itself has failed: this rank has to say it
             told, why = False, f"{why}, and could not tell the other ranks ({type(another).__name__}: {another})"
         self._end(why, speaker=0 if told else rank())
 
@@ -105,7 +109,6 @@ class Monitor:
         self._ended = True
         self._take_listeners()
         self._take_open()
-        self._recorded.clear()
         self._memory.clear()
         say(
             logging.WARNING,
@@ -115,7 +118,7 @@ class Monitor:
         )
 
     def _others(self) -> Exchange | None:
-        """How the other ranks are met; None where there are none."""
+        """The exchange with the other ranks; None when there are none."""
         if self._exchange is None and not is_alone():
             from megatron_fp32_router.monitor.collect import Exchange
 
@@ -123,21 +126,21 @@ class Monitor:
         return self._exchange
 
     def _take_listeners(self) -> dict[Layer, look.Listener]:
-        """Take the hooks off the routers; who has listened."""
+        """Take the hooks off the routers, and return the listeners."""
         listeners, self._listeners = self._listeners, {}
         for listener in listeners.values():
             listener.remove()
         return listeners
 
     def _take_open(self) -> dict[Layer, look.Seen]:
-        """Wait for no balance update any more; what the open look has seen."""
+        """Stop waiting for the balance update, and return what the open look has seen."""
         seen, self._open = self._open or {}, None
         if self._after_update in update.watchers:
             update.watchers.remove(self._after_update)
         return seen
 
     def _at_gradients(self, model: Any, config: Any) -> None:
-        if look.capturing():
+        if capturing():
             say(logging.WARNING, f"{PREFIX}_MONITOR: steps inside a CUDA graph are not looked at", once=True)
             return
         interval = registry.settings.monitor
@@ -176,8 +179,8 @@ class Monitor:
                 if registry.settings.monitor_record and samples and listener is not None and listener.sample:
                     from megatron_fp32_router.monitor import recording
 
-                    self._recorded[layer] = recording.copied(router, seen.before_E, listener.sample)
-        if registry.settings.on_mismatch == "raise" and any(look.broken(seen) for seen in self._open.values()):
+                    seen.recorded = recording.copied(router, seen.before_E, listener.sample)
+        if registry.settings.on_mismatch == "raise" and any(look.below(seen) for seen in self._open.values()):
             # At once: the balance update refuses to work on what was found. Others may be there already, and would
             # wait for this rank as long as it waited for them.
             self._close(meet=False)
@@ -210,10 +213,10 @@ class Monitor:
         together = self._bring_together(seen, meet)
         self.entries = {layer: together[layer] for layer in sorted(together, key=sinks.order)}
         self._hand_on()
-        if self._recorded:
+        recorded = {layer: each.recorded for layer, each in seen.items() if each.recorded}
+        if recorded:
             from megatron_fp32_router.monitor import recording
 
-            recorded, self._recorded = self._recorded, {}
             recording.write(self._label(self.step), self._place()[0], recorded)
         if self._exchange is not None and self._exchange.ended is not None:
             self._end(self._exchange.ended)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-from collections.abc import Callable
 from typing import Any, Final
 
-from megatron_fp32_router.log import rank, say
-from megatron_fp32_router.monitor.sinks import Entries, aggregate, megatron_writers, path
+from megatron_fp32_router.monitor.outside import attempt
+from megatron_fp32_router.monitor.sinks import TRAINING, Entries, aggregate, megatron_writers, path
 from megatron_fp32_router.patching.registry import registry
 
 #: In front of every name in TensorBoard and W&B.
@@ -35,7 +33,7 @@ def flat(entries: Entries) -> dict[str, float]:
 def publish(step: int, entries: Entries) -> None:
     """Hand the aggregates, and PER_LAYER of every layer, to the writers that this rank has."""
     tensorboard, wandb = megatron_writers()
-    ours = tensorboard is None and "megatron.training.global_vars" not in sys.modules
+    ours = tensorboard is None and TRAINING not in sys.modules
     wanted = {
         f"{PREFIX}/{name}": value
         for name, value in flat(entries).items()
@@ -47,18 +45,9 @@ def publish(step: int, entries: Entries) -> None:
         for name, value in wanted.items() if writer is not None else ():
             writer.add_scalar(name, value, step)
 
-    _attempt("TensorBoard", to_tensorboard)
+    attempt("TensorBoard", to_tensorboard)
     if wandb is not None:
-        _attempt("W&B", lambda: wandb.log(wanted, step))
-
-
-def _attempt(name: str, write: Callable[[], None]) -> None:
-    """Somebody else's writer may fail in any way, which must end neither the training nor the monitor."""
-    try:
-        write()
-    except Exception as error:
-        what = f"the monitor cannot write to {name}: {type(error).__name__}: {' '.join(str(error).split())}"
-        say(logging.WARNING, what, threshold=registry.settings.log, once=True, speaker=rank())
+        attempt("W&B", lambda: wandb.log(wanted, step))
 
 
 def _writer_of_our_own() -> Any:

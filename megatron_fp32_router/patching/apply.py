@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import logging
 import sys
 from types import ModuleType
 from typing import Any
 
 import wrapt
 
-from megatron_fp32_router.log import say
 from megatron_fp32_router.patching.chain import wrapper_chain
 from megatron_fp32_router.patching.gate import look
 from megatron_fp32_router.patching.megatron import Megatron, of_module
-from megatron_fp32_router.patching.owner import HOME, MADE_BY, MARK, PLACE, home, is_ours, name_of
+from megatron_fp32_router.patching.owner import HOME, MADE_BY, MARK, PLACE, home, is_ours
 from megatron_fp32_router.patching.record import Factory, Function, Needless, Patch
 from megatron_fp32_router.patching.records import PATCHES
 from megatron_fp32_router.patching.registry import Problem, left_to_somebody_else, not_asked_for, registry, replaces
@@ -48,16 +46,12 @@ def apply_all(module: ModuleType, name: str) -> None:
 
 def settle() -> None:
     """Patch what could not be patched at once: modules that were half imported, modules that were reloaded."""
-    for name in list(registry.pending):
+    for name in registry.pending | registry.reloaded:
         module = sys.modules.get(name)
         if module is None or not initializing(module):
             registry.pending.discard(name)
             if module is not None and registry.active:
                 apply_all(module, name)
-    for name in list(registry.reloaded):
-        module = sys.modules.get(name)
-        if module is not None and registry.active:
-            apply_all(module, name)
 
 
 def _problem(patch: Patch, module: ModuleType, changed: str | None) -> Problem | None:
@@ -126,13 +120,13 @@ def _when_called(factory: Factory) -> Factory:
     """`factory`, put off until the target is called: a job imports the repairs of what it uses, and no others."""
 
     def put_off(original: Function) -> Function:
-        made: list[Function] = []
+        made: Function | None = None
 
         @replaces(original)
         def replacement(*args: Any, **kwargs: Any) -> Any:
-            if not made:
-                made.append(factory(original))
-            return made[0](*args, **kwargs)
+            nonlocal made
+            made = made or factory(original)
+            return made(*args, **kwargs)
 
         return replacement
 
@@ -158,10 +152,6 @@ def _remember(patch: Patch, replacement: Any) -> None:
     """Keep what is in place for a patch; say so when it is another copy of the plugin that made it."""
     registry.replacements[patch.id] = replacement
     if home(replacement) != HOME:
-        say(
-            logging.WARNING,
-            f"{name_of(replacement)} patches this Megatron too, and its functions run, not those in {HOME}. "
-            f"Remove one of the two: `{sys.executable} -m megatron_fp32_router doctor` names them.",
-            threshold=registry.settings.log,
-            once=True,
-        )
+        from megatron_fp32_router.patching import misfit
+
+        misfit.warn_of_another_copy(replacement, HOME)

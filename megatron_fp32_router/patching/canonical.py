@@ -187,7 +187,7 @@ def definitions(tree: ast.Module, module: str, path: str) -> list[Definition]:
         if isinstance(statement, ast.Assign) and _is_name(statement.value, owners):
             owners |= {target.id for target in statement.targets if isinstance(target, ast.Name)}
         if found and isinstance(statement, ast.ImportFrom) and statement.names[0].name == "*":
-            # It may bind anything, and nobody knows what without importing it.
+            # It may bind any name; only an import would tell which.
             found += _wrapped(
                 conditions, ast.copy_location(_absolute(statement, statement.names[0], module), statement)
             )
@@ -225,7 +225,7 @@ def _statements(
 
 
 def _binding(statement: ast.stmt, name: str, module: str) -> ast.stmt | None:
-    """`statement` as far as it binds `name`, or None."""
+    """The part of `statement` that binds `name`, or None."""
     if isinstance(statement, FUNCTIONS):
         return statement if statement.name == name else None
     if isinstance(statement, ast.ClassDef) and statement.name == name:
@@ -286,19 +286,19 @@ def _is_name(node: ast.expr, names: Set[str]) -> bool:
 
 
 def _may_be(node: ast.expr, name: str) -> bool:
-    """Whether an expression may be that text: it is, or only running it would tell."""
+    """Whether an expression may evaluate to that text: it is that constant, or running it is the only way to know."""
     return not isinstance(node, ast.Constant) or node.value == name
 
 
 def _may_contain(node: ast.expr, names: Set[str]) -> bool:
-    """Whether what is looped over may be one of these: it is listed, or only running the program would tell."""
+    """Whether a loop may go over one of these: it is listed, or running the program is the only way to know."""
     if isinstance(node, ast.Tuple | ast.List | ast.Set) and all(isinstance(item, ast.Name) for item in node.elts):
         return any(_is_name(item, names) for item in node.elts)
     return True
 
 
 def _run(statement: ast.stmt) -> Iterator[ast.AST]:
-    """Everything in a statement that runs when it does: not the bodies of functions and classes defined in it."""
+    """Every node that runs when the statement runs: not the bodies of functions and classes defined in it."""
     todo: list[ast.AST] = [statement]
     while todo:
         node = todo.pop()

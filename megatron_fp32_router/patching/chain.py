@@ -11,16 +11,15 @@ from typing import Any
 import wrapt
 
 
-def wrapper_chain(outermost: Any) -> Iterator[Any]:
-    """`outermost`, what it wraps, and so on to a function that wraps nothing: whatever has a __wrapped__ counts."""
+def wrapper_chain(function: Any) -> Iterator[Any]:
+    """`function`, what it wraps, and so on to a function that wraps nothing: whatever has a __wrapped__ counts."""
     seen: list[Any] = []
-    current = outermost
     # By identity: wrapt's proxies are equal to what they wrap.
-    while not any(current is one for one in seen):
-        seen.append(current)
-        yield current
+    while not any(function is one for one in seen):
+        seen.append(function)
+        yield function
         try:
-            current = current.__wrapped__
+            function = function.__wrapped__
         except AttributeError:
             return
 

@@ -29,11 +29,11 @@ def judge_of(megatron: Megatron, accepted_file: str) -> Judge:
 @functools.lru_cache(maxsize=1024)
 def _target(judge: Judge, name: str) -> Target:
     target = judge.one(name, (), explain=False)
-    # What has changed is worked out only for what stops the program.
+    # The diff is computed only for what stops the program.
     return target if target.fits else judge.one(name, ())
 
 
-def judged(patch: Patch, megatron: Megatron, accepted_file: str) -> tuple[str | None, Needless | None]:
+def answer(patch: Patch, megatron: Megatron, accepted_file: str) -> tuple[str | None, Needless | None]:
     """What stands against applying a patch, and why that Megatron needs none: what gate.Finding holds."""
     judge = judge_of(megatron, accepted_file)
     for name, patches in relied_on().items():

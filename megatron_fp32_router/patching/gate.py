@@ -53,11 +53,10 @@ def state_of(root: Path, module: str) -> dict[str, Any] | None:
     """What is known of a module's file, or None where the file is no known release's."""
     known = known_files()["modules"][module]
     path = root / module.replace(".", "/")
-    content = None
     try:
         content = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_bytes()
     except FileNotFoundError:
-        pass  # as in some releases; where it is not, what follows says so
+        content = None  # as in some releases; where it is not, what follows says so
     except OSError:
         return None  # judge.py is asked next, and says that it cannot be read
     index = known["files"].get(file_hash(content))
@@ -81,4 +80,4 @@ def look(patch: Patch, megatron: Megatron, accepted_file: str) -> Finding:
         return Finding(needless=states[0]["needless"].get(patch.id) if states[0] else None)
     from megatron_fp32_router.patching import drift
 
-    return Finding(*drift.judged(patch, megatron, accepted_file))
+    return Finding(*drift.answer(patch, megatron, accepted_file))

@@ -7,6 +7,7 @@ own program has imported the module.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import logging
 import sys
@@ -32,7 +33,6 @@ MODULES: Final = tuple(dict.fromkeys(patch.module for patch in PATCHES))
 _waiting: set[str] = set()
 #: True while hooks are being registered: one that fires now was handed a module as it is, maybe half imported.
 _arming = False
-_discovered = False
 
 
 def on_import(module: ModuleType) -> None:
@@ -75,16 +75,13 @@ def _register(name: str) -> None:
     wrapt.register_post_import_hook(on_import, name)
 
 
+@functools.cache
 def _discover() -> None:
-    """Register the hooks that the installed metadata names.
+    """Register the hooks that the installed metadata names, once in a process.
 
     Metadata is absent in a checkout on PYTHONPATH and stale after an edit in an editable install, so what it names
     is compared with the records, and what is missing or stale is registered from there.
     """
-    global _discovered
-    if _discovered:
-        return
-    _discovered = True
     if not hasattr(wrapt, "unwrap_object"):
         return  # before 2.4 it may ask setuptools, which takes long to import; the records name the same modules
     try:

@@ -122,9 +122,9 @@ class Judge:
         return "native" if any(self.tree.holds(fact, module) for fact in patch.native_where) else None
 
     def another_release(self) -> str | None:
-        """The release line that this tree has more of than of the one it calls itself; None where it tells the truth.
+        """The release line that fits more functions of this tree than the line it claims; None when the claim is right.
 
-        A line that no release is known of (a commit on the way to it) cannot be compared.
+        A line without a known release (the tree is a commit on the way to it) cannot be compared.
         """
         own = None if self.megatron.version is None else self.megatron.version.release[:2]
         here = {name: self._digest(name) for name in self.fingerprints.targets}
@@ -142,15 +142,15 @@ class Judge:
         return there and self.tree.holds("TopKRouter.__init__ lacks expert_bias", ROUTER)
 
     def cut_short(self, targets: Sequence[Target]) -> list[str]:
-        """Files that end too early, by what was found: what they hold is as it should be, and the rest is missing."""
+        """Files that seem truncated: what they hold matches, and the rest is missing."""
         gone, drifted = (Counter(t.file for t in targets if t.state == state) for state in ("missing", "drifted"))
-        # The function in which it ends has drifted. Of a renamed one it is said what has its body.
+        # One may have drifted: the function in which the file ends.
         return [file for file, number in gone.items() if number > 2 and drifted[file] < 2]
 
     def router_commit(self) -> str:
-        """Since which commit the router is as it is here: `main since 2026-06-12 (277c4f8040)`.
+        """The commit since which the router is as in this tree: `main since 2026-06-12 (277c4f8040)`.
 
-        Of the bodies that a commit between releases has and no release, the latest; "" where there is none.
+        That of the latest body that only commits between releases have; "" when there is none.
         """
         found = []
         for name in self.fingerprints.history:
@@ -168,7 +168,7 @@ class Judge:
         module, _, path = name.partition(":")
         file = self.tree.file_of(module)
         own = [patch for patch in PATCHES if patch.key == name]
-        # Of a module that no patch replaces anything in, those count that rely on it.
+        # If no patch replaces anything in the module, the patches that rely on it count.
         asked = own or ([] if self.tree.has(module) else [p for p in PATCHES if p.id in relied_on()[name]])
         if asked and all(self.needless(patch) == "absent" for patch in asked):
             return Target(name, patches, "match", "not there, as is right for this tree", None, file)

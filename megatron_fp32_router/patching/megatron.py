@@ -44,18 +44,15 @@ def read_version(package_info: Path) -> Version | None:
     """The version that a `package_info.py` spells as MAJOR, MINOR, PATCH, PRE_RELEASE; None if it does not."""
     try:
         tree = ast.parse(package_info.read_text(encoding="utf-8"))
+        numbers = [_constant(tree, name) for name in ("MAJOR", "MINOR", "PATCH")]
+        if not all(isinstance(number, int) for number in numbers):
+            return None
+        return Version(".".join(map(str, numbers)) + str(_constant(tree, "PRE_RELEASE") or ""))
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
         # Told to the user as "of unknown version" in every message. The parser raises each of these: ValueError for
-        # zero bytes, the last two for expressions that are nested too deeply.
+        # zero bytes, the last two for expressions that are nested too deeply. ValueError is also what is no version, or
+        # a number with too many digits.
         return None
-    numbers = [_constant(tree, name) for name in ("MAJOR", "MINOR", "PATCH")]
-    if not all(isinstance(number, int) for number in numbers):
-        return None
-    pre = _constant(tree, "PRE_RELEASE") or ""
-    try:
-        return Version(".".join(map(str, numbers)) + str(pre))
-    except ValueError:
-        return None  # likewise: no version, or a number with too many digits
 
 
 def of_module(module: ModuleType) -> Megatron:

@@ -1,4 +1,5 @@
-"""A patch that does not fit this Megatron: what is said of it, and who is stopped.
+"""A patch that does not fit this Megatron, or that another copy of the plugin has made: what is said of it, and who is
+stopped.
 
 Imported only where there is one.
 """
@@ -20,6 +21,7 @@ from megatron_fp32_router.errors import Fp32RouterError, TargetChangedError, Tar
 from megatron_fp32_router.log import say
 from megatron_fp32_router.patching.chain import wrapper_chain
 from megatron_fp32_router.patching.megatron import Megatron
+from megatron_fp32_router.patching.owner import name_of
 from megatron_fp32_router.patching.record import USUAL, Factory, Function, Patch
 from megatron_fp32_router.patching.records import PATCHES
 from megatron_fp32_router.patching.registry import KEPT, Problem, mismatch, registry, replaces
@@ -39,8 +41,19 @@ def leave_out_what_does_harm_without(changed: dict[str, str], patches: Iterable[
         waiting = [patch for patch in waiting if patch.id not in changed]
 
 
+def warn_of_another_copy(replacement: Any, home: Path) -> None:
+    """Say once that what runs is another copy's, and not that of the plugin in `home`."""
+    say(
+        logging.WARNING,
+        f"{name_of(replacement)} patches this Megatron too, and its functions run, not those in {home}. "
+        f"Remove one of the two: `{sys.executable} -m megatron_fp32_router doctor` names them.",
+        threshold=registry.settings.log,
+        once=True,
+    )
+
+
 def refuse(patch: Patch, module: ModuleType, megatron: Megatron, problem: Problem) -> tuple[str, Factory] | None:
-    """Stop the program, or return what stops whoever uses the target: a place in the module, and a factory for it.
+    """Stop the program; or return a place in the module, and a factory for it that stops those who use the target.
 
     Raises:
         TargetMissingError: a target that every job uses is missing or has another signature
@@ -85,10 +98,10 @@ def _how_to_accept(patch: Patch, megatron: Megatron) -> str:
 
 
 def _place_of_use(patch: Patch, module: ModuleType, problem: Problem) -> str | None:
-    """Where whoever uses the target comes by; None where nothing in the module tells."""
+    """A function that every user of the target calls; None if the module has none."""
     if not problem.missing:
         return patch.path
-    # The function may have another name now; whoever builds its class meets the error there.
+    # The function may have been renamed. Then the error comes when its class is built.
     owner = getattr(module, patch.path.partition(".")[0], None)
     return f"{owner.__name__}.__init__" if isinstance(owner, type) and "__init__" in vars(owner) else None
 

@@ -113,21 +113,19 @@ def not_asked_for(patch: Patch) -> bool:
 
 
 def position_of(patch: Patch, module: ModuleType) -> tuple[Literal["outermost", "below", "gone"], str]:
-    """Where our replacement sits now, and who sits in its place. Another one of this copy on it does not count."""
+    """Where our replacement sits now, and what is outermost there. Another one of this copy on it does not count."""
     replacement = registry.replacements[patch.id]
     try:
         current = wrapt.resolve_path(module, getattr(replacement, PLACE, patch.path))[2]
     except AttributeError:
         return "gone", "nothing"
-    above = name_of(current)
+    position: Literal["outermost", "below"] = "outermost"
     for entry in wrapper_chain(current):
         if entry is replacement:
-            return "outermost", ""
+            return position, name_of(current)
         if not is_ours(entry) or home(entry) != HOME:
-            break
-    if any(entry is replacement for entry in wrapper_chain(current)):
-        return "below", above
-    return "gone", above
+            position = "below"
+    return "gone", name_of(current)
 
 
 def left_to_somebody_else(patch: Patch, module: ModuleType) -> bool:
@@ -172,8 +170,7 @@ def _status(patch: Patch) -> tuple[State, str]:
 def runs(patch_id: str) -> bool:
     """Whether our function runs in that patch's target: in place, or below somebody else's wrapper."""
     patch = next(patch for patch in PATCHES if patch.id == patch_id)
-    module = sys.modules.get(patch.module)
-    replacement = registry.replacements.get(patch_id)
+    module, replacement = sys.modules.get(patch.module), registry.replacements.get(patch_id)
     if module is None or replacement is None or home(replacement) != HOME:
         return False
     return position_of(patch, module)[0] != "gone"

@@ -25,11 +25,12 @@ import socket
 import sys
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 import torch
 
+from megatron_fp32_router.casts.router import below_fp32
 from megatron_fp32_router.errors import RanksDisagreeError
 from megatron_fp32_router.log import say
 from megatron_fp32_router.patching.digest import digest
@@ -38,7 +39,7 @@ from megatron_fp32_router.patching.registry import mismatch, registry, runs, sta
 from megatron_fp32_router.ranks import verdict
 from megatron_fp32_router.settings import PREFIX
 from megatron_fp32_router.version import __version__
-from megatron_fp32_router.wrapping import survey
+from megatron_fp32_router.wrapping.survey import protected_in, tensors_of
 
 #: Names in the store, beside a rank's number for what it says.
 _ROOM: Final = f"{__name__.partition('.')[0]}/agreement"
@@ -54,7 +55,7 @@ _GRACE: Final = 30.0
 #: Seconds that rank 0, whose process may host the store, gives the others to read bad news before it raises.
 _READ_FAILURE_GRACE_SECONDS: Final = 5.0
 
-#: As a set of ranks: all bits.
+#: The set of all ranks: every bit is set.
 _EVERYBODY: Final = -1
 
 #: The models that the other ranks know of.
@@ -102,9 +103,16 @@ def what_must_agree() -> dict[str, str]:
     }
 
 
+def _totals(models: Iterable[torch.nn.Module]) -> tuple[int, int]:
+    """Over these models: how many protected routers there are, and how many of their tensors are fp32 or better."""
+    routers = {id(router): router for module in models for _, router in protected_in(module)}
+    tensors = [tensor for router in routers.values() for _, tensor, _ in tensors_of(router)]
+    return len(routers), sum(not below_fp32(tensor.dtype) for tensor in tensors)
+
+
 def _statement(at_optimizer: bool) -> dict[str, Any]:
-    """What this rank writes: what must agree, whom else to ask, and for information whose tensors it holds."""
-    routers, tensors = survey.totals(registry.models - _told)
+    """What this rank writes: what must agree, which other ranks to ask, and how many tensors it has."""
+    routers, tensors = _totals(registry.models - _told)
     # Those it has agreed with have nothing to add. Without any group of Megatron's, whoever is there may train with it.
     peers = _Agreed.peers & ~_Agreed.ranks or (1 << torch.distributed.get_world_size()) - 1
     return {
@@ -149,7 +157,7 @@ def store(room: str | None = None) -> Any:
 def _listen(store: Any, said: dict[int, dict[str, Any]], named: int, each: bool = False) -> int:
     """Read into `said` what the ranks in `named` have written, and the ranks that those name; returns all of them.
 
-    Nobody is read before all in `named` have written, unless `each` rank is to be asked for, an operation a rank.
+    Reads nothing until all in `named` have written. With `each` it asks for every rank, at one operation a rank.
     """
     while keys := [str(rank) for rank in _ranks(named) if not _is_ready(said, rank)]:
         if not store.check(keys):
@@ -178,7 +186,7 @@ def _is_ready(said: dict[int, dict[str, Any]], rank: int) -> bool:
 def _wait(store: Any, rank: int, peers: int) -> dict[str, Any]:
     """Wait for the verdict about this rank and all that train with it.
 
-    The lowest of them gives it when all have come; when one lets them wait too long, whoever notices first does.
+    The lowest rank gives it when all have spoken. If one takes too long, the first rank that notices gives it.
     """
     timeout = registry.settings.agree_timeout
     started = time.monotonic()
@@ -209,7 +217,7 @@ def _give_verdict(store: Any, rank: int, said: dict[int, dict[str, Any]], peers:
         return
     if not store.check([f"{_VERDICT}/{rank}"]):
         peers = _listen(store, said, peers, each=True)
-        found = verdict.judge(_ranks(peers), torch.distributed.get_world_size(), said, waited)
+        found = verdict.verdict_on(_ranks(peers), torch.distributed.get_world_size(), said, waited)
         for peer in _ranks(peers):
             store.set(f"{_VERDICT}/{peer}", json.dumps({**found, "ranks": hex(peers)}))
     _delete(store, _JUDGE)
@@ -246,7 +254,7 @@ def _delete(store: Any, *keys: str) -> None:
 
 
 def publish(*holders: Any) -> None:
-    """Write what this rank has to say so far, with a model whose process groups `holders` hold. Waits for nobody."""
+    """Write this rank's statement so far. `holders` hold the process groups of its model. Does not wait."""
     if registry.settings.agree_timeout and (room := store()) is not None and not _agrees_with_all(*holders):
         _attempt(lambda: room.set(str(torch.distributed.get_rank()), json.dumps(_statement(at_optimizer=False))))
 
@@ -315,7 +323,7 @@ def _agree(store: Any) -> None:
 
 
 def _own_difference(rank: int, agreed: dict[str, str]) -> list[str]:
-    """Where this rank is not what was agreed: it came after the verdict, and was judged by what it had said before."""
+    """How this rank differs from what was agreed. The verdict came before it wrapped its last model."""
     return [
         f"{label} is {value} on rank {rank} (host {socket.gethostname()}) by now, but {agreed[label]} was agreed"
         for label, value in what_must_agree().items()
@@ -324,7 +332,7 @@ def _own_difference(rank: int, agreed: dict[str, str]) -> list[str]:
 
 
 def _attempt(step: Callable[[], None]) -> None:
-    """Do what needs the store. A store that fails has lost its host, or somebody who was to answer."""
+    """Run a step that uses the store. It fails when the store's host, or a rank that should answer, is gone."""
     try:
         step()
     except RuntimeError as error:

@@ -13,7 +13,7 @@ from megatron_fp32_router.ranks.spans import ranks_text
 Statements = Mapping[int, Mapping[str, Any]]
 
 
-def judge(ranks: Sequence[int], world: int, statements: Statements, waited: float) -> dict[str, Any]:
+def verdict_on(ranks: Sequence[int], world: int, statements: Statements, waited: float) -> dict[str, Any]:
     """Compare.
 
     Args:

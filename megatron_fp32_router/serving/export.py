@@ -9,8 +9,8 @@ import numpy as np
 
 from megatron_fp32_router.audit import bits
 from megatron_fp32_router.audit.compare import identical
+from megatron_fp32_router.audit.files import Meter, read_small, shown, unreadable
 from megatron_fp32_router.audit.finding import Finding
-from megatron_fp32_router.audit.source import Meter, read_small, shown, unreadable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

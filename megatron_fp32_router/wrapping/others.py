@@ -1,4 +1,4 @@
-"""What of somebody else's runs in the place of ours. Imported only where there may be something."""
+"""Other people's functions that run in place of ours. Imported only when there may be some."""
 
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ def own_functions(router: torch.nn.Module) -> Iterator[tuple[str, str]]:
             yield name, f"{module}.{getattr(function, '__qualname__', type(function).__name__)}"
 
 
-def say_whose_functions_run(owners: Iterable[Mapping[str, str]]) -> None:
+def say_whose_functions_run(routers: Iterable[torch.nn.Module], owners: Mapping[int, Mapping[str, str]]) -> None:
     """Once: routers of a class of the user's decide for themselves in what precision they compute.
 
-    `owners`: own_functions() of every TopKRouter.
+    `owners`: id of a router -> its own_functions().
     """
-    own = sorted({found for names in owners for found in names.items()})
+    told = tuple(registry.router_classes)  # these are not asked: protect_router_class() says what it leaves to them
+    own = sorted({found for router in routers if not isinstance(router, told) for found in owners[id(router)].items()})
     if own:
         registry.notes.setdefault("gating", set()).update(f"not in {owner}" for name, owner in own if name == "gating")
         say(

@@ -21,7 +21,7 @@ from megatron_fp32_router.patching.record import ROUTER
 from megatron_fp32_router.patching.registry import registry, replaces, runs, status
 from megatron_fp32_router.version import __version__
 
-#: What a subclass of TopKRouter, or an attribute of a router, may have in the place of ours.
+#: Patched methods that a subclass of TopKRouter, or an attribute of a router, may replace.
 PATCHED: Final = frozenset(("gating", "forward", "_apply"))
 
 
@@ -50,12 +50,10 @@ class Survey:
 
 def tensors_of(router: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
     """(name, tensor, whether it is a parameter) of every floating-point tensor of `router`."""
-    for name, parameter in router.named_parameters():
-        if parameter.is_floating_point():
-            yield name, parameter, True
-    for name, buffer in router.named_buffers():
-        if buffer.is_floating_point():
-            yield name, buffer, False
+    for tensors, is_parameter in ((router.named_parameters(), True), (router.named_buffers(), False)):
+        for name, tensor in tensors:
+            if tensor.is_floating_point():
+                yield name, tensor, is_parameter
 
 
 Named = list[tuple[str, Any]]
@@ -137,12 +135,11 @@ def _say_what_is_there(found: str, chunk: str, routers: list[Any], config: Any) 
         mirror.announce(routers, {own for names in owners.values() for name, own in names.items() if name != "_apply"})
     if displaced or owners:
         others.say_what_is_displaced(displaced)
-        theirs = tuple(registry.router_classes)
-        others.say_whose_functions_run(owners[id(router)] for router in routers if not isinstance(router, theirs))
+        others.say_whose_functions_run(routers, owners)
 
 
 def _is_as_megatron_made_it(router: torch.nn.Module) -> bool:
-    """Whether neither its class nor an attribute of it can stand in the place of a patched function."""
+    """Whether neither its class nor one of its attributes can replace a patched function."""
     return type(router).__module__.startswith("megatron.") and not vars(router).keys() & PATCHED
 
 
@@ -178,10 +175,3 @@ def look_after_wrapping(original: Callable[..., None]) -> Callable[..., None]:
         registry.models.add(self.module)
 
     return __init__
-
-
-def totals(models: Iterable[torch.nn.Module]) -> tuple[int, int]:
-    """Over these models: how many protected routers there are, and how many of their tensors are fp32 or better."""
-    routers = {id(router): router for module in models for _, router in protected_in(module)}
-    tensors = [tensor for router in routers.values() for _, tensor, _ in tensors_of(router)]
-    return len(routers), sum(not below_fp32(tensor.dtype) for tensor in tensors)

@@ -90,7 +90,7 @@ def _split_products(o: Operands) -> dict[str, torch.Tensor]:
     assert grad_weight is not None
     with split.exact_products(o.x.device):
         pieces = torch.cat([parts, parts[experts:], parts[2 * experts :]])
-        unrounded = split._to_fp32(split._split_gradient(o.g, 6), pieces)
+        unrounded = split.to_fp32(split.split_gradient(o.g, 6), pieces)
     return _named(split.logits(o.x, parts, experts, None), grad_weight, unrounded, grad_input)
 
 

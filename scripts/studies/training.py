@@ -70,7 +70,7 @@ def runs(releases: Iterable[str] = RELEASES, seeds: Iterable[int] = SEEDS) -> li
     ]
 
 
-def judge(bias_SLE: np.ndarray[Any, Any], counts_SLE: np.ndarray[Any, Any], rate: float) -> dict[str, Any]:
+def compared_with_rule(bias_SLE: np.ndarray[Any, Any], counts_SLE: np.ndarray[Any, Any], rate: float) -> dict[str, Any]:
     """Compare what the biases did with the integer rule, sign(total - E * count).
 
     Args:
@@ -154,7 +154,7 @@ def _one(recipe: Recipe, run: Run, steps: int) -> dict[str, Any]:
     seconds = time.process_time() - started
     lab.record_routing(False)
     counts_SLE = np.stack(counts)
-    found = judge(np.stack([*biases, stacked("expert_bias")]), counts_SLE, recipe.bias_rate)
+    found = compared_with_rule(np.stack([*biases, stacked("expert_bias")]), counts_SLE, recipe.bias_rate)
     violation_S = (counts_SLE.max(axis=-1) / counts_SLE.mean(axis=-1) - 1).mean(axis=-1)
     return {
         "release": run.release,

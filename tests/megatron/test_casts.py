@@ -65,7 +65,9 @@ def test_no_cast_reaches_the_router(cast: Any, router: Any, plugin: Any, with_bi
 
 
 @pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS.keys())
-def test_after_a_cast_optimizers_know_what_is_kept(cast: Any, router: Any, plugin: Any, with_bias: bool) -> None:
+def test_after_a_cast_optimizers_see_which_parameters_stay_fp32(
+    cast: Any, router: Any, plugin: Any, with_bias: bool
+) -> None:
     built = router(linear_bias=with_bias)
     cast(built)
     assert all(map(is_protected, built.parameters()))

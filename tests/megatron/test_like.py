@@ -264,9 +264,7 @@ def test_somebody_else_s_gating_is_refused(router: Any, like: Any) -> None:
         ("vllm/deepseek_v3", r"accepted is ENGINE==VERSION/ARCHITECTURE"),
     ],
 )
-def test_what_nothing_is_known_of_is_refused_before_a_model_is_built(
-    asked: str, told: str, router: Any, like: Any
-) -> None:
+def test_an_unknown_engine_is_refused_before_a_model_is_built(asked: str, told: str, router: Any, like: Any) -> None:
     router()  # Megatron's router is imported
     with pytest.raises(Fp32RouterError, match=told):
         like(asked)

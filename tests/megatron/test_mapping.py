@@ -127,7 +127,7 @@ def assert_goes_on(recipe: Any, home: Path, folder: Path, name: str, plugin: str
     return room
 
 
-def test_a_run_without_the_plugin_goes_on_from_what_a_run_with_it_has_saved_by_way_of_protect_buffers(
+def test_a_run_without_the_plugin_resumes_from_one_with_it_through_protect_buffers(
     resume_record: Any, tmp_path: Path
 ) -> None:
     recipe = recipe_of(ddp_extra={"bucket_size": 3000})
@@ -178,7 +178,7 @@ def test_a_load_that_was_interrupted_leaves_the_checkpoint_as_it_was_and_can_be_
 
 
 @pytest.mark.on_lines("0.19")
-def test_a_gated_mlp_whose_halves_are_stored_apart_is_in_no_ones_way(tmp_path: Path) -> None:
+def test_a_gated_mlp_whose_halves_are_stored_apart_does_not_disturb_a_load(tmp_path: Path) -> None:
     recipe = recipe_of(extra={"gated_linear_unit": True})
     formats = ["dp_reshardable", "fully_reshardable"]
     with lab.parallel(recipe):

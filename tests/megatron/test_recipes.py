@@ -8,7 +8,7 @@ import pytest
 import torch
 from bootstrap import NEWEST, ensure_emerging_optimizers, ensure_transformer_engine
 from packaging.version import Version
-from programs.recipes import RECIPES, FlagSet
+from recipes import RECIPES, FlagSet
 
 from megatron_fp32_router import lab
 

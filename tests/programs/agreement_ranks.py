@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 import megatron_fp32_router
 from megatron_fp32_router import lab
-from megatron_fp32_router.lab.model import leave_layout
-from megatron_fp32_router.lab.train import _mean_over_ranks
+from megatron_fp32_router.lab.groups import leave_layout
+from megatron_fp32_router.lab.train import mean_over_ranks
 
 
 def build(recipe: Any, dense_stage: bool) -> Any:
@@ -57,7 +57,7 @@ def beside_others(recipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         # From 0.14 on get_megatron_optimizer gathers names of options from the whole job, a few times.
         while "built" not in gathered:
             dist.all_gather_object(gathered, [])
-        _mean_over_ranks([])  # the laboratory's step, likewise
+        mean_over_ranks([])  # the laboratory's step, likewise
     else:
         _train_alone(replace(recipe, data_parallel=size), gathered, handed=arguments.get("handed", False))
     leave_layout()

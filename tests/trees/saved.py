@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from megatron_fp32_router.audit.dcp import DcpReader
+from megatron_fp32_router.audit.files import Meter
 from megatron_fp32_router.audit.main_copies import walk
 from megatron_fp32_router.audit.pickles import TensorRef
-from megatron_fp32_router.audit.source import Meter
 from megatron_fp32_router.audit.torch_zip import Archive
 
 

@@ -22,13 +22,14 @@ _NUMBERING: Final = (
     "DistributedOptimizer._set_main_param_and_optimizer_states"
 )
 
-_patch: Final = partial(Patch, module=DISTRIBUTED_OPTIMIZER, goes_with="router-casts", area="distributed")
+_patch: Final = partial(
+    Patch, module=DISTRIBUTED_OPTIMIZER, issue=f"{UPSTREAM}/issues/2777", goes_with="router-casts", area="distributed"
+)
 
 _checkpoint: Final = partial(
     _patch,
     factory=refusal.refuse_stale_numbering,
     why="with fp32 router parameters, optimizer checkpoints silently hold another parameter's state",
-    issue=f"{UPSTREAM}/issues/2777",
     remove_when="the index map follows the groups (#5835)",
     whole=False,
     parameters=("self",),
@@ -53,7 +54,6 @@ PATCHES: Final = (
         path="DistributedOptimizer.__init__",
         factory=repair.repair_mixed_groups,
         why="with fp32 router parameters, optimizer checkpoints silently hold another parameter's state, or fail",
-        issue=f"{UPSTREAM}/issues/2777",
         remove_when="the index map follows the groups and fp32 shards are detached (#5835); status() then says native",
         parameters=("self", "optimizer", "config"),
     ),
@@ -76,7 +76,6 @@ PATCHES: Final = (
         path="DistributedOptimizer.load_parameter_state_from_dp_zero",
         factory=resume.load_gathered_across_settings,
         why="a checkpoint of a run without the plugin stops one rank with an opaque error while the others wait",
-        issue=f"{UPSTREAM}/issues/2777",
         remove_when="formats that gather a buffer's state go",
         parameters=("self", "state_dict"),
         relies_on=(f"{DISTRIBUTED_OPTIMIZER}:DistributedOptimizer.get_parameter_state_dp_zero",),
@@ -86,7 +85,6 @@ PATCHES: Final = (
         path="DistributedOptimizer.sharded_param_state_dp_reshardable",
         factory=resume.note_who_asks,
         why="a checkpoint of a run without the plugin stops with an opaque error",
-        issue=f"{UPSTREAM}/issues/2777",
         remove_when="dp_reshardable goes",
         since="0.15",
         absent_where=("DistributedOptimizer.sharded_state_dict lacks sharded_param_state_dp_reshardable",),

@@ -42,7 +42,7 @@ def _refuse(reason: str) -> None:
 
 
 def _misfit(found: dict[str, int], here: dict[str, int], there: dict[str, int] | None) -> str:
-    """What was `found` in a checkpoint, and what would have fitted: `here`, or `there` if it can be computed."""
+    """What was `found` in a checkpoint, and what was expected: `here`, or `there` if it can be computed."""
     expected = _said(here, found)
     if there is None:
         expected += (
@@ -90,7 +90,7 @@ def load_across_settings(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _first_of_all_ranks(problem: str, group: Any) -> str:
-    """What the first rank that has a problem says about it: the others would wait for it in the load."""
+    """The problem of the first rank that has one, told to all ranks: otherwise they would wait for it in the load."""
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return problem
     problems: list[Any] = [None] * dist.get_world_size(group)

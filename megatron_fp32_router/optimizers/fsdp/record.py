@@ -19,7 +19,7 @@ _patch: Final = partial(Patch, goes_with="router-casts", area="fsdp", whole=Fals
 _megatron: Final = partial(
     _patch,
     parameters=("self", "config"),
-    factory=refusal.look_at_megatron_fsdp,
+    factory=refusal.refuse_megatron_fsdp,
     why="nobody has run fp32 router parameters in it on a GPU, or resumed it",
     issue=f"{UPSTREAM}/pull/5929",
     remove_when="it has been run and resumed on a GPU",

@@ -18,7 +18,7 @@ def refuse_in(arguments: Iterable[Any], found: str, why: str, instead: str, *, u
     refuse(parameters, found, why, instead, untested=untested)
 
 
-def look_at_megatron_fsdp(original: Callable[..., None]) -> Callable[..., None]:
+def refuse_megatron_fsdp(original: Callable[..., None]) -> Callable[..., None]:
     """FullyShardedDataParallel.__init__ of custom_fsdp (0.12, 0.13) and of Megatron-FSDP (0.14 and later).
 
     Raises:

@@ -51,7 +51,7 @@ def shard_routers_apart(original: Callable[..., None]) -> Callable[..., None]:
 
 @contextlib.contextmanager
 def _routers_first(*, recompute: bool) -> Iterator[None]:
-    """While this is open, what Megatron shards has its routers sharded before it, with the same arguments."""
+    """Inside, the routers of every module that Megatron shards are sharded before it, with the same arguments."""
     home = sys.modules[_HOME]
     real = home.fully_shard
 

@@ -15,7 +15,9 @@ else:
 _patch: Final = partial(
     Patch,
     module=f"{OPTIMIZERS}.cpu_offloading.hybrid_optimizer",
+    issue=f"{UPSTREAM}/issues/6212",
     goes_with="router-casts",
+    since="0.12",
     area="offload",
     parameters=("self",),
 )
@@ -26,9 +28,7 @@ PATCHES: Final = (
         path="HybridDeviceOptimizer._set_sub_optimizer_grads",
         factory=repair.hand_on_gradients,
         why="with CPU offload, fp32 router parameters that stay on the GPU are silently never updated",
-        issue=f"{UPSTREAM}/issues/6212",
         remove_when="decoupled_grad reaches GPU parameters that have no fp32 copy",
-        since="0.12",
     ),
     _patch(
         id="offload-load",
@@ -37,14 +37,12 @@ PATCHES: Final = (
         why="with CPU offload, loading the state of fp32 router parameters fails, or leaves out their main copy",
         issue=f"{UPSTREAM}/pull/5929",
         remove_when="a loaded main copy reaches parameters that have no fp32 copy (#5929 only skips them)",
-        since="0.12",
     ),
     _patch(
         id="offload-reload",
         path="HybridDeviceOptimizer.update_fp32_param_by_new_param",
         factory=repair.refresh_native,
         why="with CPU offload, a model loaded without optimizer state gets its old router weights back",
-        issue=f"{UPSTREAM}/issues/6212",
         remove_when="update_fp32_param_by_new_param refreshes the CPU copies of fp32 parameters",
         since="0.13",
         absent_where=(

@@ -14,12 +14,6 @@ else:
 
 _patch: Final = partial(Patch, module=DISTRIBUTED_OPTIMIZER, goes_with="router-casts", area="distributed")
 
-_main_copy: Final = partial(
-    _patch,
-    issue=f"{UPSTREAM}/issues/7338",
-    remove_when="an fp32 parameter is its own main copy there too",
-)
-
 _formats: Final = partial(
     _patch,
     factory=repair.warn_before_a_save_in_vain,
@@ -32,18 +26,22 @@ _formats: Final = partial(
 )
 
 PATCHES: Final = (
-    _main_copy(
+    _patch(
         id="precision-aware-save",
         path="DistributedOptimizer._get_main_param_and_optimizer_states",
         factory=repair.save_the_parameter,
         why="with the precision-aware optimizer, checkpoints hold the router weight of the first step as its main copy",
+        issue=f"{UPSTREAM}/issues/7338",
+        remove_when="an fp32 parameter is its own main copy there too",
         parameters=("self", "model_param"),
     ),
-    _main_copy(
+    _patch(
         id="precision-aware-load",
         path="DistributedOptimizer._set_main_param_and_optimizer_states",
         factory=repair.load_the_parameter,
         why="with the precision-aware optimizer, a loaded main copy never reaches an fp32 router weight",
+        issue=f"{UPSTREAM}/issues/7338",
+        remove_when="an fp32 parameter is its own main copy there too",
         parameters=("self", "model_param", "tensors"),
     ),
     _formats(id="precision-aware-formats", path="DistributedOptimizer.sharded_state_dict"),

@@ -44,7 +44,7 @@ def say_who_converts(original: Callable[..., Any]) -> Callable[..., Any]:
     @replaces(original)
     def extract_param_metadata(param: Any, param_name: str, *args: Any, **kwargs: Any) -> Any:
         metadata = original(param, param_name, *args, **kwargs)
-        # Not where what reads the names could not be patched and the user chose to go on.
+        # Not if the function that reads the names could not be patched and the user chose to go on.
         if _is_router(metadata.name) and "refit-convert" in registry.replacements:
             setattr(metadata, _CONVERTS, True)
         return metadata

@@ -6,8 +6,7 @@ import re
 import time
 from typing import TYPE_CHECKING, Final, TextIO
 
-from megatron_fp32_router.log import printable
-from megatron_fp32_router.terminal import painted
+from megatron_fp32_router.terminal import painted, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

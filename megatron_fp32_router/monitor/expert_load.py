@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 
-def load(counts_E: Sequence[int]) -> dict[str, float]:
+def expert_load(counts_E: Sequence[int]) -> dict[str, float]:
     """What docs/monitor.md calls load/*.
 
     Args:

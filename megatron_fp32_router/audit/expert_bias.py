@@ -82,7 +82,7 @@ def _updates(tensor: RouterTensor, known: Sequence[float]) -> list[Finding]:
         )
         return found("problem", text)
     fit = fitted(values, known)
-    verdict, text = judge(fit, values.size, known, data)
+    verdict, text = verdict_on_fit(fit, values.size, known, data)
     if verdict != "problem":
         verdict, text = _frozen(values, fit, known, data) or (verdict, text)
     return found(verdict, text)
@@ -156,7 +156,7 @@ def _at_least(least: int, of: int, share: float) -> float:
     return math.fsum(math.exp(w + k * up + (of - k) * down) for k, w in enumerate(ways, least))
 
 
-def judge(fit: lattice.Fit, experts: int, known: Sequence[float], data: dict[str, Any]) -> tuple[Verdict, str]:
+def verdict_on_fit(fit: lattice.Fit, experts: int, known: Sequence[float], data: dict[str, Any]) -> tuple[Verdict, str]:
     """(verdict, text) for the fit of one router's biases to a step size; figures go into `data`.
 
     A rate that is known is the one to be found. Another that fits is a guess: if whole steps of it make up the known

@@ -1,0 +1,75 @@
+"""Trying promises one after the other, and noting what of Megatron ran meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from megatron_fp32_router.lab import Recipe
+
+
+class Failed(Exception):
+    """A promise does not hold; the text says what was found."""
+
+
+class LeftOut(Exception):
+    """Nothing was tried; the text says why."""
+
+
+Promise: TypeAlias = Callable[[Recipe], str]
+
+
+def prove_each(
+    promises: dict[str, Promise], recipe: Recipe, arguments: dict[str, Any], *, stop: bool = False
+) -> dict[str, Any]:
+    """Try promises one after the other.
+
+    Args:
+        stop: let through what a promise raises, except Failed: other ranks may wait for this one. What was done before
+            it lies in the file `arguments["done"]`, one result a line.
+
+    Returns:
+        `proofs`: [name, holds, detail] of each; holds is None for what was left out. `ran`: [name, line] of every
+        function in the files of `arguments["files"]`, by file, that was called in a promise that holds.
+    """
+    results: list[list[Any]] = []
+    ran: dict[str, set[tuple[str, int]]] = {file: set() for file in arguments["files"]}
+    called: set[tuple[str, str, int]] = set()
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        if event == "call":
+            code = frame.f_code
+            if code.co_filename in ran:
+                called.add((code.co_filename, code.co_name, code.co_firstlineno))
+
+    def tell(what: str, text: str) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            with Path(arguments[what]).open("a", encoding="utf-8") as file:
+                file.write(f"{text}\n")
+
+    for name, promise in promises.items():
+        tell("progress", name)
+        called.clear()
+        if ran:
+            sys.setprofile(note)  # slows everything down
+        try:
+            results.append([name, True, promise(recipe)])
+        except LeftOut as error:
+            results.append([name, None, str(error)])
+        except Failed as error:
+            results.append([name, False, str(error)])
+        except Exception as error:  # what breaks a promise may be anything; it is reported by its name
+            if stop:
+                raise
+            results.append([name, False, f"{type(error).__name__}: {error}"])
+        finally:
+            sys.setprofile(None)
+        tell("done", json.dumps(results[-1]))
+        if results[-1][1]:
+            for file, function, line in called:
+                ran[file].add((function, line))
+    return {"proofs": results, "ran": {file: [list(item) for item in sorted(found)] for file, found in ran.items()}}

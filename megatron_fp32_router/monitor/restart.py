@@ -1,0 +1,26 @@
+"""Where a program that counts from 1 again after a restart goes on. Imported only where there is a monitor.jsonl."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+def last_step(file: Path) -> int:
+    """The step of the last whole line of `file`; 0 when there is none.
+
+    Or when it cannot be read: append() meets the same trouble, and says so.
+    """
+    try:
+        with file.open("rb") as stream:
+            stream.seek(0, 2)
+            stream.seek(max(0, stream.tell() - 2**20))
+            lines = stream.read(2**20).splitlines()
+    except OSError:
+        return 0
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            continue  # the job was killed while it wrote this line
+    return 0
