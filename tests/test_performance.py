@@ -22,15 +22,23 @@ def test_the_page_is_the_one_that_the_files_give() -> None:
 
 def test_the_files_hold_every_part_and_name_the_command_and_the_machine() -> None:
     assert CPU is not None
-    assert {"startup", "construction", "step", "balance", "gating", "accuracy", "monitor"} <= CPU.keys()
+    assert {
+        "startup",
+        "construction",
+        "step",
+        "optimizers",
+        "balance",
+        "gating",
+        "accuracy",
+        "monitor",
+    } <= CPU.keys()
     assert CPU["command"] == "scripts/bench"
     assert all(CPU["machine"][name] for name in ("cpu", "cores", "python", "torch", "megatron", "date"))
 
 
 def rows(part: str) -> Any:
     assert CPU is not None
-    # Not measured on a quiet machine yet.
-    return CPU.get(part, []) if part == "optimizers" else CPU[part]
+    return CPU[part]
 
 
 def test_the_update_dispatches_a_fraction_of_upstreams_operations_at_every_size() -> None:
