@@ -1,10 +1,14 @@
-"""Ranks that could not connect to each other are started once more; any other failure is the caller's at once."""
+"""Ranks that could not connect to each other are started once more; any other failure is the caller's at once. What a
+rank forks can end."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
+from bootstrap import NEWEST, ensure_release
 
 from megatron_fp32_router import lab
 from megatron_fp32_router.lab import launch
@@ -41,3 +45,31 @@ def test_only_ranks_that_never_met_are_started_once_more(
             lab.run_ranks("a:b", lab.Recipe(), plugin=False)
     assert len(tried) == tries
     assert ("starting them anew" in capsys.readouterr().err) == (tries == 2)
+
+
+#: A group in a circle, and a process that is forked with it and then makes enough objects for a collection.
+FORKING = """
+import gc, os, sys
+import torch.distributed as dist
+from megatron_fp32_router import lab
+
+lab.prepare(sys.argv[1])
+with lab.parallel(lab.Recipe()):
+    circle = [dist.new_group([0])]
+    circle.append(circle)
+    dist.destroy_process_group(circle[0])
+    gc.disable()
+    del circle
+    gc.enable()
+    child = os.fork()
+    if child == 0:
+        kept = [[] for _ in range(1_000_000)]
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+
+
+def test_a_forked_process_does_not_wait_for_the_threads_of_a_group_that_it_collects() -> None:
+    command = [sys.executable, "-W", "ignore", "-c", FORKING, str(ensure_release(NEWEST))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import gc
+import os
 import random
 import sys
 import weakref
@@ -93,6 +94,7 @@ def parallel(recipe: Recipe, *, rank: int = 0, store: Any = None, timeout: float
         torch.cuda.set_device(rank)
     excepthook = sys.excepthook
     _set_imports_aside()
+    _leave_garbage_to_the_parent()
     gc.collect()  # what an earlier model, dropped only after its groups, still holds of them
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=recipe.world_size, timeout=timedelta(seconds=timeout)
@@ -118,6 +120,16 @@ def _set_imports_aside() -> None:
         import_module(f"megatron.core.{name}")
     gc.collect()
     gc.freeze()
+
+
+@functools.cache
+def _leave_garbage_to_the_parent() -> None:
+    """Let forked processes collect none; Megatron forks those that write a checkpoint.
+
+    A gloo group of an earlier layout, once collected, waits for its threads to end. A fork has none of them, and would
+    wait for ever.
+    """
+    os.register_at_fork(after_in_child=gc.disable)
 
 
 @contextlib.contextmanager
