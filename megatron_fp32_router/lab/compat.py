@@ -199,12 +199,13 @@ class FusedAdamLike(torch.optim.Optimizer):
             group["step"] = count = int(group.get("step", 0)) + 1
             beta1, beta2 = group["betas"]
             for param in group["params"]:
-                if param.grad is None:
-                    continue
+                # As TransformerEngine's, for a parameter without gradient too: Megatron-FSDP's checkpoints need it.
                 state = self.state[param]
                 if not state:
                     state["exp_avg"] = torch.zeros_like(param)
                     state["exp_avg_sq"] = torch.zeros_like(param)
+                if param.grad is None:
+                    continue
                 grad = param.grad.to(param.dtype)
                 param.mul_(1 - group["lr"] * group["weight_decay"])
                 state["exp_avg"].lerp_(grad, 1 - beta1)

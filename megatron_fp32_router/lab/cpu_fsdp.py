@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -12,6 +12,9 @@ from megatron_fp32_router.lab import cpu
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+#: Where Megatron-FSDP gathers and reduces.
+BUFFERS: Final = "megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer"
 
 
 class _Done:
@@ -44,14 +47,18 @@ def _one_by_one(*args: Any, **kwargs: Any) -> Iterator[_Done]:
         cpu._undo_to(start)
 
 
+def collectives_one_by_one(buffers: Any) -> None:
+    """Repair the module BUFFERS for gloo, until `cpu.undo()`."""
+    cpu.replace(buffers, "_coalescing_manager", _one_by_one)
+
+
 @contextlib.contextmanager
 def megatron_fsdp() -> Iterator[None]:
     """Let Megatron-FSDP (0.14 and later) build and train, while this is open."""
     start = len(cpu._replaced)
     # A number: it makes a torch.device("cuda:…") of it.
     cpu.replace(torch.cuda, "current_device", lambda: 0)
-    buffers = import_module("megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer")
-    cpu.replace(buffers, "_coalescing_manager", _one_by_one)
+    collectives_one_by_one(import_module(BUFFERS))
     try:
         yield
     finally:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import wrapt
 
-from megatron_fp32_router.lab import compat, cpu
+from megatron_fp32_router.lab import compat, cpu, cpu_fsdp
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,6 +33,8 @@ def pretend() -> None:
     # A number: Megatron makes a torch.device("cuda", …) of it. A bare number is CUDA's to cpu.py, too.
     cpu.replace(torch.cuda, "current_device", lambda: 0)
     cpu.replace(torch.cuda, "get_device_name", lambda device=None: "CPU")  # main
+    # FSDP's flags are checked for a GPU newer than Hopper.
+    cpu.replace(torch.cuda, "get_device_properties", lambda device=None: types.SimpleNamespace(major=9, minor=0))
     # A torch that was built for CUDA asks the driver for it.
     cpu.replace(torch.Tensor, "pin_memory", lambda tensor, device=None: tensor)
     if not hasattr(typing, "override"):
@@ -49,6 +51,7 @@ def pretend() -> None:
     # 0.12 to 0.15 expect a TransformerEngine where they load a checkpoint or have a distributed optimizer.
     wrapt.register_post_import_hook(lambda module: compat.version_of_nothing(), "megatron.core.utils")
     wrapt.register_post_import_hook(lambda module: compat.empty_fp8_list(), "megatron.core.fp8_utils")
+    wrapt.register_post_import_hook(cpu_fsdp.collectives_one_by_one, cpu_fsdp.BUFFERS)
     # To 0.16. It asks nvcc for its version, and compiles nothing more.
     _compiled("megatron.legacy.fused_kernels", load=lambda args: None)
 

@@ -37,7 +37,7 @@ def refuse(parameters: Iterable[Any], found: str, why: str, instead: str, *, unt
     lower = {parameter.dtype for parameter in seen if below_fp32(parameter.dtype)}
     if not ours or not lower:
         return
-    mixture = f"{ours} fp32 router parameters beside {' and '.join(sorted(map(_plain, lower)))} ones"
+    mixture = f"{ours} fp32 router parameters beside {' and '.join(sorted(map(plain, lower)))} ones"
     if untested and registry.settings.untested == "allow":
         say(
             logging.WARNING,
@@ -54,5 +54,6 @@ def refuse(parameters: Iterable[Any], found: str, why: str, instead: str, *, unt
     )
 
 
-def _plain(dtype: torch.dtype) -> str:
+def plain(dtype: torch.dtype) -> str:
+    """Its name as people write it: "bfloat16"."""
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""FSDP with fp32 routers on one GPU, over NCCL: torch's, and Megatron's, which waits for this to be let through."""
+"""FSDP with fp32 routers on one GPU, over NCCL: torch's and Megatron's."""
 
 from __future__ import annotations
 

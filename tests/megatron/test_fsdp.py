@@ -1,6 +1,6 @@
-"""torch FSDP2 with fp32 routers, two ranks: trained as by DDP and by an Adam of their own, saved and resumed.
+"""FSDP with fp32 routers, two ranks: torch's and Megatron's train as DDP does, and as an Adam of their own.
 
-And Megatron-FSDP, which is refused as untested: the first step, on one rank.
+torch's is saved and resumed here; Megatron's in tests/trees, by the programs of checkouts: it needs megatron.training.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from packaging.version import Version
 from programs import fsdp
 
 from megatron_fp32_router import lab
-from megatron_fp32_router.lab import compat, cpu_fsdp
+from megatron_fp32_router.lab import compat
 
 # The oldest and the newest. Between them, 0.12 and 0.16 to 0.18 cannot train with FSDP2 at all, plugin off or on.
 pytestmark = pytest.mark.on_lines("0.11", "0.19")
@@ -38,6 +38,7 @@ def ranks(request: pytest.FixtureRequest, release: Version, tmp_path_factory: An
     arguments = {
         "folder": str(tmp_path_factory.mktemp("fsdp")),
         "cases": cases if release >= Version("0.12") else [],
+        "megatron_fsdp": release >= Version("0.16"),
     }
     where = {
         "megatron": request.config.getoption("--megatron"),
@@ -112,25 +113,37 @@ def test_torch_dist_cannot_be_saved_plugin_off_or_on(ranks: Any) -> None:
 
 
 @pytest.mark.since("0.19")
-def test_the_first_step_of_megatron_fsdp_has_the_bits_of_ddp_where_it_is_let_through(
-    plugin: Any, monkeypatch: Any
-) -> None:
-    """What a CPU can say. Its checkpoints, several ranks and a GPU were not tested: tests/gpu has the next step."""
-    monkeypatch.setenv("MEGATRON_FP32_ROUTER_UNTESTED", "allow")
-    plugin()
-    fields = {**fsdp.ONE, "data_parallel": 1, "optimizer": "distributed", "clip_grad": 0.0}
-    found = []
-    with lab.parallel(lab.Recipe(**fields)), cpu_fsdp.megatron_fsdp():
-        for wrapper in ("ddp", "megatron_fsdp"):
-            recipe = lab.Recipe(**fields, wrapper=wrapper)
-            lab.seed(recipe.seed)
-            room = lab.build(recipe)
-            loss = room.step(lab.text_batches(recipe, seed=7))
-            tensors = dict(room.chunks[0].named_parameters()) | dict(room.chunks[0].named_buffers())
-            found.append({name.replace("module.", ""): value.detach().clone() for name, value in tensors.items()})
-            found[-1]["loss"] = torch.tensor(loss)
-    ddp, sharded = found
-    assert ddp["decoder.layers.0.mlp.router.weight"].dtype == torch.float32
-    assert ddp.keys() == sharded.keys()
-    for name, value in ddp.items():
-        assert torch.equal(value, sharded[name]), name
+def test_the_first_step_of_megatron_fsdp_has_the_bits_of_distributed_data_parallel(ranks: Any) -> None:
+    for rank in ranks:
+        ddp, found = rank["ddp"], rank["megatron_fsdp"]
+        assert found["weights"][1].keys() == found["biases"][0].keys() != set()
+        for name, weight in found["weights"][1].items():
+            assert weight.dtype == torch.float32
+            assert torch.equal(weight, ddp[f"{name}.weight"]), name
+            assert torch.equal(found["biases"][0][name], ddp[f"{name}.expert_bias"]), name
+
+
+@pytest.mark.since("0.19")
+def test_under_megatron_fsdp_a_router_moves_as_an_fp32_parameter_of_its_own_adam(ranks: Any) -> None:
+    found = ranks[0]["megatron_fsdp"]
+    for name, start in found["weights"][0].items():
+        alone = torch.nn.Parameter(start.clone())
+        adam = compat.FusedAdamLike([alone], lr=1e-3)
+        for gradients, after in zip(found["gradients"], found["weights"][1:], strict=True):
+            alone.grad = gradients[name].clone()
+            assert alone.grad.dtype == torch.float32
+            adam.step()
+            assert torch.equal(after[name], alone), name
+        assert not torch.equal(alone, alone.bfloat16().float())
+    for one, other in zip(found["weights"], ranks[1]["megatron_fsdp"]["weights"], strict=True):
+        assert all(torch.equal(weight, other[name]) for name, weight in one.items())
+
+
+@pytest.mark.since("0.19")
+def test_main_copies_below_fp32_would_round_a_routers_weight_and_are_refused(ranks: Any) -> None:
+    for rank in ranks:
+        for weight in rank["low"]["weights"]:
+            assert weight.dtype == torch.float32
+            assert torch.equal(weight, weight.bfloat16().float())
+        assert "CombinationRefusedError: Megatron-FSDP with main copies in bfloat16" in rank["low"]["stopped"]
+        assert "Set --megatron-fsdp-main-params-dtype to fp32" in rank["low"]["stopped"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 from collections.abc import Iterator
 from importlib import import_module
@@ -64,34 +63,31 @@ def test_torch_fsdp2_is_refused_where_torch_keeps_it_private(plugin: Any, monkey
         assert wrap()
 
 
-@pytest.mark.since("0.12")
-def test_megatron_fsdp_is_refused_until_somebody_has_tried_it(
+@pytest.mark.on_lines("0.12", "0.13", "0.14", "0.15", "0.20")
+def test_megatron_fsdp_is_refused_where_it_could_not_be_resumed(
     plugin: Any, release: Version, monkeypatch: Any, caplog: Any
 ) -> None:
     monkeypatch.setattr("megatron_fp32_router.log._said", set())
     caplog.set_level(logging.WARNING)
     if release < Version("0.14"):
         home = import_module("megatron.core.distributed.custom_fsdp.fully_sharded_data_parallel")
-        names = ["FullyShardedDataParallel"]
     else:
         home = import_module("megatron.core.distributed.fsdp.mcore_fsdp_adapter")
-        # A factory of two classes from 0.20.
-        names = [n for n, v in vars(home).items() if n.startswith("FullyShardedDataParallel") and inspect.isclass(v)]
+    wrapper = getattr(home, "FullyShardedDataParallelV2", home.FullyShardedDataParallel)
     recipe = lab.Recipe(**SMALL)
     for protect, untested in (("all", "refuse"), ("all", "allow"), ("buffers", "refuse")):
         monkeypatch.setenv("MEGATRON_FP32_ROUTER_UNTESTED", untested)
         plugin(protect=protect)
         with lab.parallel(recipe):
             module = wrapped(recipe)
-            for name in names:
-                if (protect, untested) == ("all", "refuse"):
-                    with refused("Megatron-FSDP", "Train without it", untested=True):
-                        getattr(home, name)(module.config, object(), module)
-                else:
-                    # Whatever it lacks on a CPU, or in that object: upstream's own code was reached.
-                    with pytest.raises(Exception) as caught:  # noqa: PT011
-                        getattr(home, name)(module.config, object(), module)
-                    assert not isinstance(caught.value, megatron_fp32_router.Fp32RouterError)
+            if (protect, untested) == ("all", "refuse"):
+                with refused("Megatron-FSDP", "Train without it", untested=True):
+                    wrapper(module.config, object(), module)
+            else:
+                # Whatever it lacks on a CPU, or in that object: upstream's own code was reached.
+                with pytest.raises(Exception) as caught:  # noqa: PT011
+                    wrapper(module.config, object(), module)
+                assert not isinstance(caught.value, megatron_fp32_router.Fp32RouterError)
     assert "Allowed by MEGATRON_FP32_ROUTER_UNTESTED=allow" in caplog.text
 
 

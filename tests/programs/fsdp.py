@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from programs import resume
 
 from megatron_fp32_router import lab
-from megatron_fp32_router.lab import checkpoint
+from megatron_fp32_router.lab import checkpoint, cpu_fsdp
 from megatron_fp32_router.lab.recipe import Recipe
 
 ONE: dict[str, Any] = {**resume.TINY, "data_parallel": 2, "layers": 1, "overlap": False, "fused_adam": True}
 FSDP2: dict[str, Any] = {**ONE, "wrapper": "fsdp2"}
+MEGATRON: dict[str, Any] = {**ONE, "wrapper": "megatron_fsdp", "optimizer": "distributed"}
 
 
 def write(recipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -30,6 +33,10 @@ def write(recipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     alike = {"micro_batches": 1, "clip_grad": 0.0}
     found["ddp"], found["fsdp2"] = (one_step(Recipe(**{**kind, **alike})) for kind in (ONE, FSDP2))
     found["steps"] = steps(Recipe(**{**FSDP2, "clip_grad": 0.5}))
+    if arguments["megatron_fsdp"]:
+        with cpu_fsdp.megatron_fsdp():
+            found["megatron_fsdp"] = megatron_steps(Recipe(**{**MEGATRON, **alike}))
+            found["low"] = low_main_copies(Recipe(**{**MEGATRON, **alike}))
     found["torch_dist"] = {plugin: save_torch_dist(plugin, folder / plugin) for plugin in ("off", "on")}
     for case in arguments["cases"]:
         resume.turn(case["plugin"])
@@ -101,6 +108,52 @@ def steps(recipe: Any) -> dict[str, Any]:
         found["norms"].append(room.grad_norm)
     found["end"] = {name: weight.full_tensor().detach() for name, weight in weights.items()}
     return found
+
+
+def megatron_steps(recipe: Any) -> dict[str, Any]:
+    """Three steps with Megatron-FSDP: what the inner optimizer was given of every router, and what came of each."""
+    room = resume.build(recipe)
+    (optimizer,) = checkpoint.optimizers(room)
+    real = optimizer.optimizer.step
+    found: dict[str, Any] = {"weights": [], "gradients": [], "biases": []}
+
+    routers = {f"module.{name.replace('module.', '')}": router for name, router in room.routers()}
+
+    def look() -> dict[str, torch.Tensor]:
+        return {name: together(router.weight) for name, router in routers.items()}
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        found["weights"].append(look())
+        found["gradients"].append({name: together(router.weight.grad) for name, router in routers.items()})
+        return real(*args, **kwargs)
+
+    optimizer.optimizer.step = step
+    batches = lab.text_batches(recipe, seed=7)
+    for _ in range(3):
+        room.step(batches)
+        found["biases"].append({name: router.expert_bias.clone() for name, router in routers.items()})
+    room.chunks[0].module.synchronize_param_gather()  # it shows the main copies again
+    found["weights"].append(look())
+    return found
+
+
+def together(tensor: Any) -> torch.Tensor:
+    """A parameter whose rows lie unevenly on the ranks, which DTensor.full_tensor does not expect; or none of them."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, None if tensor is None else tensor.detach().to_local())
+    return torch.cat([part for part in parts if part is not None])
+
+
+def low_main_copies(recipe: Any) -> dict[str, Any]:
+    """A router's weight after a step with all main copies in bf16, if the plugin does not stop it; and how it does."""
+    low = replace(recipe, ddp_extra={"megatron_fsdp_main_params_dtype": torch.bfloat16})
+    with without("megatron.core.distributed.fsdp.src.megatron_fsdp.megatron_fsdp", "MegatronFSDP", "__init__"):
+        room = resume.build(low)
+        room.step(lab.text_batches(recipe, seed=7))
+    return {
+        "weights": [router.weight.detach().clone() for _, router in room.routers()],
+        "stopped": resume.attempt(lambda: resume.build(low)),
+    }
 
 
 def save_torch_dist(plugin: str, folder: Path) -> str:

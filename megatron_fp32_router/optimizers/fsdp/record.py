@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from megatron_fp32_router.patching.record import OPTIMIZER, UPSTREAM, Patch, deferred
+from megatron_fp32_router.patching.record import DISTRIBUTED_OPTIMIZER, OPTIMIZER, UPSTREAM, Patch, deferred
 
 if TYPE_CHECKING:
     from megatron_fp32_router.optimizers.fsdp import refusal, repair
@@ -14,20 +14,24 @@ else:
 
 _DISTRIBUTED: Final = "megatron.core.distributed"
 
-_patch: Final = partial(Patch, goes_with="router-casts", area="fsdp", whole=False)
+_CUSTOM: Final = f"{_DISTRIBUTED}.custom_fsdp.fully_sharded_data_parallel"
+#: From 0.20 FullyShardedDataParallel is a function that picks one of two classes.
+_ONE_CLASS: Final = "FullyShardedDataParallel.__init__ uses self"
+_SAVES: Final = f"{DISTRIBUTED_OPTIMIZER}:DistributedOptimizer._param_name uses handle_experts_in_state_dict"
 
-_megatron: Final = partial(
-    _patch,
-    parameters=("self", "config"),
-    factory=refusal.refuse_megatron_fsdp,
-    why="nobody has run fp32 router parameters in it on a GPU, or resumed it",
-    issue=f"{UPSTREAM}/pull/5929",
-    remove_when="it has been run and resumed on a GPU",
+_patch: Final = partial(
+    Patch, goes_with="router-casts", area="fsdp", whole=False, issue=f"{UPSTREAM}/pull/5929", parameters=("self",)
 )
 
-#: From 0.20 FullyShardedDataParallel is a function that picks one of two classes.
-_adapter: Final = partial(_megatron, module=f"{_DISTRIBUTED}.fsdp.mcore_fsdp_adapter")
-_versioned: Final = partial(_adapter, since="0.20", absent_where=("FullyShardedDataParallel.__init__ uses self",))
+#: Before 0.16, and main's second version. What upstream does there with a CPU: docs/limits.md.
+_untested: Final = partial(
+    _patch,
+    module=f"{_DISTRIBUTED}.fsdp.mcore_fsdp_adapter",
+    path="FullyShardedDataParallel.__init__",
+    factory=refusal.refuse_megatron_fsdp,
+    why="no test could save fp32 router parameters in it, and go on from there",
+    remove_when="upstream can save it on a CPU",
+)
 
 PATCHES: Final = (
     _patch(
@@ -36,7 +40,6 @@ PATCHES: Final = (
         path="TorchFullyShardedDataParallel.__init__",
         factory=repair.shard_routers_apart,
         why="torch FSDP2 stops at fp32 router parameters in the first forward",
-        issue="https://github.com/pytorch/pytorch",
         remove_when="FSDP2 takes several parameter dtypes in one unit",
         parameters=("self", "config"),
         uses=("TorchFullyShardedDataParallel.__init__ uses fully_shard",),
@@ -47,26 +50,24 @@ PATCHES: Final = (
         path="Float16OptimizerWithFloat16Params._copy_model_grads_to_main_grads",
         factory=repair.lend_gradients,
         why="under torch FSDP2 the optimizer stops at fp32 router parameters, which have no main_grad there",
-        issue=f"{UPSTREAM}/pull/5929",
         remove_when="the gradient of an fp32 parameter without main_grad is taken from grad",
-        parameters=("self",),
     ),
-    _megatron(
-        id="refuse-custom-fsdp",
-        module=f"{_DISTRIBUTED}.custom_fsdp.fully_sharded_data_parallel",
-        path="FullyShardedDataParallel.__init__",
-        since="0.12",
-        until="0.14",
-        gone=True,
+    _patch(
+        id="megatron-fsdp-main-copies",
+        module=f"{_DISTRIBUTED}.fsdp.src.megatron_fsdp.megatron_fsdp",
+        path="MegatronFSDP.__init__",
+        factory=refusal.refuse_low_main_copies,
+        why="with --megatron-fsdp-main-params-dtype below fp32 a router's fp32 weight is rounded in every step",
+        remove_when="it keeps the main copy of an fp32 parameter in fp32, whatever the flag",
+        since="0.17",
+        native_where=("MegatronFSDP.__init__ lacks mixed_precision_policy",),
     ),
-    _adapter(
-        id="refuse-megatron-fsdp",
-        path="FullyShardedDataParallel.__init__",
-        since="0.14",
-        until="0.20",
-        gone=True,
-        absent_where=("FullyShardedDataParallelV1.__init__ uses self",),
+    _untested(id="refuse-custom-fsdp", module=_CUSTOM, since="0.12", until="0.14", gone=True),
+    _untested(id="refuse-megatron-fsdp", since="0.14", until="0.16", absent_where=(_SAVES,), native_where=(_SAVES,)),
+    _untested(
+        id="refuse-megatron-fsdp-v2",
+        path="FullyShardedDataParallelV2.__init__",
+        since="0.20",
+        absent_where=(_ONE_CLASS,),
     ),
-    _versioned(id="refuse-megatron-fsdp-v1", path="FullyShardedDataParallelV1.__init__"),
-    _versioned(id="refuse-megatron-fsdp-v2", path="FullyShardedDataParallelV2.__init__"),
 )

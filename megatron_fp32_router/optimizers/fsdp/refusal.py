@@ -1,4 +1,4 @@
-"""What of FSDP is refused before the first step: Megatron's, and torch's where torch is too old."""
+"""What of FSDP is refused before the first step: Megatron's before 0.16, and torch's where torch is too old."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from megatron_fp32_router.optimizers.refusing import refuse
+from megatron_fp32_router.casts.router import below_fp32
+from megatron_fp32_router.optimizers.refusing import plain, refuse
 from megatron_fp32_router.patching.registry import replaces
 
 
@@ -19,10 +20,10 @@ def refuse_in(arguments: Iterable[Any], found: str, why: str, instead: str, *, u
 
 
 def refuse_megatron_fsdp(original: Callable[..., None]) -> Callable[..., None]:
-    """FullyShardedDataParallel.__init__ of custom_fsdp (0.12, 0.13) and of Megatron-FSDP (0.14 and later).
+    """FullyShardedDataParallel.__init__: custom_fsdp (0.12, 0.13), Megatron-FSDP before 0.16, main's second version.
 
     Raises:
-        CombinationRefusedError: no test has run it on a GPU or resumed it.
+        CombinationRefusedError: no test could save it and go on.
     """
 
     @replaces(original)
@@ -30,10 +31,33 @@ def refuse_megatron_fsdp(original: Callable[..., None]) -> Callable[..., None]:
         refuse_in(
             (*args, *kwargs.values()),
             "Megatron-FSDP (--use-megatron-fsdp, --use-custom-fsdp)",
-            "no test has run it on a GPU, nor resumed it from a checkpoint",
-            "Train without it",
+            "with this version of it no test could save a training and go on",
+            "Train without it, or with another version (the first one, from Megatron-Core 0.16 on)",
             untested=True,
         )
         original(self, config, *args, **kwargs)
+
+    return __init__
+
+
+def refuse_low_main_copies(original: Callable[..., None]) -> Callable[..., None]:
+    """MegatronFSDP.__init__, which from 0.17 takes one dtype for the main copies of all parameters.
+
+    Raises:
+        CombinationRefusedError: that dtype is below fp32. A router's fp32 weight is made of its main copy in each step.
+    """
+
+    @replaces(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        given = (*args, *kwargs.values())
+        for dtype in (getattr(value, "main_params_dtype", None) for value in given):
+            if dtype is not None and below_fp32(dtype):
+                refuse_in(
+                    given,
+                    f"Megatron-FSDP with main copies in {plain(dtype)}",
+                    f"a router's weight would be rounded to {plain(dtype)} in every step",
+                    "Set --megatron-fsdp-main-params-dtype to fp32, which is the default",
+                )
+        original(self, *args, **kwargs)
 
     return __init__

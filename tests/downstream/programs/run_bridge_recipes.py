@@ -27,6 +27,7 @@ from megatron.bridge.training import config as bridge_config
 from megatron.bridge.training.mixed_precision import get_mixed_precision_config
 from megatron.bridge.training.optim import setup_optimizer
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from torch.distributed.tensor import DTensor
 
 _RATE = 1e-2
 
@@ -117,6 +118,7 @@ def one(cfg: Any) -> dict[str, Any]:
     )
     tokens_BS, positions_BS, mask = next(batches(1))
     model[0](tokens_BS, positions_BS, mask, labels=tokens_BS.roll(-1, 1)).float().mean().backward()
+    seen = dtypes(model)  # afterwards Megatron-FSDP shows its main copies in their place
     model[0].finish_grad_sync()
     before = [weight.detach().clone() for weight in _weights(model)]
     for group in optimizer.param_groups:
@@ -124,11 +126,13 @@ def one(cfg: Any) -> dict[str, Any]:
     optimizer.step()
     moved = [not torch.equal(old, new) for old, new in zip(before, _weights(model), strict=True)]
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return {"dtypes": dtypes(model), "moved": moved, "optimizers": sorted({type(p.optimizer).__name__ for p in parts})}
+    return {"dtypes": seen, "moved": moved, "optimizers": sorted({type(p.optimizer).__name__ for p in parts})}
 
 
 def _weights(model: Any) -> list[torch.Tensor]:
-    return [parameter for name, parameter in model[0].named_parameters() if name.endswith("router.weight")]
+    found = [parameter for name, parameter in model[0].named_parameters() if name.endswith("router.weight")]
+    # Megatron-FSDP shows sharded ones around its optimizer's step; here one rank has all of them.
+    return [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in found]
 
 
 def settings(cfg: Any) -> str:

@@ -60,7 +60,7 @@ def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
         return
     for group in optimizer.param_groups:
         for main in group["params"]:
-            if main.shape == _routers[0].weight.shape:
+            if main.shape == _routers[0].weight.shape and not hasattr(main, "full_tensor"):
                 moment = optimizer.state[main].get("exp_avg", torch.zeros_like(main))
                 _main.append({"value": main.double().tolist(), "exp_avg": moment.double().tolist()})
 

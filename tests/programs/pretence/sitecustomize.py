@@ -40,7 +40,7 @@ def pretend() -> None:
     }
     sys.modules.update(stand_ins)
     try:
-        for name in dict.fromkeys(("cpu_gloo", "cpu", "compat", answering)):
+        for name in dict.fromkeys(("cpu_gloo", "cpu", "compat", "cpu_fsdp", answering)):
             setattr(lab, name, load(name))
     finally:
         for name in stand_ins:
