@@ -13,6 +13,7 @@ import torch
 from bootstrap import NEWEST, ensure_transformer_engine
 from packaging.version import Version
 from programs import resume, unrepaired
+from programs.precision_aware import inner_of, resumed
 
 from megatron_fp32_router import lab, log
 from megatron_fp32_router.lab import checkpoint, cpu, kernels
@@ -57,16 +58,6 @@ def case(release: Version) -> Callable[..., dict[str, Any]]:
         return {"name": name, "fields": fields, "engine": engine, "plugin": "on", "then": "on", "formats": []}
 
     return make
-
-
-def inner_of(room: lab.Lab, router: Any) -> tuple[Any, torch.Tensor, Any]:
-    """(distributed optimizer, the slice of the router's weight that it holds, FusedAdam)."""
-    return next(
-        (one, held, one.optimizer)
-        for one in checkpoint.optimizers(room)
-        for parameter, held in checkpoint._main_copies(one)
-        if parameter is router.weight
-    )
 
 
 # Updates ---------------------------------------------------------------------------------------------------------
@@ -161,53 +152,6 @@ def test_an_offloaded_optimizer_in_a_format_that_restores_first_weights_is_warne
 # Checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def main_copies(room: lab.Lab) -> dict[str, torch.Tensor]:
-    """Every router weight's main copy, in fp32."""
-    found = {}
-    for name, router in room.routers():
-        _, held, inner = inner_of(room, router)
-        if held.dtype == F32:
-            found[name] = held.detach().clone()
-            continue
-        main = inner.get_unscaled_state(held, "master_param")
-        # Of a main copy with remainders the weight has the upper half; how they join is FusedAdam's arithmetic.
-        found[name] = joined(held.detach(), main) if main.dtype == torch.int16 else main.clone()
-    return found
-
-
-def joined(weight: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
-    """weight.view(uint16) << 16 | rest, after the weight was rounded up where the rest is negative; in NumPy."""
-    upper = weight.view(torch.int16).numpy().astype(np.int64) - (rest.numpy() < 0)
-    bits = ((upper << 16) | (rest.numpy().astype(np.int64) & 0xFFFF)) & 0xFFFFFFFF
-    return torch.from_numpy(bits.astype(np.uint32).view(np.float32))
-
-
-def resumed(this: dict[str, Any], before: str, after: str, name: str, folder: Path) -> tuple[str, list[str]]:
-    """Save with the plugin `before`, load `after`: (what was raised, what differs now or three steps later).
-
-    Across on and off, main copies of router weights are compared, and all moments.
-    """
-    recipe = resume.recipe_of(this)
-    resume.turn(before)
-    room = resume.build(recipe)
-    resume.train(room, 0)
-    failure = resume.attempt(lambda: checkpoint.save(room, folder, name))
-    resume.turn(after)
-    other = resume.build(recipe)
-    failure = failure or resume.attempt(lambda: checkpoint.load(other, folder, name))
-    if failure:
-        return failure, []
-    if before != after:
-        expected, found = main_copies(room), main_copies(other)
-        wrong = [weight for weight in expected if not torch.equal(expected[weight].view(-1), found[weight].view(-1))]
-        saved, loaded = checkpoint.snapshot(room), checkpoint.snapshot(other)
-        return "", wrong + [key for key in checkpoint.differences(saved, loaded) if "exp_avg" in key]
-    different = checkpoint.differences(checkpoint.snapshot(room), checkpoint.snapshot(other))
-    losses = resume.train(room, resume.STEPS) != resume.train(other, resume.STEPS)
-    later = checkpoint.differences(checkpoint.snapshot(room), checkpoint.snapshot(other))
-    return "", [*different, *later, *(["losses"] if losses else [])]
-
-
 @pytest.mark.parametrize("remainders", [False, True])
 def test_every_format_that_megatron_can_load_without_the_plugin_resumes_with_it(
     remainders: bool, case: Any, resume_record: Any, tmp_path: Path, caplog: Any
@@ -290,6 +234,37 @@ def test_a_resume_in_a_new_process_ends_on_the_bits_of_a_run_that_never_stopped(
         for this in wanted:
             for found in rank[f"{this['name']} on"].values():
                 assert found == {"failure": "", "loaded": [], "end": [], "losses": True}, this["name"]
+
+
+#: What upstream can load of a run without the plugin, with remainders and without.
+TURNED_ON = {
+    "0.11": ([], ["dp_zero_gather_scatter", "fully_sharded_model_space", "torch"]),
+    "0.15": (["fully_sharded_model_space"], ["dp_zero_gather_scatter", "fully_reshardable", "torch"]),
+    "0.19": (["dp_reshardable"], ["dp_reshardable", "dp_zero_gather_scatter", "fully_reshardable", "torch"]),
+}
+
+
+@pytest.mark.on_lines(*TURNED_ON)
+def test_two_ranks_turn_the_plugin_on_from_every_format(
+    case: Any, release: Version, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    formats = TURNED_ON[f"{release.major}.{release.minor}"]
+    cases = [
+        {**case(name, remainders, dtypes, data_parallel=2), "formats": formats[not remainders]}
+        for name, (remainders, dtypes) in KINDS.items()
+        if F16 not in dtypes.values()
+    ]
+    ranks = lab.run_ranks(
+        "precision_aware:turned_on",
+        lab.Recipe(data_parallel=2),
+        {"cases": cases, "folder": str(tmp_path)},
+        megatron=request.config.getoption("--megatron"),
+        plugin=True,
+        python_path=[str(request.config.rootpath / "tests" / part) for part in ("programs", "")],
+    )
+    for rank in ranks:
+        assert len(rank) == sum(len(this["formats"]) for this in cases) > 0
+        assert rank == {key: ["", []] for key in rank}
 
 
 @pytest.mark.on_lines("0.19")
