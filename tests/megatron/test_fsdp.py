@@ -61,6 +61,11 @@ def test_upstream_stops_at_two_dtypes_in_a_unit_and_at_fp32_parameters_without_m
         assert "has no attribute 'main_grad'" in gradients
 
 
+def test_routers_are_units_of_their_own_only_where_they_are_fp32_among_bf16(ranks: Any) -> None:
+    for rank in ranks:
+        assert rank["apart"] == {"bf16": [True], "fp32": [False]}
+
+
 def test_the_first_step_has_the_bits_of_distributed_data_parallel(ranks: Any) -> None:
     for rank in ranks:
         ddp, fsdp2 = rank["ddp"], rank["fsdp2"]

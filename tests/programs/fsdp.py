@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp as fsdp
 from programs import resume
 
 from megatron_fp32_router import lab
@@ -37,6 +38,8 @@ def write(recipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         with cpu_fsdp.megatron_fsdp():
             found["megatron_fsdp"] = megatron_steps(Recipe(**{**MEGATRON, **alike}))
             found["low"] = low_main_copies(Recipe(**{**MEGATRON, **alike}))
+    apart = {dtype: resume.build(Recipe(**{**FSDP2, "precision": dtype})) for dtype in ("bf16", "fp32")}
+    found["apart"] = {d: [isinstance(r, fsdp.FSDPModule) for _, r in room.routers()] for d, room in apart.items()}
     found["torch_dist"] = {plugin: save_torch_dist(plugin, folder / plugin) for plugin in ("off", "on")}
     for case in arguments["cases"]:
         resume.turn(case["plugin"])

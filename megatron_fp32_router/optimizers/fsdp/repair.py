@@ -43,14 +43,14 @@ def shard_routers_apart(original: Callable[..., None]) -> Callable[..., None]:
             )
             original(self, config, *args, **kwargs)
             return
-        with _routers_first(recompute=getattr(config, "recompute_granularity", None) is not None):
+        with _routers_first():
             original(self, config, *args, **kwargs)
 
     return __init__
 
 
 @contextlib.contextmanager
-def _routers_first(*, recompute: bool) -> Iterator[None]:
+def _routers_first() -> Iterator[None]:
     """Inside, the routers of every module that Megatron shards are sharded before it, with the same arguments."""
     home = sys.modules[_HOME]
     real = home.fully_shard
@@ -59,16 +59,9 @@ def _routers_first(*, recompute: bool) -> Iterator[None]:
     def fully_shard(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         # Where everything is fp32, one unit takes it all.
         two_dtypes = any(below_fp32(parameter.dtype) for parameter in module.parameters())
-        routers: list[Any] = [inner for inner in module.modules() if two_dtypes and _trains_fp32(inner)]
-        for router in routers:
+        for router in [inner for inner in module.modules() if two_dtypes and _trains_fp32(inner)]:
             _shard(router, real, args, kwargs)
-        sharded = real(module, *args, **kwargs)
-        if recompute:
-            # As Megatron does for its own units, since recomputed forwards mislead torch about what to gather ahead.
-            # The unit around a router is there when the router's turn comes: nothing is gathered.
-            for router in routers:
-                router.set_modules_to_backward_prefetch([module])
-        return sharded
+        return real(module, *args, **kwargs)
 
     home.fully_shard = fully_shard  # type: ignore[attr-defined]
     try:
