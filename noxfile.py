@@ -16,7 +16,17 @@ import nox
 ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
-from bootstrap import LAST_OF_LINE, RELEASES, TREES, TREES_BY_HAND, TREES_IN_WHOLE, ensure_release, ensure_tree  # noqa: E402 - neither folder is a package
+from bootstrap import (  # noqa: E402 - neither folder is a package
+    LAST_OF_LINE,
+    MIDDLE,
+    OTHER_OPTIMIZERS,
+    RELEASES,
+    TREES,
+    TREES_BY_HAND,
+    TREES_IN_WHOLE,
+    ensure_release,
+    ensure_tree,
+)
 from installing import VERSIONS, pythons  # noqa: E402
 
 nox.options.default_venv_backend = "none"
@@ -26,9 +36,6 @@ nox.options.sessions = ["lint", "types", "independent"]
 SCRIPTS = [
     str(path.relative_to(ROOT)) for path in sorted((ROOT / "scripts").iterdir()) if path.is_file() and not path.suffix
 ]
-
-#: Releases whose optimizer code differs from that of the last of their line (scripts/docs_resume.py finds them).
-OTHER_OPTIMIZERS = ("0.17.0",)
 
 #: Of tests/megatron, what is run on the checkout of main that runs every test of tests/trees: recipes and optimizers.
 ON_MAIN = [f"tests/megatron/test_{name}.py" for name in ("recipes", "muon", "optimizer_step")]
@@ -100,7 +107,18 @@ def release(session: nox.Session, megatron: str) -> None:
     if megatron in OTHER_OPTIMIZERS:
         tests += [f"tests/megatron/test_{name}.py" for name in ("optimizer_checkpoints", "mapping", "resume")]
     where = [*tests, "--megatron", str(tree), "--ledger", str(ledger)]
+    # scripts/test adds it for a release that is named.
+    where += ["--whole"] if megatron in (RELEASES[0], RELEASES[-1]) else []
     session.run(sys.executable, *PYTEST, *where, *session.posargs, success_codes=_good_codes(session))
+
+
+@nox.session
+@nox.parametrize("megatron", [nox.param(version, id=version) for version in MIDDLE])
+def middle(session: nox.Session, megatron: str) -> None:
+    """What `release` leaves out on a release: the tests marked whole."""
+    tests = ["tests/megatron"] if megatron in LAST_OF_LINE else ["tests/megatron/test_resume.py"]
+    where = [*tests, "--megatron", str(ensure_release(megatron)), "--whole", "-m", "whole"]
+    session.run(sys.executable, *PYTEST, *where, "--ledger", str(ROOT / "results" / f"middle-{megatron}.json"))
 
 
 @nox.session

@@ -32,11 +32,19 @@ RELEASES = tuple((ROOT / "scripts" / "releases.txt").read_text(encoding="utf-8")
 #: The last patch release of every line: 0.12.3 of 0.12.
 LAST_OF_LINE = tuple({version.rpartition(".")[0]: version for version in RELEASES}.values())
 
+#: Releases whose optimizer code differs from that of the last of their line (scripts/docs_resume.py finds them).
+OTHER_OPTIMIZERS = ("0.17.0",)
+
+#: On these the dearest tests, saving and resuming, are left to `scripts/test --middle`.
+MIDDLE = (*LAST_OF_LINE[1:-1], *OTHER_OPTIMIZERS)
+
 #: Checkouts of the repository that tests train on -> commit. In the whole run, those marked whole run every test of
-#: tests/trees, those marked always run some, those marked by-hand none. One that is named runs all of them.
+#: tests/trees, those marked always run some; those marked middle run the same with --middle, those marked by-hand none.
+#: One that is named runs all of them.
 _TREES = [line.split() for line in (ROOT / "scripts" / "trees.txt").read_text(encoding="utf-8").splitlines()]
 TREES = {name: commit for name, commit, _ in _TREES}
 TREES_BY_HAND = tuple(name for name, _, when in _TREES if when == "by-hand")
+TREES_IN_MIDDLE = tuple(name for name, _, when in _TREES if when == "middle")
 TREES_IN_WHOLE = tuple(name for name, _, when in _TREES if when == "whole")
 
 #: A folder of archives of them, NAME.tar.xz; where there is none, `git` fetches the commits.

@@ -24,7 +24,7 @@ _MARKS = ("shows", "repairs")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--megatron", metavar="TREE", help="folder that holds the release under test as megatron/")
     parser.addoption("--patched", action="store_true", help="TREE has the source patches: test it without the plugin")
-    parser.addoption("--whole", action="store_true", help="of tests/trees, run those too that few checkouts run")
+    parser.addoption("--whole", action="store_true", help="run those too that few releases and checkouts run")
     parser.addoption("--ledger", metavar="FILE", help="write which tests ran, and how they ended, to FILE")
 
 
@@ -33,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "repairs(*defects): with the plugin on, these defects are gone")
     config.addinivalue_line("markers", "on_lines(*lines): collected on these release lines only")
     config.addinivalue_line("markers", "since(release): what this is about came with that release")
-    config.addinivalue_line("markers", "whole: collected with --whole only, which scripts/test gives to few checkouts")
+    config.addinivalue_line("markers", "whole: collected with --whole only, which scripts/test gives to few")
     path = config.getoption("--ledger")
     if path and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Ledger(Path(path), config.getoption("--megatron")))

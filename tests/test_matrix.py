@@ -12,7 +12,7 @@ from typing import Any
 
 import docs_resume
 import pytest
-from bootstrap import LAST_OF_LINE, RELEASES, TREES_IN_WHOLE
+from bootstrap import LAST_OF_LINE, TREES_IN_WHOLE
 from defects import DEFECTS, defects_of, state_on
 
 from megatron_fp32_router.patching.records import PATCHES
@@ -43,12 +43,14 @@ def test_the_run_has_reached_its_end_and_every_step_of_it_passed() -> None:
 
 # Tests for what was not asked for do not exist, so that nothing here is skipped either.
 if RUN is not None:
-    PARTS = [*RUN["releases"], *RUN["trees"], *(["independent"] if RUN["independent"] else [])]
+    RELEASES_RUN = [f"middle-{release}" if RUN["middle"] else release for release in RUN["releases"]]
+    PARTS = [*RELEASES_RUN, *RUN["trees"], *(["independent"] if RUN["independent"] else [])]
 
     @pytest.mark.parametrize("part", PARTS)
     def test_nothing_failed_or_was_skipped_in(part: str) -> None:
         ledger = read(part)
-        assert ledger["release"] == (None if part == "independent" else part) or part in RUN["trees"]
+        release = None if part == "independent" else part.removeprefix("middle-")
+        assert ledger["release"] == release or part in RUN["trees"]
         assert ledger["broken"] == []
         ended = {name: test["outcome"] for name, test in ledger["tests"].items()}
         assert {name: outcome for name, outcome in ended.items() if outcome != "passed"} == {}
@@ -61,16 +63,26 @@ if RUN is not None:
             warnings.warn(f"not tested on a checkout: {why}", stacklevel=1)
 
 
+if RUN is not None and RUN["middle"]:
+
+    def test_the_tables_of_docs_resume_are_what_both_runs_recorded() -> None:
+        """Ask for the oldest and the newest line too, which `scripts/test` has resumed."""
+        assert docs_resume.main(["--check"]) == 0, "docs/resume.md is stale: run scripts/docs_resume.py"
+
+
 if RUN is not None and not RUN["selected"]:
+
+    @pytest.mark.parametrize("tree", RUN["trees"])
+    def test_no_tests_are_missing_on_the_checkout(tree: str) -> None:
+        assert len(read(tree)["tests"]) >= (FEWEST_IN_WHOLE if tree in TREES_IN_WHOLE else FEWEST_ON_A_TREE)
+
+
+if RUN is not None and not RUN["selected"] and not RUN["middle"]:
 
     @pytest.mark.parametrize("release", RUN["releases"])
     def test_no_tests_are_missing_on(release: str) -> None:
         whole = release in LAST_OF_LINE and not RUN["quick"]
         assert len(read(release)["tests"]) >= (FEWEST_ON_THE_LAST if whole else FEWEST_TESTS)
-
-    @pytest.mark.parametrize("tree", RUN["trees"])
-    def test_no_tests_are_missing_on_the_checkout(tree: str) -> None:
-        assert len(read(tree)["tests"]) >= (FEWEST_IN_WHOLE if tree in TREES_IN_WHOLE else FEWEST_ON_A_TREE)
 
     @pytest.mark.parametrize("release", RUN["releases"])
     def test_every_defect_was_shown_and_is_gone_on(release: str) -> None:
@@ -82,11 +94,6 @@ if RUN is not None and not RUN["selected"]:
             if not any(name in test.get(mark, ()) for test in tests)
         ]
         assert missing == []
-
-    if tuple(RUN["releases"]) == RELEASES:
-
-        def test_the_tables_of_docs_resume_are_what_the_tests_recorded() -> None:
-            assert docs_resume.main(["--check"]) == 0, "docs/resume.md is stale: run scripts/docs_resume.py"
 
     @pytest.mark.parametrize("release", RUN["releases"])
     def test_no_patch_is_called_needed_where_none_of_its_defects_shows_on(release: str) -> None:

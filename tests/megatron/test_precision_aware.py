@@ -152,6 +152,7 @@ def test_an_offloaded_optimizer_in_a_format_that_restores_first_weights_is_warne
 # Checkpoints -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("remainders", [False, True])
 def test_every_format_that_megatron_can_load_without_the_plugin_resumes_with_it(
     remainders: bool, case: Any, resume_record: Any, tmp_path: Path, caplog: Any
@@ -207,6 +208,7 @@ GOOD = {
 }
 
 
+@pytest.mark.whole
 @pytest.mark.on_lines("0.11", "0.15", "0.19")
 def test_a_resume_in_a_new_process_ends_on_the_bits_of_a_run_that_never_stopped(
     case: Any, release: Version, request: pytest.FixtureRequest, tmp_path: Path
@@ -244,6 +246,7 @@ TURNED_ON = {
 }
 
 
+@pytest.mark.whole
 @pytest.mark.on_lines(*TURNED_ON)
 def test_two_ranks_turn_the_plugin_on_from_every_format(
     case: Any, release: Version, request: pytest.FixtureRequest, tmp_path: Path

@@ -16,6 +16,7 @@ from megatron_fp32_router.compat.probe_run import PROMISES, RECIPE, prove
 pytestmark = pytest.mark.on_lines("0.11", "0.16", "0.19")
 
 
+@pytest.mark.whole
 def test_every_promise_of_two_ranks_holds_and_what_is_left_out_is_said(request: Any, tmp_path: Path) -> None:
     tree = Path(request.config.getoption("--megatron")).resolve()
     optimizer = str(tree / "megatron/core/optimizer/distrib_optimizer.py")

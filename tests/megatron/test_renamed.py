@@ -25,6 +25,7 @@ def link(source: str, target: str) -> None:
 
 
 # Half a minute of processor time each. Between them these have every patched function, as 0.15 to 0.18 have it too.
+@pytest.mark.whole
 @pytest.mark.on_lines("0.11", "0.14", "0.19")
 def test_every_renamed_function_is_named_in_an_error_or_in_a_warning_and_the_training_goes_on(
     request: pytest.FixtureRequest, tmp_path: Path, release: Any

@@ -13,6 +13,8 @@ from programs import resume
 from megatron_fp32_router import lab
 from megatron_fp32_router.lab import checkpoint
 
+pytestmark = pytest.mark.whole
+
 DISTRIBUTED: dict[str, Any] = {"optimizer": "distributed", "fused_adam": True}
 CLASSES = {"distributed": "DistributedOptimizer", "plain": "Float16OptimizerWithFloat16Params"}
 #: Formats that store optimizer state by parameter name, so that it fits whatever the dtypes are.
