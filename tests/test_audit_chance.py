@@ -8,9 +8,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from audited import BF16, FP16, answer, checkpoint, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_audit_findings import BF16, FP16, answer, checkpoint, normal
 
 from megatron_fp32_router.audit import audit, bits, lattice
 

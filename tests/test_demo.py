@@ -7,82 +7,25 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from made_up import COUNTS_SLE, RATE, biases_of, demo_data, demo_run, release_data
 
 from megatron_fp32_router.lab import demo, demo_page, demo_picture, demo_report
 from megatron_fp32_router.lab.demo_run import compared
 
 ROOT = Path(__file__).resolve().parent.parent
-RATE = 1e-3
-
-#: Enough for two steps of one layer and two experts.
-COUNTS_SLE = np.array([[[6, 2]], [[4, 4]]])
-
-
-def _fp32(bias: float, step: float) -> float:
-    return float(np.float32(bias) + np.float32(step))
-
-
-def _biases(*steps: tuple[float, float]) -> np.ndarray[Any, Any]:
-    return np.array([[step] for step in steps])
-
-
-def _run(good: bool, seed: int = 1) -> dict[str, Any]:
-    right = _biases((0.75, 0.75), (_fp32(0.75, -RATE), _fp32(0.75, RATE)), (_fp32(0.75, -RATE), _fp32(0.75, RATE)))
-    stuck = _biases((0.75, 0.75), (0.75, 0.75), (0.75, 0.75))
-    judged = compared(right if good else stuck, COUNTS_SLE, RATE)
-    judged["series"] |= {
-        "layers": ["layer.0.router"],
-        "max_vio": [0.5 * seed, 0.0],
-        "count_error": [0.0, 0.0 if good else 18.0],
-        "loss": [5.0, 2.5 + 0.1 * seed],
-    }
-    dtype = "float32" if good else "bfloat16"
-    return {
-        "seed": seed,
-        "dtypes": {"weight": [dtype, dtype], "expert_bias": ["bfloat16" if not good else dtype, "float32"]},
-        **judged,
-        "count_error": 0.0 if good else 18.0,
-        "max_vio": 0.25 * seed,
-        "disagree": 0.0,
-        "tokens_compared": 8,
-        "reference_weight": "the <fp32> weight",
-        "loss": 2.5 + 0.1 * seed,
-        "cpu_seconds": 1.0,
-        "torch": "2",
-    }
-
-
-def release_data(on_is_good: bool = True, megatron: str = "0.11.0") -> dict[str, Any]:
-    off, on = ([_run(good, seed) for seed in (1, 2)] for good in (False, on_is_good))
-    return {"megatron": megatron, "off": off, "on": on}
-
-
-def demo_data(*releases: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "torch": "2",
-        "python": "3",
-        "plugin": "0",
-        "date": "2026-11-29",
-        "steps": 2,
-        "seeds": [1, 2],
-        "recipe": demo.recipe_for_demo().to_json(),
-        "choices": [["what", "why"]],
-        "releases": list(releases) or [release_data()],
-    }
 
 
 def test_an_update_that_is_rounded_away_is_counted_as_swallowed() -> None:
-    updates = _run(good=False)["updates"]
+    updates = demo_run(good=False)["updates"]
     assert (updates["expected"], updates["exact"], updates["stuck"], updates["wrong"]) == (2, 0, 2, 2)
 
 
 def test_exact_updates_are_all_right_and_a_balanced_expert_stays() -> None:
-    updates = _run(good=True)["updates"]
+    updates = demo_run(good=True)["updates"]
     assert (updates["expected"], updates["exact"], updates["wrong"]) == (2, 2, 0)
 
 
@@ -90,14 +33,14 @@ def test_exact_updates_are_all_right_and_a_balanced_expert_stays() -> None:
 def test_a_step_that_bf16_makes_a_thousandth_smaller_is_no_exact_update(less: bool) -> None:
     step = float(torch.tensor(RATE).bfloat16()) if less else RATE
     assert abs(step / RATE - 1) < 0.001
-    biases = _biases((0.0, 0.0), (-step, step), (-step, step)).astype(np.float32).astype(np.float64)
+    biases = biases_of((0.0, 0.0), (-step, step), (-step, step)).astype(np.float32).astype(np.float64)
     found = compared(biases, COUNTS_SLE, RATE)
     assert found["updates"]["wrong_size"] == found["updates"]["wrong"] == 2 * less
     assert found["step"] == pytest.approx(step)
 
 
 def test_a_step_the_wrong_way_a_step_of_the_wrong_size_and_an_unasked_one_are_told_apart() -> None:
-    backwards = compared(_biases((0.0, 0.0), (RATE, 2 * RATE), (0.0, 2 * RATE)), COUNTS_SLE, RATE)["updates"]
+    backwards = compared(biases_of((0.0, 0.0), (RATE, 2 * RATE), (0.0, 2 * RATE)), COUNTS_SLE, RATE)["updates"]
     assert (backwards["reversed"], backwards["wrong_size"], backwards["unasked"], backwards["wrong"]) == (
         1,
         1,
@@ -161,7 +104,7 @@ def test_outcomes_that_differ_less_than_seeds_do_are_called_noise() -> None:
 
 
 def test_a_picture_of_one_release_and_one_of_two_can_be_drawn(tmp_path: Path) -> None:
-    miscounting = release_data(megatron="0.19.2") | {"off": [_run(good=True), _run(good=True, seed=2)]}
+    miscounting = release_data(megatron="0.19.2") | {"off": [demo_run(good=True), demo_run(good=True, seed=2)]}
     for releases in ([release_data()], [release_data(), miscounting]):
         path = tmp_path / "new folder" / f"{len(releases)}.png"
         demo_picture.draw(demo_data(*releases), path)

@@ -8,45 +8,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from made_up import a_run, look, write
 
 from megatron_fp32_router.monitor import bias, page, report, runs
-
-
-def look(step: int, layer: int | str, violations: tuple[str, ...] = (), **metrics: float) -> dict[str, Any]:
-    numbers = {name.replace("__", "/"): value for name, value in metrics.items()}
-    return {"step": step, "layer": layer, "metrics": numbers, "violations": list(violations)}
-
-
-def write(path: Path, records: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
-def a_run(path: Path, layers: int = 12) -> runs.Run:
-    records = []
-    for step in range(100, 1100, 100):
-        for layer in range(1, layers + 1):
-            dead = 3.0 if layer == 12 and step >= 400 else 0.0
-            records.append(
-                look(
-                    step,
-                    layer,
-                    load__max_vio=1 / layer,
-                    load__dead_experts=dead,
-                    bias__mean=step * 1e-3,
-                    bias__spread=0.1,
-                    flips__bf16_weight=0.02,
-                    flips__actual=0.0,
-                    probe__changed=0.1,
-                    margin__p10=1e-3,
-                )
-            )
-        records.append(look(step, "all"))
-    return runs.read(write(path / "run.jsonl", records))
 
 
 def test_an_experts_death_is_dated(tmp_path: Path) -> None:

@@ -15,9 +15,8 @@ from typing import Any
 import browser
 import numpy as np
 import pytest
+from made_up import a_run, demo_data, release_data
 from safetensors.numpy import save_file
-from test_demo import demo_data, release_data
-from test_monitor_report import a_run
 
 from megatron_fp32_router import pages
 from megatron_fp32_router.audit import audit, open_checkpoint

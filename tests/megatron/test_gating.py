@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from importlib import import_module
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from programs.routers import trained, wrapped
 
 from megatron_fp32_router import lab
 from megatron_fp32_router.casts.router import COUNTER
@@ -17,12 +17,6 @@ from megatron_fp32_router.patching.registry import replaces
 
 # What is asked here is alike on the lines in between.
 pytestmark = pytest.mark.on_lines("0.11", "0.12", "0.13", "0.15", "0.18", "0.19")
-
-
-def wrapped(router: Any, **fields: Any) -> Any:
-    built = router(**fields)
-    import_module("megatron.core.transformer.module").Float16Module(built.config, built)
-    return built
 
 
 def gate_noting(saved: list[torch.Tensor], built: Any, x: torch.Tensor) -> torch.Tensor:
@@ -120,15 +114,6 @@ def test_a_replacement_of_a_compiled_function_is_not_skipped_by_dynamo() -> None
         return x + 100
 
     assert torch.compile(lambda x: replacement(x), backend="eager")(torch.zeros(1)) == 100
-
-
-def trained(build: Any, **fields: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses, and every parameter and buffer afterwards."""
-    room = build(**fields)
-    batches = lab.text_batches(room.recipe, seed=3)
-    losses = [room.step(batches) for _ in range(3)]
-    tensors = [*room.chunks[0].named_parameters(), *room.chunks[0].named_buffers()]
-    return losses, {name: tensor.detach().clone() for name, tensor in tensors}
 
 
 def test_fp32_training_is_bit_identical_with_and_without_the_plugin(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from test_gating import trained, wrapped
+from programs.routers import trained, wrapped
 from torch.nn.functional import linear
 
 import megatron_fp32_router
