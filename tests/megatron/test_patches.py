@@ -145,6 +145,31 @@ def test_a_renamed_target_is_an_error_that_names_it_the_release_and_the_variable
         setattr(place, name, kept)
 
 
+def test_a_target_that_takes_other_parameters_is_an_error_that_names_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    everything_imported()
+
+    def forward(self: Any, tokens: Any) -> Any: ...
+
+    monkeypatch.setattr(sys.modules[HOME].TopKRouter, "forward", forward)
+    with pytest.raises(megatron_fp32_router.TargetMissingError) as caught:
+        megatron_fp32_router.enable()
+    megatron_fp32_router.disable()
+    assert "takes (self, tokens) where (self, input, …) was expected" in str(caught.value)
+
+
+def test_what_a_patch_puts_in_place_is_made_once(build: Any, plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made anew in every call, a replacement would lose what it keeps, and a step would pay for it."""
+    factory = next(patch.factory for patch in PATCHES if patch.id == "wrap-check")
+    home, made = importlib.import_module(factory.__module__), []
+    real = getattr(home, factory.__name__)
+    monkeypatch.setattr(home, factory.__name__, lambda original: made.append(original) or real(original))
+    megatron_fp32_router.disable()
+    megatron_fp32_router.enable()
+    build()
+    build()
+    assert len(made) == 1
+
+
 def test_one_line_says_what_the_tensors_are(build: Any, plugin: Any, caplog: Any, capsys: Any, release: Any) -> None:
     with caplog.at_level(logging.INFO):
         build()
