@@ -165,7 +165,7 @@ class ReachedError(Exception):
     """Upstream's own code was reached."""
 
 
-@pytest.mark.since("0.12")
+@pytest.mark.on_lines("0.12", "0.13", "0.14", "0.15")
 def test_a_wrapper_is_not_refused_where_no_router_is_trained(plugin: Any, release: Version, monkeypatch: Any) -> None:
     recipe = lab.Recipe(**RECIPE)
     home = "fsdp.mcore_fsdp_adapter" if release >= Version("0.14") else "custom_fsdp.fully_sharded_data_parallel"
