@@ -86,7 +86,9 @@ class SetupError(Exception):
 
 def say(text: str) -> None:
     """Report progress on standard error: standard output belongs to the results."""
-    print(text, file=sys.stderr, flush=True)
+    # In one write: steps that run side by side would put their lines into each other.
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 def ensure_environment(extra: str) -> Path:
