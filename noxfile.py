@@ -38,7 +38,7 @@ SCRIPTS = [
 ]
 
 #: Of tests/megatron, what is run on the checkout of main that runs every test of tests/trees: recipes and optimizers.
-ON_MAIN = [f"tests/megatron/test_{name}.py" for name in ("recipes", "muon", "optimizer_step")]
+ON_MAIN = [f"tests/megatron/test_{name}.py" for name in ("recipes", "muon", "optimizer_step", "refusals")]
 
 #: What `scripts/test --quick` runs.
 QUICK = [

@@ -54,7 +54,7 @@ def collectives_one_by_one(buffers: Any) -> None:
 
 @contextlib.contextmanager
 def megatron_fsdp() -> Iterator[None]:
-    """Let Megatron-FSDP (0.14 and later) build and train, while this is open."""
+    """Let Megatron-FSDP (0.15 and later; torch 2.13 lacks what 0.14 needs) build and train, while this is open."""
     start = len(cpu._replaced)
     # A number: it makes a torch.device("cuda:…") of it.
     cpu.replace(torch.cuda, "current_device", lambda: 0)

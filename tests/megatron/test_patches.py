@@ -44,7 +44,7 @@ def originals() -> dict[str, Any]:
             try:
                 owner, name, value = wrapt.resolve_path(module, patch.path)
             except AttributeError:
-                continue
+                continue  # this release has no such function
             if isinstance(owner, type):
                 owner = next(cls for cls in owner.__mro__ if name in vars(cls))
             if owner is not object:  # of a function that has a class's name, every look-up gives another object

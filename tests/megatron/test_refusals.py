@@ -15,7 +15,7 @@ from packaging.version import Version
 
 import megatron_fp32_router
 from megatron_fp32_router import lab
-from megatron_fp32_router.lab import compat
+from megatron_fp32_router.lab import compat, cpu_fsdp
 from megatron_fp32_router.lab import train as lab_train
 
 Refused = megatron_fp32_router.CombinationRefusedError
@@ -89,6 +89,21 @@ def test_megatron_fsdp_is_refused_where_it_could_not_be_resumed(
                     wrapper(module.config, object(), module)
                 assert not isinstance(caught.value, megatron_fp32_router.Fp32RouterError)
     assert "Allowed by MEGATRON_FP32_ROUTER_UNTESTED=allow" in caplog.text
+
+
+@pytest.mark.on_lines("0.17", "0.18", "0.19", "0.20")
+def test_main_copies_below_fp32_are_refused_in_megatron_fsdp(plugin: Any) -> None:
+    recipe = lab.Recipe(
+        **SMALL,
+        wrapper="megatron_fsdp",
+        optimizer="distributed",
+        ddp_extra={"megatron_fsdp_main_params_dtype": torch.bfloat16},
+    )
+    with cpu_fsdp.megatron_fsdp(), lab.parallel(recipe):
+        with refused("Megatron-FSDP with main copies in bfloat16", "Set --megatron-fsdp-main-params-dtype to fp32"):
+            lab.build(recipe)
+        plugin(protect="buffers")
+        assert lab.build(recipe)
 
 
 # Data parallelism ------------------------------------------------------------------------------------------------

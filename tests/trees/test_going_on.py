@@ -9,11 +9,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
-import numpy as np
 import pytest
+from going_on import HALF, assert_went_on, rounded
 from pretrain import STEPS, TWO_RANKS, Program, Run, protected, router_dtype, trained
-from saved import differences, values
+from saved import values
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_fp32_router.audit import open_checkpoint
@@ -21,28 +20,6 @@ from megatron_fp32_router.cli import main
 from megatron_fp32_router.monitor.writers import PREFIX
 
 pytestmark = pytest.mark.whole
-
-HALF = STEPS // 2
-#: A CPU has one generator, which passes for CUDA's as well; nothing draws from it here after the start. And with
-#: Megatron-FSDP, Megatron itself does not go on counting operations.
-NOT_COMPARED = re.compile(r"\.(torch|cuda)_rng_state$|^num_floating_point_operations_so_far$")
-
-
-def assert_went_on(resumed: Run, straight: Run) -> None:
-    """The two ended alike: every loss of every token, every tensor and number that they saved last, and every bias."""
-    trained(resumed)
-    protected(resumed)
-    assert resumed.scores() == straight.scores()
-    for rank, whole in zip(resumed.ranks, straight.ranks, strict=True):
-        assert rank["losses"] == whole["losses"][-len(rank["losses"]) :]
-        assert rank["looks"] == whole["looks"][-len(rank["looks"]) :]
-        assert len(rank["losses"]) * 2 == len(whole["losses"]) > 0
-    ended, expected = values(resumed.saved(STEPS)), values(straight.saved(STEPS))
-    for what in (r"router\.weight$", r"router\.expert_bias$", r"exp_avg"):
-        assert any(re.search(what, name) for name in expected), f"nothing named {what} is in the checkpoint"
-    assert [name for name in differences(ended, expected) if not NOT_COMPARED.search(name)] == []
-    # And it is a comparison that sees something.
-    assert differences(expected, values(straight.saved(HALF)))
 
 
 @pytest.fixture(scope="module")
@@ -77,57 +54,6 @@ def test_so_do_two_ranks_from_the_legacy_format(pretrain: Program) -> None:
     flags = (*TWO_RANKS, "--ckpt-format", "torch")
     straight = pretrain("two-ranks-legacy", *flags, ranks=2)
     assert_went_on(pretrain("two-ranks-legacy-again", *flags, ranks=2, load=straight.saved(HALF)), straight)
-
-
-# Megatron-FSDP ---------------------------------------------------------------------------------------------------
-
-#: On gloo, which cannot scale while it reduces. Megatron forbids one connection only.
-FSDP = (
-    *("--use-megatron-fsdp", "--use-distributed-optimizer", "--data-parallel-sharding-strategy", "optim_grads_params"),
-    *("--ckpt-format", "fsdp_dtensor", "--no-gradient-reduce-div-fusion"),
-)
-CONNECTIONS = {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}
-
-
-@pytest.fixture(scope="module")
-def sharded(pretrain: Program) -> Run:
-    """Two ranks with Megatron-FSDP and the plugin, which lets them from 0.16 on."""
-    return pretrain("sharded", *FSDP, ranks=2, **CONNECTIONS)
-
-
-@pytest.mark.since("0.16")
-def test_so_do_two_ranks_with_megatron_fsdp(pretrain: Program, sharded: Run) -> None:
-    protected(sharded)
-    assert_went_on(pretrain("sharded-again", *FSDP, ranks=2, load=sharded.saved(HALF), **CONNECTIONS), sharded)
-
-
-@pytest.mark.since("0.16")
-def test_megatron_fsdp_goes_on_where_the_plugin_is_turned_on_or_off(pretrain: Program, sharded: Run) -> None:
-    """Its checkpoints hold main copies, by name, in fp32 all: with the plugin they are the weights."""
-    off = pretrain("sharded-off", *FSDP, plugin=False, ranks=2, **CONNECTIONS)
-    layouts = [{name: layout(value) for name, value in values(run.saved(HALF)).items()} for run in (off, sharded)]
-    assert layouts[0] == layouts[1]
-    on = pretrain("sharded-off-on", *FSDP, ranks=2, load=off.saved(HALF), **CONNECTIONS)
-    trained(on)
-    protected(on)
-    before = saved_weights(off.saved(HALF))
-    assert [rank["first"] for rank in on.ranks] == [before] * 2
-    assert before != rounded(before)
-    left = pretrain("sharded-on-off", *FSDP, plugin=False, ranks=2, load=sharded.saved(HALF), **CONNECTIONS)
-    trained(left)
-    before = saved_weights(sharded.saved(HALF))
-    assert left.said == []
-    assert [rank["first"] for rank in left.ranks] == [rounded(before)] * 2 != [before] * 2
-
-
-def layout(value: Any) -> tuple[Any, ...]:
-    return (value.dtype, value.shape) if isinstance(value, np.ndarray) else (type(value),)
-
-
-def saved_weights(checkpoint: Path) -> list[Any]:
-    """Each router's weight in a checkpoint of Megatron-FSDP."""
-    found = values(checkpoint)
-    return [found[name].astype(float).tolist() for name in sorted(found) if re.search(r"model.*router\.weight$", name)]
 
 
 # What it wrote -------------------------------------------------------------------------------------------------------
@@ -174,10 +100,6 @@ def moments(checkpoint: Path) -> list[Any]:
         if re.search(r"exp_avg\.decoder\.layers\..*router\.weight$", name)
     }
     return [layer.tolist() for name in sorted(found) for layer in found[name].reshape(-1, *found[name].shape[-2:])]
-
-
-def rounded(weights: list[Any]) -> list[Any]:
-    return [np.array(weight).astype(ml_dtypes.bfloat16).astype(float).tolist() for weight in weights]
 
 
 def test_turned_on_in_a_running_project_it_goes_on_from_the_fp32_main_copies(pretrain: Program, off: Run) -> None:

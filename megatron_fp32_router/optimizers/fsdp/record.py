@@ -17,6 +17,7 @@ _DISTRIBUTED: Final = "megatron.core.distributed"
 _CUSTOM: Final = f"{_DISTRIBUTED}.custom_fsdp.fully_sharded_data_parallel"
 #: From 0.20 FullyShardedDataParallel is a function that picks one of two classes.
 _ONE_CLASS: Final = "FullyShardedDataParallel.__init__ uses self"
+#: From 0.16, and on main, where there is no FullyShardedDataParallel.__init__ any more.
 _SAVES: Final = f"{DISTRIBUTED_OPTIMIZER}:DistributedOptimizer._param_name uses handle_experts_in_state_dict"
 
 _patch: Final = partial(

@@ -19,6 +19,7 @@ import torch
 
 from megatron_fp32_router.casts.router import is_protected
 from megatron_fp32_router.errors import CombinationRefusedError
+from megatron_fp32_router.optimizers.refusing import plain
 from megatron_fp32_router.patching.registry import mismatch, registry, replaces
 from megatron_fp32_router.settings import PREFIX
 
@@ -32,10 +33,6 @@ _SENT_AS: Final = "sent_as"
 
 def _is_router(name: str) -> bool:
     return name.endswith(("router.weight", "router.bias"))
-
-
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def say_who_converts(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -65,11 +62,11 @@ def name_dtypes(original: Callable[..., Any]) -> Callable[..., Any]:
         if not _is_router(str(dst_metadata.name)):
             return source
         if hasattr(source, _CONVERTS):
-            return dataclasses.replace(source, name=f"{source.name}{_AS}{_plain(dst_metadata.dtype)}")
+            return dataclasses.replace(source, name=f"{source.name}{_AS}{plain(dst_metadata.dtype)}")
         if source.dtype != dst_metadata.dtype:
             mismatch(
                 CombinationRefusedError,
-                f"refit of {dst_metadata.name} from {_plain(source.dtype)} to {_plain(dst_metadata.dtype)}: it sends "
+                f"refit of {dst_metadata.name} from {plain(source.dtype)} to {plain(dst_metadata.dtype)}: it sends "
                 f"bytes, and the sending rank {source.owner_rank}, which would have to convert them, runs without "
                 f"megatron-fp32-router. Turn it on there too ({PREFIX}_PROTECT=buffers leaves the weights there as "
                 f"they are), or set {PREFIX}_PROTECT=buffers on the receiving side.",
@@ -131,7 +128,7 @@ def convert(original: Callable[..., None]) -> Callable[..., None]:
             if tensor is not None and sent_as is None and _is_router(name) and is_protected(tensor):
                 _refuse_unnamed(name)
             if tensor is not None and sent_as is not None and tensor.dtype != sent_as:
-                op = dataclasses.replace(op, param_name=f"{name}{_AS}{_plain(sent_as)}")
+                op = dataclasses.replace(op, param_name=f"{name}{_AS}{plain(sent_as)}")
                 if op.param_name not in tensors:
                     tensors[op.param_name] = tensor.detach().to(sent_as)
             send_ops.append(op)
