@@ -150,5 +150,5 @@ def test_main_copies_below_fp32_would_round_a_routers_weight_and_are_refused(ran
         for weight in rank["low"]["weights"]:
             assert weight.dtype == torch.float32
             assert torch.equal(weight, weight.bfloat16().float())
-        assert "CombinationRefusedError: Megatron-FSDP with main copies in bfloat16" in rank["low"]["stopped"]
+        assert "CombinationRefusedError: Megatron-FSDP's main copies in bfloat16" in rank["low"]["stopped"]
         assert "Set --megatron-fsdp-main-params-dtype to fp32" in rank["low"]["stopped"]

@@ -100,7 +100,7 @@ def test_main_copies_below_fp32_are_refused_in_megatron_fsdp(plugin: Any) -> Non
         ddp_extra={"megatron_fsdp_main_params_dtype": torch.bfloat16},
     )
     with cpu_fsdp.megatron_fsdp(), lab.parallel(recipe):
-        with refused("Megatron-FSDP with main copies in bfloat16", "Set --megatron-fsdp-main-params-dtype to fp32"):
+        with refused("Megatron-FSDP's main copies in bfloat16", "Set --megatron-fsdp-main-params-dtype to fp32"):
             lab.build(recipe)
         plugin(protect="buffers")
         assert lab.build(recipe)

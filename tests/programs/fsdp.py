@@ -141,14 +141,14 @@ def megatron_steps(recipe: Any) -> dict[str, Any]:
 
 
 def together(tensor: Any) -> torch.Tensor:
-    """A parameter whose rows lie unevenly on the ranks, which DTensor.full_tensor does not expect; or none of them."""
+    """All rows of what the ranks share unevenly, as DTensor.full_tensor does not expect; None: this rank has none."""
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, None if tensor is None else tensor.detach().to_local())
     return torch.cat([part for part in parts if part is not None])
 
 
 def low_main_copies(recipe: Any) -> dict[str, Any]:
-    """A router's weight after a step with all main copies in bf16, if the plugin does not stop it; and how it does."""
+    """Router weights after a step with main copies in bf16 and without the refusal, and what the refusal says."""
     low = replace(recipe, ddp_extra={"megatron_fsdp_main_params_dtype": torch.bfloat16})
     with without("megatron.core.distributed.fsdp.src.megatron_fsdp.megatron_fsdp", "MegatronFSDP", "__init__"):
         room = resume.build(low)

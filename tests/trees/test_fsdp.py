@@ -36,7 +36,7 @@ def test_a_resume_ends_on_the_bits_of_a_run_that_never_stopped(pretrain: Program
 
 @pytest.mark.whole
 def test_it_goes_on_where_the_plugin_is_turned_on_or_off(pretrain: Program, sharded: Run) -> None:
-    """Its checkpoints hold main copies, by name, in fp32 all: with the plugin they are the weights."""
+    """Its checkpoints hold all main copies by name, in fp32. With the plugin a router's main copy is its weight."""
     off = pretrain("sharded-off", *FSDP, plugin=False, ranks=2, **CONNECTIONS)
     layouts = [{name: layout(value) for name, value in values(run.saved(HALF)).items()} for run in (off, sharded)]
     assert layouts[0] == layouts[1]

@@ -30,7 +30,7 @@ _untested: Final = partial(
     module=f"{_DISTRIBUTED}.fsdp.mcore_fsdp_adapter",
     path="FullyShardedDataParallel.__init__",
     factory=refusal.refuse_megatron_fsdp,
-    why="no test could save fp32 router parameters in it, and go on from there",
+    why="fp32 router parameters train in a Megatron-FSDP that no test has resumed from a checkpoint",
     remove_when="upstream can save it on a CPU",
 )
 

@@ -23,7 +23,7 @@ def refuse_megatron_fsdp(original: Callable[..., None]) -> Callable[..., None]:
     """FullyShardedDataParallel.__init__: custom_fsdp (0.12, 0.13), Megatron-FSDP before 0.16, main's second version.
 
     Raises:
-        CombinationRefusedError: no test could save it and go on.
+        CombinationRefusedError: no test has resumed it from a checkpoint.
     """
 
     @replaces(original)
@@ -31,8 +31,8 @@ def refuse_megatron_fsdp(original: Callable[..., None]) -> Callable[..., None]:
         refuse_in(
             (*args, *kwargs.values()),
             "Megatron-FSDP (--use-megatron-fsdp, --use-custom-fsdp)",
-            "with this version of it no test could save a training and go on",
-            "Train without it, or with another version (the first one, from Megatron-Core 0.16 on)",
+            "no test has resumed this version of it from a checkpoint",
+            "Train without it, or with its version 1 in Megatron-Core 0.16 or later",
             untested=True,
         )
         original(self, config, *args, **kwargs)
@@ -54,7 +54,7 @@ def refuse_low_main_copies(original: Callable[..., None]) -> Callable[..., None]
             if dtype is not None and below_fp32(dtype):
                 refuse_in(
                     given,
-                    f"Megatron-FSDP with main copies in {plain(dtype)}",
+                    f"Megatron-FSDP's main copies in {plain(dtype)}",
                     f"a router's weight would be rounded to {plain(dtype)} in every step",
                     "Set --megatron-fsdp-main-params-dtype to fp32, which is the default",
                 )
