@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed
+import wrapt
 
 from megatron_fp32_router.lab import cpu_gloo
 from megatron_fp32_router.lab.recipe import LabError
@@ -91,6 +92,20 @@ def pretend(compile: bool = False) -> None:
     for owner, name, value in cpu_gloo.replacements():
         replace(owner, name, value)
     replace(torch, "compile", _compile_without_toolchain(torch.compile, compile))
+    wrapt.register_post_import_hook(_no_toolkit, "torch.utils.cpp_extension")
+
+
+def _no_toolkit(module: Any) -> None:
+    """Let Megatron's attempts to compile for CUDA fail as they do where torch was built without it, and are expected to.
+
+    A torch that was built for CUDA looks for the toolkit, and stops at the capability that `pretend` gives.
+    """
+
+    def load_inline(*args: Any, **kwargs: Any) -> None:
+        raise OSError("the laboratory compiles nothing for CUDA")
+
+    if is_pretending():
+        replace(module, "load_inline", load_inline)
 
 
 def undo() -> None:
