@@ -96,9 +96,9 @@ def pretend(compile: bool = False) -> None:
 
 
 def _no_toolkit(module: Any) -> None:
-    """Let Megatron's attempts to compile for CUDA fail as they do where torch was built without it, and are expected to.
+    """Let what Megatron compiles for CUDA fail as with a torch built without CUDA, which Megatron is prepared for.
 
-    A torch that was built for CUDA looks for the toolkit, and stops at the capability that `pretend` gives.
+    A torch that was built for CUDA would look for the toolkit, and stop at the capability that `pretend` gives.
     """
 
     def load_inline(*args: Any, **kwargs: Any) -> None:
