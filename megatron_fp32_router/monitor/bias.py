@@ -1,4 +1,4 @@
-"""Whether updates of an expert_bias take effect, and how far its drift is from where consumers go blind.
+"""Whether updates of an expert_bias take effect, and how soon drift makes all biases one number in a format.
 
 Everything is computed on the CPU from a few hundred numbers a layer. Shapes: E experts.
 """

@@ -3,12 +3,12 @@
 There is no collective, so the monitor can neither hang a rank nor mix up the training's own collectives. In a look
 every rank stores a note: counts that have not been summed yet, and what is wrong with its tensors. One replica of each
 pipeline stage, the one on rank 0's pipeline, reads the notes of its stage and stores the layers of the stage. The ranks
-that write read those. A reader waits for a bounded time, and only when every rank gets there without its help. A rank
-that fails, or waits in vain, stores the reason. Readers see it at once, and from the next look on the monitor is off on
-all ranks. So no rank waits twice.
+that write read those. A reader waits for a bounded time, and only where no rank waits for it. A rank that fails, or
+waits too long, stores the reason. Readers see it at once, and from the next look on the monitor is off on all ranks. So
+no rank waits twice.
 
-Keys have the number of the look in this process, which is the same on every rank. The step is not: rank 0 may know a
-better one.
+Keys begin with the step as this process counts it, which is the same on every rank. The number in the file may differ:
+only rank 0 knows after which step a restarted run goes on.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megatron_fp32_router.ranks.spans import ranks_text
 
 _ROOM: Final = "megatron_fp32_router/monitor"
 _ENDED: Final = "ended"
-#: Seconds that a stage waits for its ranks. Whoever waits for the stage must not be the first to lose patience.
+#: Seconds that a stage waits for its ranks. A rank that waits for a stage waits twice as long.
 PATIENCE: Final = 60.0
 
 
@@ -81,7 +81,7 @@ def note(entries: Mapping[Layer, Entry], seen: Mapping[Layer, Seen]) -> dict[Lay
     """What this rank has to tell of its own look."""
     return {
         layer: {
-            "counts": None if each.reduced_E is not None or each.local_E is None else each.local_E.tolist(),
+            "counts": None if each.reduced or each.counts_E is None else each.counts_E.tolist(),
             "not_finite": {
                 name: value
                 for name, value in entries[layer]["metrics"].items()
@@ -107,8 +107,9 @@ def complete(
     for layer, each in seen.items():
         told = {number: found[layer] for number, found in notes.items() if layer in found}
         counts = [one["counts"] for one in told.values() if one["counts"] is not None]
-        if each.reduced_E is None and len(counts) == ranks:
-            each.reduced_E = torch.tensor([sum(column) for column in zip(*counts, strict=True)])
+        if not each.reduced and len(counts) == ranks:
+            each.counts_E = torch.tensor([sum(column) for column in zip(*counts, strict=True)])
+            each.reduced = True
         metrics, violations = entries[layer]["metrics"], entries[layer]["violations"]
         metrics |= counted(each)
         elsewhere: dict[str, list[int]] = {}

@@ -1,22 +1,57 @@
-"""What the monitor says of what it has found. Imported only where there is something."""
+"""Messages about what the monitor found. Imported only when there is something to say."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 import torch
 
 from megatron_fp32_router.errors import UnprotectedRouterError
-from megatron_fp32_router.log import say
-from megatron_fp32_router.monitor.sinks import Layer
+from megatron_fp32_router.log import rank, say
+from megatron_fp32_router.monitor.sinks import NOT_FINITE, Entries, Layer
 from megatron_fp32_router.patching.registry import mismatch, registry
 from megatron_fp32_router.settings import PREFIX
 
 
-def say_what_is_not_finite(step: int, found: Mapping[tuple[Layer, str], float]) -> None:
-    """Warn. `found`: (layer, tensor) -> how many of its values are NaN or infinite."""
-    listed = _listed([f"layer {layer}, {name}: {value:.0f}" for (layer, name), value in found.items()])
+def failure(error: Exception, tell_others: Callable[[str], bool]) -> tuple[str, int]:
+    """Tell the other ranks that the monitor failed on this one.
+
+    Args:
+        error: with which it failed.
+        tell_others: takes why the monitor ends; returns whether there are other ranks that can know now. May fail too.
+
+    Returns:
+        Why the monitor ends, and which rank has to say so: rank 0, or this one where the others could not be told.
+    """
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(place.filename).name}, line {place.lineno}"
+    why = f"on rank {rank()} it failed with {type(error).__name__}: {' '.join(str(error).split())} ({where})"
+    try:
+        told = tell_others(why)
+    except Exception as another:  # the store itself has failed
+        told, why = False, f"{why}, and could not tell the other ranks ({type(another).__name__}: {another})"
+    return why, 0 if told else rank()
+
+
+def say_what_is_not_finite(step: int, entries: Entries, new: set[tuple[Layer, str]]) -> None:
+    """Warn, in one line. Whether a training may go on with it is upstream's decision.
+
+    Args:
+        step: of the look.
+        entries: of all layers.
+        new: (layer, metric) of what was finite at the look before.
+    """
+    listed = _listed(
+        [
+            f"layer {layer}, {name.removeprefix(NOT_FINITE)}: {value:.0f}"
+            for layer, entry in entries.items()
+            for name, value in entry["metrics"].items()
+            if (layer, name) in new
+        ]
+    )
     say(
         logging.WARNING,
         f"the monitor found values that are not finite, since step {step}: {listed}; nothing is stopped",
@@ -24,12 +59,13 @@ def say_what_is_not_finite(step: int, found: Mapping[tuple[Layer, str], float]) 
     )
 
 
-def refuse(found: list[str]) -> None:
-    """Raise, or warn: broken promises.
+def refuse(entries: Entries) -> None:
+    """Raise, or warn, because `entries` hold violations.
 
     Raises:
         UnprotectedRouterError: under on_mismatch="raise".
     """
+    found = [f"layer {layer}, {text}" for layer, entry in entries.items() for text in entry["violations"]]
     mismatch(
         UnprotectedRouterError,
         f"the monitor found routers that are no longer in fp32: {_listed(found)}. Something has changed them since the "

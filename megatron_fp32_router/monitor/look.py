@@ -47,7 +47,7 @@ def layers_of(model: Any) -> dict[Layer, tuple[str, Any]]:
 
 
 class Listener:
-    """What a forward hook keeps of one router during one step."""
+    """What a forward hook notes about one router during one step."""
 
     def __init__(self, router: Any, samples: bool, counts: bool) -> None:
         self.sample: stability.Sample | None = None
@@ -57,13 +57,13 @@ class Listener:
         #: An error in the hook. It must not reach the training.
         self.error: Exception | None = None
         self._samples, self._counts = samples, counts
-        # Not the router itself: a dictionary from routers to listeners would keep both alive for ever.
+        # Not the router itself: own_loop's weak dictionary from routers to listeners would then never let it go.
         self._id = id(router)
         self._handle = router.register_forward_hook(self._hook, with_kwargs=True)
         score_watchers.append(self._see_scores)
 
     def remove(self) -> None:
-        """Listen no more."""
+        """Take the hooks off."""
         self._handle.remove()
         if self._see_scores in score_watchers:
             score_watchers.remove(self._see_scores)
@@ -79,8 +79,8 @@ class Listener:
             self.error = error
 
     def _note(self, router: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        # Recomputation's first pass and evaluation have no gradients, and Megatron does not count them. A traced or
-        # captured program would keep for ever what the hook leaves in it.
+        # Megatron does not count tokens of forwards without gradients: evaluation, and recomputation's first pass. A
+        # traced or captured program would repeat for ever what the hook does.
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or capturing():
             return
         hidden = (args[0] if args else kwargs["input"]).detach()
@@ -121,28 +121,27 @@ class Seen:
 
     name: str
     router: Any
-    #: Of every tensor, of the logits, and of the scores if anybody has seen them.
+    #: Of every tensor, of the logits, and of the scores where the plugin's forward ran.
     dtypes: dict[str, torch.dtype]
     #: expert_bias before and after this step's update.
     before_E: torch.Tensor | None
     after_E: torch.Tensor | None = None
-    #: int64: this rank's tokens, and, where that is known, those of all ranks that share a balance update.
-    local_E: torch.Tensor | None = None
-    reduced_E: torch.Tensor | None = None
+    #: int64, tokens of each expert: of this rank, or, when `reduced`, of all ranks that share a balance update.
+    counts_E: torch.Tensor | None = None
+    reduced: bool = False
     #: Whether an update of the bias was due in this step, for a router that is neither frozen nor in eval mode.
     updated: bool = False
-    #: 0-dimensional fp64 tensors on the device, and what they are once they have been read.
-    pending: dict[str, torch.Tensor] = field(default_factory=dict)
-    numbers: dict[str, float] = field(default_factory=dict)
+    #: 0-dimensional fp64 tensors on the device; read() puts floats in their places.
+    numbers: dict[str, Any] = field(default_factory=dict)
     #: What MEGATRON_FP32_ROUTER_MONITOR_RECORD asks for, on the device.
     recorded: Any = None
 
 
 @dataclass
 class Memory:
-    """What is kept of one layer between looks."""
+    """What is kept about one layer between looks."""
 
-    #: The dtypes of the last look, and its step, so that a violation can say what changed.
+    #: Dtypes and step of the last look: a violation says what changed since.
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     step: int = 0
     probe: stability.Probe | None = None
@@ -158,14 +157,14 @@ def see(name: str, router: Any, listener: Listener | None, samples: bool, memory
     counter, expert_bias = getattr(router, COUNTER, None), getattr(router, "expert_bias", None)
     seen = Seen(name, router, precision.facts(router), None if expert_bias is None else expert_bias.detach().clone())
     if counter is not None:
-        seen.local_E = counter.to(torch.int64)
+        seen.counts_E = counter.to(torch.int64)
     elif listener is not None:
-        seen.local_E = listener.counts_E
+        seen.counts_E = listener.counts_E
     dtype = listener.input_dtype if listener is not None else None
-    seen.pending = {f"{NOT_FINITE}{name}": count for name, count in precision.not_finite(router).items()}
+    seen.numbers = {f"{NOT_FINITE}{name}": count for name, count in precision.not_finite(router).items()}
     measured = precision.probe(router, dtype or _input_dtype(router.config))
     if measured is not None:
-        seen.dtypes["logits"], seen.pending["arithmetic"] = measured
+        seen.dtypes["logits"], seen.numbers["arithmetic"] = measured
     if listener is not None and listener.scores_dtype is not None:
         seen.dtypes["scores"] = listener.scores_dtype
     if samples:
@@ -180,9 +179,9 @@ def _see_stability(seen: Seen, listener: Listener | None, memory: Memory) -> Non
         return
     rule = stability.Rule(seen.router, seen.before_E)
     if memory.probe is not None:
-        seen.pending |= stability.changed(rule, memory.probe)
+        seen.numbers |= stability.changed(rule, memory.probe)
     if listener is None:
-        return  # the first look of a process that looks at its very first step
+        return  # the process looks at its very first step: no hook was on yet
     if listener.sample is None:
         say(
             logging.WARNING,
@@ -191,8 +190,8 @@ def _see_stability(seen: Seen, listener: Listener | None, memory: Memory) -> Non
             once=True,
         )
         return
-    seen.pending[f"{NOT_FINITE}input"] = precision.count_not_finite(listener.sample.hidden_TH)
-    seen.pending |= stability.stability(rule, listener.sample)
+    seen.numbers[f"{NOT_FINITE}input"] = precision.count_not_finite(listener.sample.hidden_TH)
+    seen.numbers |= stability.stability(rule, listener.sample)
     if memory.probe is None:
         memory.probe = stability.new_probe(rule, listener.sample)
 
@@ -203,39 +202,27 @@ def _input_dtype(config: Any) -> torch.dtype:
 
 def below(seen: Seen) -> list[str]:
     """The names of what is below fp32 against a promise, as far as that can be seen without waiting for the device."""
-    mixed = is_mixed(seen.router.config)
-    return [name for name, dtype in seen.dtypes.items() if below_fp32(dtype) and precision.promised(name, mixed)]
-
-
-def is_mixed(config: Any) -> bool:
-    """Whether the model trains in bf16 or fp16."""
-    return bool(config.bf16 or config.fp16)
+    router = seen.router
+    return [name for name, dtype in seen.dtypes.items() if below_fp32(dtype) and precision.promised(router, name)]
 
 
 def read(seen: Iterable[Seen]) -> None:
     """Bring everything to the host: a few waits for the device, however many layers there are."""
     seen = list(seen)
-    names = [(each, name) for each in seen for name in each.pending]
-    if names:
-        values = torch.stack([each.pending[name] for each, name in names]).tolist()
-        for (each, name), value in zip(names, values, strict=True):
-            each.numbers[name] = value
-    biased = [each for each in seen if each.before_E is not None]
-    for each in biased:
-        each.after_E = each.router.expert_bias.detach()
-    _to_host([each for each in seen if each.reduced_E is not None], "reduced_E")
-    _to_host([each for each in seen if each.reduced_E is None and each.local_E is not None], "local_E")
-    _to_host(biased, "before_E")
-    _to_host(biased, "after_E")
-
-
-def _to_host(seen: list[Seen], name: str) -> None:
-    """Replace a tensor that all of them have under `name` by its copy on the host."""
-    tensors: list[torch.Tensor] = [getattr(each, name) for each in seen]
-    if len({tensor.dtype for tensor in tensors}) == 1:  # else there is none, or somebody has cast one layer of several
-        tensors = list(torch.split(torch.cat(tensors).cpu(), [tensor.numel() for tensor in tensors]))
-    for each, tensor in zip(seen, tensors, strict=True):
-        setattr(each, name, tensor.cpu())
+    waiting = [(each.numbers, name) for each in seen for name in each.numbers]
+    if waiting:
+        values = torch.stack([numbers[name] for numbers, name in waiting]).tolist()
+        for (numbers, name), value in zip(waiting, values, strict=True):
+            numbers[name] = value
+    for each in seen:
+        each.after_E = None if each.before_E is None else each.router.expert_bias.detach()
+    for name in ("before_E", "after_E", "counts_E"):
+        having = [each for each in seen if getattr(each, name) is not None]
+        tensors: list[torch.Tensor] = [getattr(each, name) for each in having]
+        if len({tensor.dtype for tensor in tensors}) == 1:  # else there is none, or one layer of several was cast
+            tensors = list(torch.split(torch.cat(tensors).cpu(), [tensor.numel() for tensor in tensors]))
+        for each, tensor in zip(having, tensors, strict=True):
+            setattr(each, name, tensor.cpu())
 
 
 def entry(seen: Seen, memory: Memory, step: int | None) -> Entry:
@@ -243,13 +230,12 @@ def entry(seen: Seen, memory: Memory, step: int | None) -> Entry:
 
     `step`: the training step, or how many this process has made. None: not known, and nothing is said per step.
     """
-    config, numbers = seen.router.config, dict(seen.numbers)
+    numbers = dict(seen.numbers)
     metrics = {f"precision/{name.replace('.', '_')}_bits": dtype.itemsize * 8.0 for name, dtype in seen.dtypes.items()}
     bits, error = None, numbers.pop("arithmetic", math.nan)
     if not math.isnan(error):
-        bits = precision.bits_of(error, seen.dtypes["logits"])
-        metrics["precision/arithmetic_bits"] = bits
-    narrow = bits is not None and bits < _FP32_BITS and precision.promised("arithmetic", is_mixed(config))
+        bits = metrics["precision/arithmetic_bits"] = precision.bits_of(error, seen.dtypes["logits"])
+    narrow = bits is not None and bits < _FP32_BITS and precision.promised(seen.router, "arithmetic")
     names, violations = below(seen), []
     if names or narrow:
         from megatron_fp32_router.monitor import findings
@@ -258,7 +244,7 @@ def entry(seen: Seen, memory: Memory, step: int | None) -> Entry:
         violations = findings.violations(seen.name, seen.dtypes, names, bits if narrow else None, memory.dtypes, steps)
     memory.dtypes, memory.step = seen.dtypes, step or 0
     if any(value for name, value in numbers.items() if name.startswith(NOT_FINITE)):
-        # Whom such numbers choose says nothing about precision, now or at the next look.
+        # Choices made from such numbers say nothing about precision, at this look or, as a probe, at the next.
         numbers = {name: value for name, value in numbers.items() if name.startswith(NOT_FINITE)}
         memory.probe = None
     if (biases := _finite_biases(seen)) is not None:
@@ -270,19 +256,18 @@ def entry(seen: Seen, memory: Memory, step: int | None) -> Entry:
 
 def counted(seen: Seen) -> dict[str, float]:
     """The numbers that need the counts of all ranks."""
-    if seen.reduced_E is None:
+    if seen.counts_E is None or not seen.reduced:
         return {}
-    metrics = expert_load(seen.reduced_E.tolist())
+    metrics = expert_load(seen.counts_E.tolist())
     if seen.updated and (biases := _finite_biases(seen)) is not None:
-        metrics |= bias.update(*biases, seen.reduced_E, seen.router.config.moe_router_bias_update_rate)
+        metrics |= bias.update(*biases, seen.counts_E, seen.router.config.moe_router_bias_update_rate)
     return _finite(metrics)
 
 
 def count_own(entries: Mapping[Layer, Entry], seen: Mapping[Layer, Seen]) -> None:
-    """Add them to `entries`, where no other rank has counts: what each router has `seen` here is all there is."""
+    """Add the numbers that need counts to `entries` on a rank that is alone: its own counts are those of all ranks."""
     for layer, each in seen.items():
-        if each.reduced_E is None:
-            each.reduced_E = each.local_E
+        each.reduced = True
         entries[layer]["metrics"].update(counted(each))
 
 

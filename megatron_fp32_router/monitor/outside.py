@@ -1,4 +1,4 @@
-"""Where else a look goes: a text file for Prometheus, and the W&B run of a program without megatron.training."""
+"""Where a look also goes: a text file for Prometheus, and the W&B run of a program without megatron.training."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ PROMETHEUS: Final = "monitor.prom"
 
 
 def hand_on(step: int, entries: Entries, *, file: bool = True) -> None:
-    """Give a look, all layers of it, to both. Called on rank 0; whatever fails is one line in the log.
+    """Write a look of all layers to both, on rank 0. A failure is one line in the log.
 
     Args:
-        file: whether the folder can be written to. Where it cannot, that has been said of monitor.jsonl.
+        file: whether the folder can be written to. Where it cannot, sinks.append() has warned.
     """
     if file:
         attempt("the text file for Prometheus", lambda: _to_prometheus(step, entries))
@@ -33,7 +33,7 @@ def hand_on(step: int, entries: Entries, *, file: bool = True) -> None:
 
 
 def attempt(name: str, write: Callable[[], None]) -> None:
-    """Somebody else's writer may fail in any way, which must end neither the training nor the monitor."""
+    """Call a writer. It may fail in any way; that ends neither the training nor the monitor."""
     try:
         write()
     except Exception as error:
@@ -49,30 +49,21 @@ def _to_prometheus(step: int, entries: Entries) -> None:
     partial = file.with_suffix(".partial")
     file.parent.mkdir(parents=True, exist_ok=True)
     partial.write_text("".join(f"{line}\n" for line in exposition(step, entries)), encoding="utf-8")
-    os.replace(partial, file)  # who reads it sees one look or the next, never a part
+    os.replace(partial, file)  # a reader sees one look or the next, never a part
 
 
 def exposition(step: int, entries: Entries) -> Iterator[str]:
     """The lines of Prometheus' text format: a gauge for each metric, with a sample for each layer that has it.
 
-    Aggregates are left to Prometheus, which would count them twice.
+    No aggregates: Prometheus computes its own, and would count ours as another layer.
     """
-    columns: dict[str, dict[str, float]] = {}
-    for layer, entry in entries.items():
-        for name, value in {**entry["metrics"], "violations": len(entry["violations"])}.items():
-            columns.setdefault(name, {})[str(layer)] = value
-    yield from _gauge("step", "The training step of the look.")
-    yield f"moe_router_step {step}"
-    for name, by_layer in columns.items():
-        yield from _gauge(name, f"{name} of the monitor of megatron-fp32-router.")
+    gauges = sinks.by_metric(entries)
+    gauges["violations"] = {layer: len(entry["violations"]) for layer, entry in entries.items()}
+    gauges["step"] = {"": step}
+    for metric, by_layer in gauges.items():
+        name = "moe_router_" + re.sub(r"[^a-zA-Z0-9_]", "_", metric)
+        yield f"# HELP {name} {metric} of the monitor of megatron-fp32-router."
+        yield f"# TYPE {name} gauge"
         for layer, value in by_layer.items():
-            yield f'{_name(name)}{{layer="{layer}"}} {value!r}'
-
-
-def _gauge(name: str, text: str) -> Iterator[str]:
-    yield f"# HELP {_name(name)} {text}"
-    yield f"# TYPE {_name(name)} gauge"
-
-
-def _name(metric: str) -> str:
-    return "moe_router_" + re.sub(r"[^a-zA-Z0-9_]", "_", metric)
+            label = "" if layer == "" else f'{{layer="{layer}"}}'
+            yield f"{name}{label} {value!r}"

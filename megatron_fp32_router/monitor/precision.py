@@ -15,24 +15,7 @@ from megatron_fp32_router.wrapping.survey import tensors_of
 
 #: Rows of the arithmetic probe. As many as a small micro-batch has: a library may compute a few rows in another way.
 _ROWS: Final = 512
-#: What PROTECT=buffers keeps in fp32 as well.
-_BUFFERS: Final = (
-    "expert_bias",
-    "local_tokens_per_expert",
-    "global_tokens_per_expert",
-    "ga_steps",
-    "qb_beta",
-    "qb_beta_accum",
-)
 _optimizers: Final[weakref.WeakSet[Any]] = weakref.WeakSet()
-
-#: (parameters of the model, their main copies), in Megatron's optimizers.
-_COPIES: Final = (
-    ("float16_groups", "fp32_from_float16_groups"),
-    ("fp32_from_fp32_groups", "fp32_from_fp32_groups"),
-    ("model_float16_groups", "shard_fp32_from_float16_groups"),
-    ("model_fp32_groups", "shard_fp32_groups"),
-)
 
 
 def remember_optimizer(original: Callable[..., None]) -> Callable[..., None]:
@@ -69,7 +52,7 @@ def facts(router: Any) -> dict[str, torch.dtype]:
 def not_finite(router: Any) -> dict[str, torch.Tensor]:
     """Name -> how many values of a router tensor are NaN or infinite, a 0-dimensional tensor on the device.
 
-    A shard is left out: asking it would be a collective, or there is nothing to ask.
+    Shards are left out: counting in a DTensor is a collective, and a shard that is freed holds nothing.
     """
     return {name: count_not_finite(tensor) for name, tensor, _ in tensors_of(router) if not sharded(tensor)}
 
@@ -80,30 +63,24 @@ def count_not_finite(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _optimizer_state(parameter: torch.Tensor) -> Iterator[tuple[str, torch.dtype]]:
-    for optimizer in list(_optimizers):
-        main = _main_copy(optimizer, parameter)
-        inner = getattr(optimizer, "optimizer", None)
-        state = getattr(inner, "state", {}).get(parameter if main is None else main, {})
-        if main is not None and main is not parameter:
-            yield "main", main.dtype
-        for name, value in state.items():
+    """("main", dtype) of the optimizer's copy (or shard) of `parameter`, and (name, dtype) of its moments.
+
+    Nothing where this rank holds no shard of it.
+    """
+    optimizers = list(_optimizers)
+    # The mixed-precision optimizer puts its copy on the parameter. The distributed one knows each shard's place.
+    main = getattr(parameter, "main_param", None)
+    for optimizer in optimizers:
+        place = getattr(optimizer, "model_param_group_index_map", {}).get(parameter)
+        if place is not None:
+            main = optimizer.optimizer.param_groups[place[0]]["params"][place[1]]
+    if main is not None:
+        yield "main", main.dtype
+    for optimizer in optimizers:
+        states = getattr(getattr(optimizer, "optimizer", None), "state", {})
+        for name, value in states.get(parameter if main is None else main, {}).items():
             if isinstance(value, torch.Tensor) and value.dim() and value.is_floating_point():
                 yield name, value.dtype
-        if main is not None or state:
-            return
-
-
-def _main_copy(optimizer: Any, parameter: torch.Tensor) -> torch.Tensor | None:
-    """The optimizer's copy (or shard) of `parameter`; None where this rank holds none."""
-    for of_model, of_optimizer in _COPIES:
-        models, copies = getattr(optimizer, of_model, None), getattr(optimizer, of_optimizer, None)
-        if models is None or copies is None:
-            continue
-        for group, main_group in zip(models, copies, strict=False):
-            for model, main in zip(group, main_group, strict=False):
-                if model is parameter:
-                    return main if isinstance(main, torch.Tensor) else None
-    return None
 
 
 def sharded(weight: torch.Tensor) -> bool:
@@ -112,11 +89,10 @@ def sharded(weight: torch.Tensor) -> bool:
 
 
 def probe(router: Any, dtype: torch.dtype) -> tuple[torch.dtype, torch.Tensor] | None:
-    """Send rows with a single one in them through the router's own gating.
+    """Send rows that hold a single 1 through the router's own gating.
 
-    Each result is then one element of the weight, without a sum and its rounding: fp32 gives it back as it is, TF32
-    with 11 significant bits, bf16 with 8. (A weight that fits a narrower format anyway cannot tell them apart, and
-    loses nothing.)
+    Each result is then one element of the weight, without a sum and its rounding: fp32 returns it as it is, TF32 with
+    11 significant bits, bf16 with 8. (A weight that fits a narrower format cannot tell them apart, and loses nothing.)
 
     Args:
         router: a TopKRouter.
@@ -127,8 +103,8 @@ def probe(router: Any, dtype: torch.dtype) -> tuple[torch.dtype, torch.Tensor] |
         finite; None for a weight that is sharded over ranks, or broken already.
     """
     weight_EH = router.weight.detach()
-    if below_fp32(weight_EH.dtype) and promised("weight", True):
-        return None  # a violation of its own, on which the gating itself raises
+    if below_fp32(weight_EH.dtype) and promised(router, "weight"):
+        return None  # the gating would raise, and the weight's dtype is a violation already
     if sharded(router.weight):
         return None
     columns = weight_EH.shape[1]
@@ -161,19 +137,19 @@ def bits_of(error: float, dtype: torch.dtype) -> float:
     return most if error == 0 else max(0.0, min(most, -math.log2(error)))
 
 
-def promised(name: str, mixed: bool) -> bool:
-    """Whether the contract says that the tensor or result `name` is fp32.
+def promised(router: Any, name: str) -> bool:
+    """Whether the contract says that a tensor or a result of `router` is fp32.
 
     Args:
+        router: a TopKRouter.
         name: as facts() has it, or "logits", "scores" or "arithmetic".
-        mixed: whether the model trains in bf16 or fp16. One in fp32 keeps upstream's own gating.
     """
-    if name == "arithmetic" and registry.settings.like:
-        return False  # the user asked for an engine's
-    if name in ("logits", "scores", "arithmetic"):
-        return mixed
-    if name in _BUFFERS:
+    if name in router._buffers:
         return True
+    if name in ("logits", "scores", "arithmetic"):
+        # A model that trains in fp32 keeps upstream's own gating. MEGATRON_FP32_ROUTER_LIKE asks for an engine's.
+        mixed = bool(router.config.bf16 or router.config.fp16)
+        return mixed and not (name == "arithmetic" and registry.settings.like)
     derived = name.partition("_")[2]
     # Main copies and moments below fp32 are the user's own choice with a precision-aware optimizer.
     return registry.settings.protect == "all" and (derived in ("", "grad") or not _moments_are_chosen())

@@ -1,4 +1,4 @@
-"""Where a program that counts from 1 again after a restart goes on. Imported only where there is a monitor.jsonl."""
+"""After which step a restarted program goes on that counts from 1 again. Imported only if monitor.jsonl exists."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 def last_step(file: Path) -> int:
     """The step of the last whole line of `file`; 0 when there is none.
 
-    Or when it cannot be read: append() meets the same trouble, and says so.
+    Also 0 when the file cannot be read: sinks.append() then warns.
     """
     try:
         with file.open("rb") as stream:

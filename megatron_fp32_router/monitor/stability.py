@@ -1,13 +1,14 @@
-"""Routing stability: whom a sample of tokens would be sent to if some of the arithmetic were narrower.
+"""Routing stability: which experts a sample of tokens would be sent to if part of the arithmetic were narrower.
 
-Everything stays on the device; results are 0-dimensional fp64 tensors, read by the caller in one go.
+Everything stays on the device. Results are 0-dimensional fp64 tensors, which the caller copies to the host together.
 Shapes: T tokens of the sample, H hidden size, E experts, G groups of experts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -16,6 +17,13 @@ from megatron_fp32_router.monitor.precision import sharded
 from megatron_fp32_router.patching.registry import registry
 from megatron_fp32_router.settings import PREFIX
 
+#: Megatron's score functions, of logits [T, E].
+_SCORES: Final[dict[str, Callable[[torch.Tensor], torch.Tensor]]] = {
+    "sigmoid": torch.sigmoid,
+    "softmax": lambda logits_TE: torch.softmax(logits_TE, dim=-1),
+    "sqrtsoftplus": lambda logits_TE: torch.nn.functional.softplus(logits_TE).sqrt(),
+}
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -23,7 +31,8 @@ class Sample:
 
     Attributes:
         hidden_TH: the router's input, in its own dtype.
-        chosen_TE: bool, whom the router chose; None where that cannot be compared (input noise, dropped tokens).
+        chosen_TE: bool, the experts that the router chose; None where that cannot be compared (input noise, dropped
+            tokens).
     """
 
     hidden_TH: torch.Tensor
@@ -32,21 +41,21 @@ class Sample:
 
 @dataclass
 class Probe:
-    """Tokens that stay the same for the whole run of this process, on the CPU, and whom they were last sent to."""
+    """Tokens that are kept on the CPU as long as this process runs, and the experts that they were last sent to."""
 
     hidden_TH: torch.Tensor
     chosen_TE: torch.Tensor
 
 
 def obstacle(router: Any) -> str | None:
-    """Why the choices of `router` cannot be computed anew, or None."""
+    """Why the choices of `router` cannot be computed again, or None."""
     if registry.settings.like:
         return f"{PREFIX}_LIKE is set, and what it compares is computed without an engine's roundings"
     config = router.config
     kinds = config.moe_router_load_balancing_type
     if "sinkhorn" in ([kinds] if isinstance(kinds, str) else kinds):
         return "sinkhorn does not choose by scores alone"
-    if router.score_function not in ("sigmoid", "softmax", "sqrtsoftplus"):
+    if router.score_function not in _SCORES:
         return f"the score function {router.score_function!r} is not known to the monitor"
     for option in ("moe_router_force_load_balancing", "moe_enable_routing_replay"):
         if getattr(config, option, False):
@@ -100,18 +109,16 @@ class Rule:
 
     def scores(self, logits_TE: torch.Tensor) -> torch.Tensor:
         """[T, E], what is compared between experts, before the bias."""
-        if self.by_logits:
-            return logits_TE
-        if self.function == "softmax":
-            return torch.softmax(logits_TE, dim=-1)
-        if self.function == "sigmoid":
-            return torch.sigmoid(logits_TE)
-        return torch.nn.functional.softplus(logits_TE).sqrt()
+        return logits_TE if self.by_logits else _SCORES[self.function](logits_TE)
 
     def biased(self, scores_TE: torch.Tensor, bias_E: torch.Tensor | None = None) -> torch.Tensor:
         """[T, E], the scores that choose."""
         bias_E = self.bias_E if bias_E is None else bias_E
         return scores_TE if bias_E is None else scores_TE + bias_E.to(scores_TE.dtype)
+
+    def selection(self, hidden_TH: torch.Tensor, weight_EH: torch.Tensor | None = None) -> torch.Tensor:
+        """[T, E], the scores that choose, from the tokens themselves."""
+        return self.biased(self.scores(self.logits(hidden_TH, weight_EH)))
 
     def eligible(self, selection_TE: torch.Tensor) -> torch.Tensor:
         """`selection_TE` with -inf in the groups that a token may not use."""
@@ -148,22 +155,21 @@ def stability(rule: Rule, sample: Sample) -> dict[str, torch.Tensor]:
     reference_TE = rule.chosen(selection_TE)
     margin_T = rule.margin(selection_TE).double()
     narrower = {
-        "bf16_weight": rule.biased(rule.scores(rule.logits(hidden_TH, _bf16(rule.weight_EH)))),
+        "bf16_weight": rule.selection(hidden_TH, _bf16(rule.weight_EH)),
         "bf16_logits": rule.biased(rule.scores(_bf16(logits_TE))),
         "bf16_scores": rule.biased(_bf16(scores_TE)),
-        "tf32": rule.biased(rule.scores(rule.logits(tf32(hidden_TH), tf32(rule.weight_EH)))),
+        "tf32": rule.selection(tf32(hidden_TH), tf32(rule.weight_EH)),
     }
     if rule.bias_E is not None:
         narrower["bf16_bias"] = rule.biased(scores_TE, _bf16(rule.bias_E))
     found = {f"flips/{name}": _flips(rule.chosen(other_TE), reference_TE) for name, other_TE in narrower.items()}
-    exact_TE = rule.biased(rule.scores(rule.logits(hidden_TH.double())))
-    for name, other_TE in {**narrower, "fp32": exact_TE}.items():
+    for name, other_TE in {**narrower, "fp32": rule.selection(hidden_TH.double())}.items():
         # A token whose margin is at least twice the largest error of its scores cannot change its experts.
         error_T = (other_TE.double() - selection_TE.double()).abs().amax(dim=-1)
         found[f"at_risk/{name}"] = (margin_T < 2 * error_T).double().mean()
     if sample.chosen_TE is not None:
-        # Scores that are equal, or as good as equal in fp32, say nothing about the arithmetic: a layer that has
-        # diverged saturates its scores. error_T is fp32's own here.
+        # Scores that are equal up to fp32's own error (error_T, after the loop) say nothing about the arithmetic. A
+        # layer that has diverged saturates its scores, and has many of them.
         differs_T = (sample.chosen_TE != reference_TE).any(dim=-1)
         found["flips/actual"] = (differs_T & (margin_T > 2 * error_T)).double().mean()
     points = torch.quantile(margin_T, torch.tensor([0.01, 0.1, 0.5], dtype=torch.float64, device=margin_T.device))
@@ -175,7 +181,7 @@ def stability(rule: Rule, sample: Sample) -> dict[str, torch.Tensor]:
 def changed(rule: Rule, probe: Probe) -> dict[str, torch.Tensor]:
     """What docs/monitor.md calls probe/*, and remembers today's choice for the next look."""
     hidden_TH = probe.hidden_TH.to(rule.weight_EH.device)
-    now_TE = rule.chosen(rule.biased(rule.scores(rule.logits(hidden_TH))))
+    now_TE = rule.chosen(rule.selection(hidden_TH))
     last_TE, probe.chosen_TE = probe.chosen_TE, now_TE
     slots = (last_TE & ~now_TE).double().sum() / (now_TE.shape[0] * rule.topk)
     return {"probe/changed": _flips(now_TE, last_TE), "probe/slots_changed": slots}
@@ -183,8 +189,7 @@ def changed(rule: Rule, probe: Probe) -> dict[str, torch.Tensor]:
 
 def new_probe(rule: Rule, sample: Sample) -> Probe:
     """A probe out of a sample."""
-    chosen_TE = rule.chosen(rule.biased(rule.scores(rule.logits(sample.hidden_TH))))
-    return Probe(sample.hidden_TH.cpu(), chosen_TE)
+    return Probe(sample.hidden_TH.cpu(), rule.chosen(rule.selection(sample.hidden_TH)))
 
 
 def _bf16(tensor: torch.Tensor) -> torch.Tensor:

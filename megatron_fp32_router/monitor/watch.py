@@ -1,8 +1,8 @@
 """When the monitor looks, and what it does then.
 
-A step is one call of finalize_model_grads. Between looks that costs a comparison of two integers: no hook is
-installed, no tensor is touched, nothing waits for the device. For a look, forward hooks go onto the routers after the
-step before it; the numbers stay on the device until the balance update is done and are then read in one go.
+A step is one call of finalize_model_grads. A step without a look compares two integers: no hook is installed, no tensor
+is touched, nothing waits for the device. Forward hooks go onto the routers one step before a look. Numbers stay on the
+device until the balance update is done; then they are copied to the host together.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,7 +61,7 @@ class Monitor:
         return self._calls
 
     def _label(self, step: int) -> int:
-        """The step's number in the file, which goes on where the file ends if a restarted program counts from 1."""
+        """The step's number in the file. A restarted program that counts from 1 goes on after the file's last step."""
         if self._offset is None:
             self._offset = 0
             if rank() == 0 and os.path.exists(sinks.path()):  # also False when the folder cannot be read
@@ -83,29 +81,21 @@ class Monitor:
         self._try(self._close_with, updated)
 
     def _try(self, part: Callable[..., None], *arguments: Any) -> None:
-        """Do a part of the work. An error in it ends the monitor, not the training; what was found still counts."""
+        """Do a part of the work. An error in it ends the monitor, not the training; violations are still reported."""
         try:
             part(*arguments)
         except Exception as error:  # any error: the training must go on
-            self._fail(error)
-        if self._unjudged:
-            self._unjudged = False
-            self._refuse_what_is_broken()
+            from megatron_fp32_router.monitor import findings
 
-    def _fail(self, error: Exception) -> None:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        what = (
-            f"{type(error).__name__}: {' '.join(str(error).split())} ({Path(place.filename).name}, line {place.lineno})"
-        )
-        why = f"on rank {rank()} it failed with {what}"
-        try:
-            told = (others := self._others()) is not None and others.end(why)
-        except Exception as another:  # the store itself has failed: this rank has to say it
-            told, why = False, f"{why}, and could not tell the other ranks ({type(another).__name__}: {another})"
-        self._end(why, speaker=0 if told else rank())
+            self._end(*findings.failure(error, lambda why: (others := self._others()) is not None and others.end(why)))
+        unjudged, self._unjudged = self._unjudged, False
+        if unjudged and any(entry["violations"] for entry in self.entries.values()):
+            from megatron_fp32_router.monitor import findings
+
+            findings.refuse(self.entries)
 
     def _end(self, why: str, speaker: int = 0) -> None:
-        """Look no more, and leave no trace in the training."""
+        """Stop looking: take off all hooks, and say why."""
         self._ended = True
         self._take_listeners()
         self._take_open()
@@ -145,14 +135,14 @@ class Monitor:
             return
         interval = registry.settings.monitor
         if self._open is not None:
-            # Somebody replaced the balance update, so nothing told us that it was done.
+            # Somebody else's balance update ran, which does not call _after_update.
             for seen in self._open.values():
                 frozen = getattr(seen.router, "frozen_expert_bias", False)
                 seen.updated = seen.router.training and not frozen
             self._close()
         step = self._now()
         if step == self.step or self._ended:
-            return  # the same step computed again, or the look that was closed was the last
+            return  # the same step is computed again, or closing the last look ended the monitor
         self.step = step
         looks = step % interval == 0
         if not looks and (step + 1) % interval:
@@ -181,11 +171,11 @@ class Monitor:
 
                     seen.recorded = recording.copied(router, seen.before_E, listener.sample)
         if registry.settings.on_mismatch == "raise" and any(look.below(seen) for seen in self._open.values()):
-            # At once: the balance update refuses to work on what was found. Others may be there already, and would
-            # wait for this rank as long as it waited for them.
+            # Now, because the balance update will refuse these tensors. Other ranks may be in it already, waiting for
+            # this one, so this rank must not wait for them.
             self._close(meet=False)
         elif getattr(config, "moe_router_enable_expert_bias", False):
-            update.watchers.append(self._after_update)  # also where this rank has no router: all meet there
+            update.watchers.append(self._after_update)  # also on a rank without routers: all ranks close a look there
         else:
             self._close()
 
@@ -196,22 +186,27 @@ class Monitor:
             for router, row_E in zip(routers, counts_LE.unbind(), strict=True)
         }
         for seen in (self._open or {}).values():
-            seen.reduced_E = rows.get(id(seen.router))
-            seen.updated = id(seen.router) in rows
+            if id(seen.router) in rows:
+                seen.counts_E, seen.reduced, seen.updated = rows[id(seen.router)], True, True
         self._close()
 
     def _close(self, meet: bool = True) -> None:
-        """The end of a look: read the numbers and hand them on.
+        """End a look: read the numbers, bring those of all ranks together, write them.
 
-        `meet`: wait for other ranks; only where they all come by without this one.
+        Args:
+            meet: wait for other ranks. Only where none of them waits for this one.
         """
         seen = self._take_open()
         with torch.no_grad():
             look.read(seen.values())
         self.entries = {layer: look.entry(each, self._memory[layer], self.step) for layer, each in seen.items()}
         self._unjudged = True
-        together = self._bring_together(seen, meet)
-        self.entries = {layer: together[layer] for layer in sorted(together, key=sinks.order)}
+        if self._exchange is None:
+            look.count_own(self.entries, seen)
+        else:
+            writes = rank() == 0 or sinks.writers() != (None, None)
+            self.entries = self._exchange.bring_together(self.step, self.entries, seen, meet, writes)
+        self.entries = {layer: self.entries[layer] for layer in sorted(self.entries, key=sinks.order)}
         self._hand_on()
         recorded = {layer: each.recorded for layer, each in seen.items() if each.recorded}
         if recorded:
@@ -230,14 +225,6 @@ class Monitor:
         stage, _, speaks = collect.place()
         return stage, speaks
 
-    def _bring_together(self, seen: dict[Layer, look.Seen], meet: bool) -> dict[Layer, Entry]:
-        """Complete what this rank has seen; on the ranks that write, with the layers of all pipeline stages."""
-        if self._exchange is None:
-            look.count_own(self.entries, seen)
-            return self.entries
-        writes = rank() == 0 or any(writer is not None for writer in sinks.megatron_writers())
-        return self._exchange.bring_together(self.step, self.entries, seen, meet, writes)
-
     def _hand_on(self) -> None:
         """Write the look, and warn of what is not finite."""
         step = self._label(self.step)
@@ -250,33 +237,21 @@ class Monitor:
             if written:
                 say(logging.INFO, where, threshold=registry.settings.log, once=True)
             outside.hand_on(step, self.entries, file=written)
-            self._say_what_is_not_finite(step)
-        if sinks.has_writers():
+            not_finite = {
+                (layer, name)
+                for layer, entry in self.entries.items()
+                for name, value in entry["metrics"].items()
+                if value and name.startswith(sinks.NOT_FINITE)
+            }
+            if not_finite - self._not_finite:
+                from megatron_fp32_router.monitor import findings
+
+                findings.say_what_is_not_finite(step, self.entries, not_finite - self._not_finite)
+            self._not_finite = not_finite
+        if (theirs := sinks.writers()) != (None, None):
             from megatron_fp32_router.monitor import writers
 
-            writers.publish(step, self.entries)
-
-    def _say_what_is_not_finite(self, step: int) -> None:
-        """In one line, when it is seen first. Whether a training may go on with it is upstream's to say."""
-        found = {
-            (layer, name.removeprefix(sinks.NOT_FINITE)): value
-            for layer, entry in self.entries.items()
-            for name, value in entry["metrics"].items()
-            if name.startswith(sinks.NOT_FINITE) and value
-        }
-        new = {place: value for place, value in found.items() if place not in self._not_finite}
-        self._not_finite = set(found)
-        if new:
-            from megatron_fp32_router.monitor import findings
-
-            findings.say_what_is_not_finite(step, new)
-
-    def _refuse_what_is_broken(self) -> None:
-        found = [f"layer {layer}, {text}" for layer, entry in self.entries.items() for text in entry["violations"]]
-        if found:
-            from megatron_fp32_router.monitor import findings
-
-            findings.refuse(found)
+            writers.publish(step, self.entries, *theirs)
 
 
 #: The monitor that runs now; a new one each time the plugin is turned on.
