@@ -63,22 +63,22 @@ def count_not_finite(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _optimizer_state(parameter: torch.Tensor) -> Iterator[tuple[str, torch.dtype]]:
-    """("main", dtype) of the optimizer's copy (or shard) of `parameter`, and (name, dtype) of its moments.
+    """("main", dtype) of the optimizer's copy of `parameter`, and (name, dtype) of its moments.
 
     Nothing where this rank holds no shard of it.
     """
-    optimizers = list(_optimizers)
-    # The mixed-precision optimizer puts its copy on the parameter. The distributed one knows each shard's place.
+    # Megatron's optimizers put the main copy of a parameter below fp32 on it.
     main = getattr(parameter, "main_param", None)
-    for optimizer in optimizers:
-        place = getattr(optimizer, "model_param_group_index_map", {}).get(parameter)
-        if place is not None:
-            main = optimizer.optimizer.param_groups[place[0]]["params"][place[1]]
     if main is not None:
         yield "main", main.dtype
-    for optimizer in optimizers:
-        states = getattr(getattr(optimizer, "optimizer", None), "state", {})
-        for name, value in states.get(parameter if main is None else main, {}).items():
+    for optimizer in list(_optimizers):
+        inner: Any = getattr(optimizer, "optimizer", None)
+        held = parameter if main is None else main
+        # The distributed optimizer steps a shard of the main copy, or of the parameter itself.
+        place = getattr(optimizer, "model_param_group_index_map", {}).get(parameter)
+        if place is not None:
+            held = inner.param_groups[place[0]]["params"][place[1]]
+        for name, value in getattr(inner, "state", {}).get(held, {}).items():
             if isinstance(value, torch.Tensor) and value.dim() and value.is_floating_point():
                 yield name, value.dtype
 

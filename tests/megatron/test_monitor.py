@@ -148,22 +148,26 @@ def _narrow_moment(router: Any) -> None:
     narrowed = 0
     for optimizer in list(precision._optimizers):
         for parameter, state in getattr(getattr(optimizer, "optimizer", None), "state", {}).items():
-            if parameter.shape == router.weight.shape and "exp_avg" in state:
+            if parameter.numel() == router.weight.numel() and "exp_avg" in state:
                 state["exp_avg"] = state["exp_avg"].bfloat16()
                 narrowed += 1
     assert narrowed
 
 
 @pytest.mark.parametrize(
-    ("narrow", "what"),
-    [(_narrow_gradient, "weight_grad"), (_narrow_moment, "weight_exp_avg")],
-    ids=["gradient", "moment"],
+    ("narrow", "what", "optimizer"),
+    [
+        (_narrow_gradient, "weight_grad", "plain"),
+        (_narrow_moment, "weight_exp_avg", "plain"),
+        (_narrow_moment, "weight_exp_avg", "distributed"),
+    ],
+    ids=["gradient", "moment", "moment of a shard"],
 )
 def test_a_gradient_or_moment_below_fp32_stops_the_run_by_its_name(
-    narrow: Any, what: str, build: Any, expert_layers: Any, watched: Any
+    narrow: Any, what: str, optimizer: str, build: Any, expert_layers: Any, watched: Any
 ) -> None:
     file = watched(2)
-    room = build(**TINY)
+    room = build(optimizer=optimizer, **TINY)
     batches = lab.text_batches(room.recipe, seed=1)
     for _ in range(3):
         room.step(batches)
@@ -295,9 +299,12 @@ def test_a_bias_that_is_frozen_has_swallowed_nothing(build: Any, watched: Any) -
         assert record["metrics"].get("load/assignments", 1) > 0
 
 
-def test_where_only_buffers_are_protected_a_bf16_weight_breaks_no_promise(build: Any, watched: Any) -> None:
+@pytest.mark.parametrize("optimizer", ["plain", "distributed"])
+def test_where_only_buffers_are_protected_a_bf16_weight_breaks_no_promise(
+    optimizer: str, build: Any, watched: Any
+) -> None:
     file = watched(1, protect="buffers")
-    room = build(**TINY)
+    room = build(optimizer=optimizer, **TINY)
     room.step(lab.text_batches(room.recipe, seed=1))
     for record in looks(file)[:2]:
         assert record["violations"] == []
