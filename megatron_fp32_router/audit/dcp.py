@@ -16,9 +16,9 @@ import numpy as np
 
 from megatron_fp32_router.audit.files import Meter, inside, read_small, shown, unreadable
 from megatron_fp32_router.audit.main_copies import Flat, Piece, buffers_in
-from megatron_fp32_router.audit.pickles import Dtype, Opaque, TensorRef, load
+from megatron_fp32_router.audit.pickles import NUMPY_DTYPES, Dtype, Opaque, TensorRef, load
 from megatron_fp32_router.audit.tensors import PARAMETERS, Checkpoint, RouterTensor, kind_of, read_arguments
-from megatron_fp32_router.audit.torch_zip import NUMPY_DTYPES, Archive
+from megatron_fp32_router.audit.torch_zip import Archive
 
 if TYPE_CHECKING:
     from contextlib import ExitStack
@@ -57,17 +57,10 @@ class DcpReader:
         tensors, where = root.field("state_dict_metadata"), root.field("storage_data")
         if not isinstance(tensors, dict) or not isinstance(where, dict):
             raise unreadable(self.path, "state_dict_metadata and storage_data", "a Metadata without them")
-        self.tensors: dict[str, Opaque] = {
-            name: entry
-            for name, entry in tensors.items()
-            if isinstance(name, str) and isinstance(entry, Opaque) and entry.of.endswith(".TensorStorageMetadata")
-        }
+        named = {name: e for name, e in tensors.items() if isinstance(name, str) and isinstance(e, Opaque)}
+        self.tensors = {name: entry for name, entry in named.items() if entry.of.endswith(".TensorStorageMetadata")}
         #: Whole objects that torch.save wrote, not tensors.
-        self.objects = sorted(
-            name
-            for name, entry in tensors.items()
-            if isinstance(name, str) and isinstance(entry, Opaque) and entry.of.endswith(".BytesStorageMetadata")
-        )
+        self.objects = sorted(name for name, entry in named.items() if entry.of.endswith(".BytesStorageMetadata"))
         self._where: dict[tuple[str, tuple[int, ...] | None], Opaque] = {}
         for index, info in where.items():
             if isinstance(index, Opaque) and isinstance(info, Opaque):

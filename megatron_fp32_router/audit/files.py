@@ -13,7 +13,6 @@ from megatron_fp32_router.errors import CheckpointUnreadableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import TracebackType
 
 #: No single read is larger, whatever a header says: the directory of an archive with 500,000 entries is smaller.
 MAX_READ: Final = 1 << 26
@@ -159,17 +158,8 @@ class Window(io.RawIOBase):
         return data
 
     def close(self) -> None:
-        if not self.closed:
-            self._file.close()
+        self._file.close()
         super().close()
-
-    def __enter__(self) -> Window:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def open_regular(path: Path) -> BinaryIO:

@@ -6,12 +6,10 @@ import json
 import math
 from typing import TYPE_CHECKING, Any, Final
 
-# Lets NumPy know a dtype of the name "bfloat16", which safetensors then uses.
-import ml_dtypes  # noqa: F401
 from safetensors import SafetensorError, safe_open
 
 from megatron_fp32_router.audit.files import Meter, inside, open_regular, read_small, unreadable
-from megatron_fp32_router.audit.pickles import ITEMSIZE
+from megatron_fp32_router.audit.pickles import NUMPY_DTYPES
 from megatron_fp32_router.audit.tensors import Checkpoint, RouterTensor, kind_of, layer_of_an_expert
 from megatron_fp32_router.errors import CheckpointUnreadableError
 
@@ -83,14 +81,12 @@ def _read_file(path: Path, meter: Meter, checkpoint: Checkpoint) -> list[RouterT
                     continue
                 part = file.get_slice(name)
                 shape, dtype = tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype())
-                size = math.prod(shape) * ITEMSIZE.get(dtype, 1)
+                size = math.prod(shape) * (NUMPY_DTYPES[dtype].itemsize if dtype in NUMPY_DTYPES else 1)
                 meter.claim(size, path, f"{name}, shape {shape}")
                 # NumPy's side of the library has no 8-bit floats; their dtype says enough.
-                values = None if dtype.startswith("float8") or dtype not in ITEMSIZE else file.get_tensor(name)
+                values = None if dtype.startswith("float8") or dtype not in NUMPY_DTYPES else file.get_tensor(name)
                 meter.add(size if values is not None else 0, path.name)
                 found.append(RouterTensor(name, kind, dtype, shape, values))
     except (SafetensorError, OSError, ValueError) as error:
-        if isinstance(error, CheckpointUnreadableError):
-            raise
         raise CheckpointUnreadableError(f"{path}: not a whole safetensors file: {error}") from error
     return found

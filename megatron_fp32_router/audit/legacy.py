@@ -8,13 +8,14 @@ every pipeline stage and in every stack (`decoder.layers`, `mtp.layers`), so eac
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
 from megatron_fp32_router.audit.files import unreadable
 from megatron_fp32_router.audit.main_copies import Flat, buffers_in, walk
-from megatron_fp32_router.audit.pickles import TensorRef
+from megatron_fp32_router.audit.pickles import NUMPY_DTYPES, TensorRef
 from megatron_fp32_router.audit.tensors import Checkpoint, RouterTensor, argument, kind_of, read_arguments
-from megatron_fp32_router.audit.torch_zip import NUMPY_DTYPES, Archive
+from megatron_fp32_router.audit.torch_zip import Archive
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,26 +61,25 @@ def read_legacy(files: list[Path], meter: Meter, stack: ExitStack) -> tuple[Chec
             buffers += buffers_in(optimizer, optimizer.root)
     if not stages:
         raise unreadable(files[0], "a `model` entry with Megatron's parameters", "none")
-    before: dict[str, int] = {}
+    before = Counter[str]()
     for _, (archive, names) in sorted(stages.items()):
-        layers: dict[str, int] = {}
+        layers = Counter[str]()
         for name in names:
             if (found := _LAYER.match(name)) is not None:
-                layers[found[1]] = max(layers.get(found[1], 0), int(found[2]) + 1)
+                layers[found[1]] = max(layers[found[1]], int(found[2]) + 1)
         for name, ref in names.items():
             kind = kind_of(name)
             if kind is not None:
                 values = archive.tensor(ref) if ref.dtype in NUMPY_DTYPES else None
                 checkpoint.tensors.append(RouterTensor(_counted(name, before), kind, ref.dtype, ref.shape, values))
-        for stack_of, count in layers.items():
-            before[stack_of] = before.get(stack_of, 0) + count
+        before += layers
     return checkpoint, buffers
 
 
-def _counted(name: str, before: dict[str, int]) -> str:
-    """A name with the number that its layer has in the whole model. `before`: layers of its stack in earlier stages."""
+def _counted(name: str, before: Counter[str]) -> str:
+    """A name with its layer's number in the whole model. `before`: layers of each stack in earlier stages."""
     found = _LAYER.match(name)
-    return name if found is None else f"{found[1]}{int(found[2]) + before.get(found[1], 0)}{found[3]}"
+    return name if found is None else f"{found[1]}{int(found[2]) + before[found[1]]}{found[3]}"
 
 
 def _first_copy(file: Path) -> bool:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from megatron_fp32_router.audit import bits
-from megatron_fp32_router.audit.pickles import TensorRef
-from megatron_fp32_router.audit.torch_zip import NUMPY_DTYPES
+from megatron_fp32_router.audit.pickles import NUMPY_DTYPES, TensorRef
+from megatron_fp32_router.audit.tensors import PARAMETERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -62,13 +63,17 @@ def find(checkpoint: Checkpoint, buffers: Sequence[Flat], limit: int) -> None:
     wanted = {
         index: tensor
         for index, tensor in enumerate(checkpoint.tensors)
-        if tensor.main is None and tensor.kind in ("weight", "bias") and _distinct(tensor) >= _ENOUGH
+        if tensor.main is None
+        and tensor.kind in PARAMETERS
+        and tensor.dtype in bits.CASTS
+        and tensor.values is not None
+        and bits.distinct(tensor.values) >= _ENOUGH
     }
     left = limit
     skipped = 0
     # Copies of one parameter first: they cost nothing when their shape is another.
     for buffer in sorted(buffers, key=lambda b: b.shape is None):
-        fits = [tensor for tensor in wanted.values() if buffer.shape is None or buffer.shape == tensor.shape]
+        fits = {index: tensor for index, tensor in wanted.items() if buffer.shape in (None, tensor.shape)}
         if not fits:
             continue
         if buffer.dtype != "float32":
@@ -79,7 +84,7 @@ def find(checkpoint: Checkpoint, buffers: Sequence[Flat], limit: int) -> None:
             skipped += buffer.nbytes
             continue
         left -= buffer.nbytes
-        for index, copy in _search(buffer, wanted):
+        for index, copy in _search(buffer, fits).items():
             checkpoint.tensors[index] = replace(wanted.pop(index), main=copy, main_from=buffer.name)
     if skipped and wanted:
         checkpoint.notes.append(
@@ -88,22 +93,10 @@ def find(checkpoint: Checkpoint, buffers: Sequence[Flat], limit: int) -> None:
         )
 
 
-def _distinct(tensor: RouterTensor) -> int:
-    if tensor.values is None or tensor.dtype not in ("bfloat16", "float16"):
-        return 0
-    return int(np.unique(tensor.values.astype(np.float32)).size)
-
-
-def _search(buffer: Flat, wanted: dict[int, RouterTensor]) -> list[tuple[int, NDArray[Any]]]:
-    """(index, copy) of each wanted tensor that lies in the buffer, in one pass."""
+def _search(buffer: Flat, wanted: dict[int, RouterTensor]) -> dict[int, NDArray[Any]]:
+    """The copy of each wanted tensor that lies in the buffer, by the tensor's index. The buffer is read once."""
     found: dict[int, NDArray[Any]] = {}
-    patterns = {
-        index: t.values.reshape(-1)
-        for index, t in wanted.items()
-        if t.values is not None and (buffer.shape is None or buffer.shape == t.shape)
-    }
-    if not patterns:
-        return []
+    patterns = {index: tensor.values.reshape(-1) for index, tensor in wanted.items() if tensor.values is not None}
     overlap = max(pattern.size for pattern in patterns.values()) - 1
     tail = np.empty(0, np.float32)
     for block in _blocks(buffer):
@@ -118,8 +111,8 @@ def _search(buffer: Flat, wanted: dict[int, RouterTensor]) -> list[tuple[int, ND
                 if np.array_equal(hay[start : start + needle.size], needle):
                     found[index] = joined[start : start + needle.size].reshape(wanted[index].shape).copy()
                     break
-        tail = joined[max(0, joined.size - overlap) :] if overlap else joined[:0]
-    return list(found.items())
+        tail = joined[-overlap:]
+    return found
 
 
 def _blocks(buffer: Flat) -> Iterator[NDArray[Any]]:
@@ -157,10 +150,6 @@ def buffers_in(archive: Archive, root: Any) -> Iterator[Flat]:
         listed, flat = "fp32_from_fp16_params" in path, path[-1:] == ("param",) and len(value.shape) == 1
         if not listed and not flat:
             continue
-
-        def read(start: int, count: int, ref: TensorRef = value) -> Any:
-            return archive.span(ref, start, count)
-
         name = f"{archive.path.name}: " + ".".join(str(p) if not isinstance(p, tuple) else "dtype" for p in path)
-        numel = math.prod(value.shape)
-        yield Flat(name, value.dtype, [Piece(numel, read)], value.shape if listed else None)
+        piece = Piece(math.prod(value.shape), partial(archive.span, value))
+        yield Flat(name, value.dtype, [piece], value.shape if listed else None)

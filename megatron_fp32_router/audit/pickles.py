@@ -13,7 +13,11 @@ from __future__ import annotations
 import io
 import pickle
 from dataclasses import dataclass
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+import ml_dtypes
+import numpy as np
 
 from megatron_fp32_router.audit.files import shown
 from megatron_fp32_router.errors import CheckpointUnreadableError
@@ -83,22 +87,13 @@ class TensorRef:
         return self.storage.dtype
 
 
-class _Maker:
-    """A function of the allow-list: callable, and nothing else can be done to it."""
-
-    __slots__ = ("_make",)
-
-    def __init__(self, make: Callable[..., Any]) -> None:
-        self._make = make
-
-    def __call__(self, *args: Any) -> Any:
-        return self._make(*args)
-
-
-#: Bytes per element of every dtype that a router's tensor may have on disk.
-ITEMSIZE: Final = {
-    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1,
-    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
+#: Every dtype that a router's tensor may have on disk, by torch's name.
+NUMPY_DTYPES: Final[dict[str, np.dtype[Any]]] = {
+    name: np.dtype(getattr(ml_dtypes, name, None) or name)
+    for name in (
+        "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2",
+        "int64", "int32", "int16", "int8", "uint8", "bool",
+    )
 }  # fmt: skip
 
 _STORAGES: Final = {
@@ -124,21 +119,13 @@ def _naturals(values: Any) -> tuple[int, ...]:
     return tuple(_natural(value) for value in values)
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, dtype: str | None = None) -> TensorRef:
+def _rebuild_v2(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> TensorRef:
     if not isinstance(storage, Storage):
         raise pickle.UnpicklingError(f"expected a storage below a tensor, found {shown(storage)}")
-    if dtype is not None:
-        # An untyped storage counts bytes.
-        size = ITEMSIZE.get(dtype, 1)
-        storage = Storage(storage.key, dtype, storage.numel * ITEMSIZE[storage.dtype] // size)
     shape, stride = _naturals(shape), _naturals(stride)
     if len(shape) != len(stride):
         raise pickle.UnpicklingError("a tensor's shape and stride differ in length")
     return TensorRef(storage, _natural(offset), shape, stride)
-
-
-def _rebuild_v2(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> TensorRef:
-    return _tensor(storage, offset, shape, stride)
 
 
 def _rebuild_v3(
@@ -146,11 +133,15 @@ def _rebuild_v3(
 ) -> TensorRef:
     if not isinstance(dtype, Dtype):
         raise pickle.UnpicklingError("expected a dtype")
-    return _tensor(storage, offset, shape, stride, dtype.name)
+    if isinstance(storage, Storage):
+        # An untyped storage counts bytes.
+        size = storage.numel * NUMPY_DTYPES[storage.dtype].itemsize
+        storage = Storage(storage.key, dtype.name, size // NUMPY_DTYPES[dtype.name].itemsize)
+    return _rebuild_v2(storage, offset, shape, stride)
 
 
 def _rebuild_type(function: Any, kind: Any, args: Any, *rest: Any) -> Any:
-    if not isinstance(function, _Maker) or not isinstance(args, tuple):
+    if not isinstance(function, FunctionType) or not isinstance(args, tuple):
         raise pickle.UnpicklingError("expected one of torch's rebuild functions")
     return function(*args)
 
@@ -170,19 +161,20 @@ class _Ordered(dict[Any, Any]):
 
 _ALLOWED: Final[dict[tuple[str, str], Any]] = {
     ("collections", "OrderedDict"): _Ordered,
-    ("torch", "Size"): _Maker(_size),
-    ("torch._utils", "_rebuild_tensor_v2"): _Maker(_rebuild_v2),
-    ("torch._utils", "_rebuild_tensor_v3"): _Maker(_rebuild_v3),
-    ("torch._utils", "_rebuild_parameter"): _Maker(lambda tensor, *rest: tensor),
-    ("torch._utils", "_rebuild_parameter_with_state"): _Maker(lambda tensor, *rest: tensor),
-    ("torch._tensor", "_rebuild_from_type_v2"): _Maker(_rebuild_type),
-    **{("torch", name): Dtype(name) for name in ITEMSIZE},
+    ("torch", "Size"): _size,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_v2,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_v3,
+    ("torch._utils", "_rebuild_parameter"): lambda tensor, *rest: tensor,
+    ("torch._utils", "_rebuild_parameter_with_state"): lambda tensor, *rest: tensor,
+    ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_type,
+    **{("torch", name): Dtype(name) for name in NUMPY_DTYPES},
     **{("torch", name): Dtype(dtype) for name, dtype in _STORAGES.items()},
     ("torch.storage", "UntypedStorage"): Dtype("uint8"),
 }
 
 _REFUSED_OPCODES: Final = (
-    "EXT1", "EXT2", "EXT4", "INST", "OBJ", "PERSID", "BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER", "NEWOBJ_EX",
+    pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.PERSID,
+    pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER,
 )  # fmt: skip
 
 
@@ -205,13 +197,6 @@ _PLAIN_KEYS: Final = (str, bytes, int, float, bool, type(None), Dtype, Opaque)
 _MAX_KEY_PARTS: Final = 16
 
 
-class _Done(Exception):
-    """Carries what a pickle makes out of the loop that runs it."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
 class _Unpickler(pickle._Unpickler):
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
@@ -224,10 +209,9 @@ class _Unpickler(pickle._Unpickler):
         self.metastack: list[Any] = []
         self.stack: list[Any] = []
         self.append = self.stack.append
-        self.proto = 0
 
     def run(self, tick: Callable[[], None]) -> Any:
-        """The object; `tick` is called now and then."""
+        """The object that the pickle makes. `tick` is called every 65,536 opcodes."""
         read, dispatch = self.read, self.dispatch
         try:
             while True:
@@ -237,7 +221,7 @@ class _Unpickler(pickle._Unpickler):
                     if not key:
                         raise EOFError("the pickle ends before its end")
                     dispatch[key[0]](self)
-        except _Done as done:
+        except pickle._Stop as done:  # type: ignore[attr-defined]
             return done.value
 
     def find_class(self, module: str, name: str) -> Any:
@@ -247,9 +231,6 @@ class _Unpickler(pickle._Unpickler):
         if (module, name) not in self._classes:
             self._classes[module, name] = type("Opaque", (Opaque,), {"of": f"{module}.{name}"})
         return self._classes[module, name]
-
-    def get_extension(self, code: int) -> Any:
-        raise pickle.UnpicklingError("extension codes are refused")
 
     def persistent_load(self, saved: Any) -> Any:
         """("storage", type, key, location, number of elements), as torch.save writes it."""
@@ -262,22 +243,16 @@ class _Unpickler(pickle._Unpickler):
         return Storage(key, kind.name, _natural(saved[4]))
 
 
-def _keyed(name: str, opcode: bytes) -> None:
-    """Check keys before the original opcode hashes them."""
+def _checked(opcode: bytes, keys: slice) -> Callable[[Any], None]:
+    """An opcode of the library that first checks the keys that it will hash, which lie in `keys` of the stack."""
     original = pickle._Unpickler.dispatch[opcode[0]]
 
     def checked(self: Any) -> None:
-        if name == "SETITEM":
-            _check_key(self.stack[-2])
-        elif name in ("SETITEMS", "DICT"):
-            for key in self.stack[::2]:
-                _check_key(key)
-        else:
-            for key in self.stack:
-                _check_key(key)
+        for key in self.stack[keys]:
+            _check_key(key)
         original(self)
 
-    _Unpickler.dispatch[opcode[0]] = checked
+    return checked
 
 
 def _load_build(self: Any) -> None:
@@ -287,10 +262,6 @@ def _load_build(self: Any) -> None:
         self.stack[-1].state = state
     elif not isinstance(self.stack[-1], _Ordered):
         raise pickle.UnpicklingError(f"state for a {type(self.stack[-1]).__name__}")
-
-
-def _load_stop(self: Any) -> None:
-    raise _Done(self.stack.pop())
 
 
 def _load_put(self: Any) -> None:
@@ -305,14 +276,18 @@ def _load_frame(self: Any) -> None:
     self.read(8)
 
 
-_Unpickler.dispatch[pickle.BUILD[0]] = _load_build
-_Unpickler.dispatch[pickle.FRAME[0]] = _load_frame
-_Unpickler.dispatch[pickle.STOP[0]] = _load_stop
-_Unpickler.dispatch[pickle.PUT[0]] = _load_put
-for _name in ("SETITEM", "SETITEMS", "DICT", "ADDITEMS", "FROZENSET"):
-    _keyed(_name, getattr(pickle, _name))
-for _name in _REFUSED_OPCODES:
-    _Unpickler.dispatch.pop(getattr(pickle, _name)[0], None)
+_Unpickler.dispatch |= {
+    pickle.BUILD[0]: _load_build,
+    pickle.FRAME[0]: _load_frame,
+    pickle.PUT[0]: _load_put,
+    pickle.SETITEM[0]: _checked(pickle.SETITEM, slice(-2, -1)),
+    pickle.SETITEMS[0]: _checked(pickle.SETITEMS, slice(None, None, 2)),
+    pickle.DICT[0]: _checked(pickle.DICT, slice(None, None, 2)),
+    pickle.ADDITEMS[0]: _checked(pickle.ADDITEMS, slice(None)),
+    pickle.FROZENSET[0]: _checked(pickle.FROZENSET, slice(None)),
+}
+for _opcode in _REFUSED_OPCODES:
+    del _Unpickler.dispatch[_opcode[0]]
 
 
 def load(data: bytes, path: Path, what: str, tick: Callable[[], None] = lambda: None) -> Any:
@@ -325,8 +300,6 @@ def load(data: bytes, path: Path, what: str, tick: Callable[[], None] = lambda: 
     """
     try:
         return _Unpickler(data).run(tick)
-    except CheckpointUnreadableError:
-        raise
     except KeyError as error:
         code = error.args[0] if error.args else None
         known = isinstance(code, int) and code in pickle._Unpickler.dispatch

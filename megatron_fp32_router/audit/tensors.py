@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -116,14 +116,12 @@ def unstack(tensor: RouterTensor) -> list[RouterTensor]:
         return [tensor]
     front, back = tensor.name[: stacked.end()], tensor.name[stacked.end() :]
     return [
-        RouterTensor(
-            f"{front}{layer}.{back}",
-            tensor.kind,
-            tensor.dtype,
-            tensor.shape[1:],
-            None if tensor.values is None else tensor.values[layer],
-            None if tensor.main is None else tensor.main[layer],
-            tensor.main_from,
+        replace(
+            tensor,
+            name=f"{front}{layer}.{back}",
+            shape=tensor.shape[1:],
+            values=None if tensor.values is None else tensor.values[layer],
+            main=None if tensor.main is None else tensor.main[layer],
         )
         for layer in range(tensor.shape[0])
     ]

@@ -8,15 +8,13 @@ import zipfile
 import zlib
 from typing import TYPE_CHECKING, Any, Final
 
-import ml_dtypes
 import numpy as np
 
 from megatron_fp32_router.audit.files import MAX_TENSOR, Meter, Window, unreadable
-from megatron_fp32_router.audit.pickles import ITEMSIZE, TensorRef, load
+from megatron_fp32_router.audit.pickles import NUMPY_DTYPES, TensorRef, load
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from types import TracebackType
 
     from numpy.typing import NDArray
 
@@ -24,10 +22,6 @@ if TYPE_CHECKING:
 MAX_PICKLE: Final = 1 << 27
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
-
-NUMPY_DTYPES: Final[dict[str, np.dtype[Any]]] = {
-    name: np.dtype(getattr(ml_dtypes, name, None) or name) for name in ITEMSIZE
-}
 
 
 class Archive:
@@ -63,17 +57,17 @@ class Archive:
 
     def _load(self) -> Any:
         order = self._records.get("byteorder")
-        if order is not None and self.read("byteorder", 0, min(order.file_size, 6), whole=True) != b"little":
+        if order is not None and self.read("byteorder", 0, min(order.file_size, 6)) != b"little":
             raise unreadable(self.path, "little-endian tensors", "another byte order")
         if "data.pkl" not in self._records:
             raise unreadable(self.path, "a record data.pkl", f"{len(self._records)} records without one")
         size = self._records["data.pkl"].file_size
         if size > MAX_PICKLE:
             raise unreadable(self.path, f"at most {MAX_PICKLE} bytes in data.pkl", size)
-        return load(self.read("data.pkl", 0, size, whole=True), self.path, "data.pkl")
+        return load(self.read("data.pkl", 0, size), self.path, "data.pkl")
 
-    def read(self, name: str, offset: int, size: int, whole: bool = False) -> bytes:
-        """`size` bytes of a record from `offset` on. Records are stored, not compressed. `whole`: check its sum."""
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """`size` bytes of a record from `offset` on. The checksum is compared where that is the whole record."""
         info = self._records.get(name)
         if info is None:
             raise unreadable(self.path, f"a record {name}", "none")
@@ -88,7 +82,7 @@ class Archive:
         data = info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
         read = self._window.exactly(data + offset, size, name)
         # 0: written under torch.serialization.set_crc32_options(False).
-        if whole and info.CRC and size == info.file_size and zlib.crc32(read) != info.CRC:
+        if info.CRC and size == info.file_size and zlib.crc32(read) != info.CRC:
             raise unreadable(self.path, f"the checksum {info.CRC:08x} of {name}", f"{zlib.crc32(read):08x}: garbled")
         return read
 
@@ -132,7 +126,7 @@ class Archive:
         if first + count > ref.storage.numel:
             raise unreadable(self.path, f"a tensor inside its {ref.storage.numel} elements", first + count)
         size = dtype.itemsize
-        raw = self.read(f"data/{ref.storage.key}", first * size, count * size, whole=True)
+        raw = self.read(f"data/{ref.storage.key}", first * size, count * size)
         elements: NDArray[Any] = np.frombuffer(raw, dtype=dtype)
         return elements
 
@@ -142,9 +136,7 @@ class Archive:
     def __enter__(self) -> Archive:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
