@@ -66,60 +66,60 @@ def open_checkpoint(
 
 
 def _read(path: Path, meter: Meter, stack: ExitStack) -> tuple[Checkpoint, list[main_copies.Flat]]:
-    if path.is_file():
-        if path.suffix == ".safetensors":
-            found: tuple[Checkpoint, list[main_copies.Flat]] = read_safetensors(path.parent, [path], meter), []
-        else:
-            found = read_legacy([path], meter, stack)
-        found[0].path, found[0].bytes_on_disk = path, path.stat().st_size
-        return found
-    if not path.is_dir():
+    """The checkpoint at `path`, or the latest one in the folder `path`; and where main copies may lie."""
+    files = [path]
+    if path.is_dir():
+        found = _read_folder(path, meter, stack)
+        if found is None:
+            path = _latest(path, meter)
+            found = _read_folder(path, meter, stack)
+        if found is None:
+            raise _nothing_in(path)
+        files = [file for file in [*path.glob("*"), *path.glob("*/*")] if file.is_file()]
+    elif not path.is_file():
         raise unreadable(path, "a checkpoint", "no such file or folder")
-    if (path / ".metadata").exists():
-        found = read_dcp(path, meter, stack)
-    elif (path / "model.safetensors.index.json").exists():
-        found = read_safetensors(path, [], meter), []
-    elif shards := sorted(path.glob("*.safetensors")):
-        found = read_safetensors(path, shards, meter), []
-    elif ranks := sorted(path.glob("mp_rank_*/model_optim_rng.pt")):
-        found = read_legacy(ranks, meter, stack)
-        found[0].path = path
+    elif path.suffix == ".safetensors":
+        found = read_safetensors(path.parent, files, meter), []
     else:
-        return _read(_latest(path, meter), meter, stack)
-    found[0].bytes_on_disk = sum(file.stat().st_size for file in [*path.glob("*"), *path.glob("*/*")] if file.is_file())
+        found = read_legacy(files, meter, stack)
+    found[0].path, found[0].bytes_on_disk = path, sum(file.stat().st_size for file in files)
     return found
 
 
+def _read_folder(path: Path, meter: Meter, stack: ExitStack) -> tuple[Checkpoint, list[main_copies.Flat]] | None:
+    """The checkpoint whose files lie in `path` itself, or None."""
+    if (path / ".metadata").exists():
+        return read_dcp(path, meter, stack)
+    if (path / "model.safetensors.index.json").exists():
+        return read_safetensors(path, [], meter), []
+    if shards := sorted(path.glob("*.safetensors")):
+        return read_safetensors(path, shards, meter), []
+    if ranks := sorted(path.glob("mp_rank_*/model_optim_rng.pt")):
+        return read_legacy(ranks, meter, stack)
+    return None
+
+
 def _latest(path: Path, meter: Meter) -> Path:
-    """The checkpoint to read among several in one folder."""
+    """The folder of the latest checkpoint below `path`, or `path` itself where none is."""
     tracker = path / "latest_checkpointed_iteration.txt"
     if tracker.exists():
         said = read_small(tracker, meter, 64).decode("ascii", "replace").strip()
         chosen = path / ("release" if said == "release" else f"iter_{int(said):07d}" if said.isdecimal() else "")
         if chosen == path or not chosen.is_dir():
             raise unreadable(tracker, "an iteration that has a folder here", repr(said))
-        return _checkpoint_folder(chosen)
+        return chosen
     folders = [child for child in path.iterdir() if _ITERATION.match(child.name) and child.is_dir()]
-    if folders:
-        return _checkpoint_folder(max(folders, key=lambda child: int(child.name[5:])))
-    return _checkpoint_folder(path)
+    return max(folders, key=lambda child: int(child.name[5:]), default=path)
 
 
-def _checkpoint_folder(path: Path) -> Path:
-    """`path`, if some format that can be read lies in it.
-
-    Raises:
-        CheckpointUnreadableError: none does; the message says what there is.
-    """
-    known = ("/.metadata", "/*.safetensors", "/mp_rank_*/model_optim_rng.pt", "/model.safetensors.index.json")
-    if any(next(path.glob(pattern[1:]), None) for pattern in known):
-        return path
+def _nothing_in(path: Path) -> CheckpointUnreadableError:
+    """The error for a folder without a checkpoint that can be read: it says what there is."""
     if next(path.glob("*/.zarray"), None):
-        raise CheckpointUnreadableError(
+        return CheckpointUnreadableError(
             f"{path}: a zarr checkpoint (Megatron up to 0.12); it cannot be read here: convert it to torch_dist with "
             "the Megatron that wrote it"
         )
-    raise unreadable(
+    return unreadable(
         path,
         "DCP's .metadata, *.safetensors, mp_rank_*/model_optim_rng.pt, or iter_… folders with one of them",
         ", ".join(sorted(child.name for child in path.iterdir())[:8]) or "an empty folder",
