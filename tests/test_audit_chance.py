@@ -99,7 +99,7 @@ def test_the_chance_is_what_counting_the_points_of_the_grid_gives(rate: float, d
     last = next(bit for bit in range(-60, 0) if step % 2.0 ** (bit + 1))
     for exponent in range(-6, 2):
         grid = np.arange(int(2.0**exponent / step) + 1, int(2.0 ** (exponent + 1) / step)) * step
-        fits = grid.astype(bits.CASTS[dtype][0]).astype(float) == grid
+        fits = bits.rounded(grid, dtype).astype(float) == grid
         if fits.sum() < 4:
             continue
         chosen = grid[fits][:4]

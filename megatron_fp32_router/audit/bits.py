@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401 - NumPy has a dtype "bfloat16" from here on
 import numpy as np
 
 from megatron_fp32_router.audit import lattice
@@ -28,8 +28,8 @@ ENOUGH: Final = 4
 #: log2 of the chance from where on a cast is the explanation: one in a million.
 IMPROBABLE: Final = -20
 
-#: The cast, and how many low mantissa bits of an fp32 value it clears (fp16: for values of its own range).
-CASTS: Final[dict[str, tuple[Any, int]]] = {"bfloat16": (ml_dtypes.bfloat16, 16), "float16": (np.float16, 13)}
+#: How many low mantissa bits of an fp32 value a cast clears (fp16: for values of its own range), by dtype.
+CASTS: Final = {"bfloat16": 16, "float16": 13}
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,16 @@ class Fitting:
 
 
 def rounded(values: NDArray[Any], dtype: Any) -> NDArray[Any]:
-    """A cast without warnings: whatever a file holds may overflow, and then it does not fit."""
+    """Cast without warnings. A value may overflow; it then differs from what it was."""
     with np.errstate(all="ignore"):
         cast: NDArray[Any] = values.astype(dtype)
         return cast
+
+
+def laundered(values: NDArray[Any]) -> Fitting | None:
+    """The cast that explains why a narrower dtype holds all of these values; None where there was none."""
+    fits = (fitting(values, dtype) for dtype in CASTS)
+    return next((fit for fit in fits if fit.all_fit and fit.improbable), None)
 
 
 def fitting(values: NDArray[Any], dtype: str, rates: Sequence[float] = ()) -> Fitting:
@@ -76,7 +82,7 @@ def fitting(values: NDArray[Any], dtype: str, rates: Sequence[float] = ()) -> Fi
     flat = values.reshape(-1).astype(np.float64)
     flat = flat[flat != 0]
     magnitudes, inverse = np.unique(np.abs(flat), return_inverse=True)
-    fits = rounded(magnitudes, CASTS[dtype][0]).astype(np.float64) == magnitudes
+    fits = rounded(magnitudes, dtype).astype(np.float64) == magnitudes
     of_all = fits[inverse]
     chance = _log2_chance(magnitudes, fits, dtype, _grain(flat[of_all], rates))
     return Fitting(dtype, flat.size, int(of_all.sum()), magnitudes.size, int(fits.sum()), chance)
@@ -108,7 +114,7 @@ def _last_bit(values: NDArray[Any]) -> NDArray[np.float64]:
 
 def _log2_chance(magnitudes: NDArray[np.float64], fits: NDArray[np.bool_], dtype: str, grain: float) -> float:
     """log2 of the chance that as many magnitudes of a grid fit."""
-    cleared = CASTS[dtype][1]
+    cleared = CASTS[dtype]
     spacing = np.frexp(magnitudes)[1] - (24 - cleared)
     bits = np.clip(spacing - grain, 0, cleared)
     count, expected = int(fits.sum()), float(np.exp2(-bits).sum())
@@ -122,5 +128,5 @@ def _log2_chance(magnitudes: NDArray[np.float64], fits: NDArray[np.bool_], dtype
 
 def distinct(values: NDArray[Any], dtype: str | None = None) -> int:
     """Different values in a tensor, as they are or after a cast."""
-    cast = values if dtype is None else rounded(values, CASTS[dtype][0])
+    cast = values if dtype is None else rounded(values, dtype)
     return int(np.unique(cast.astype(np.float64)).size)

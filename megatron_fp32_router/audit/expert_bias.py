@@ -74,7 +74,7 @@ def _updates(tensor: RouterTensor, known: Sequence[float]) -> list[Finding]:
         return found("problem" if step.max() > 1.01 * rates[0] or step.min() < 0.99 * rates[0] else "good", text)
     grid = bits.fitting(values, "bfloat16", known)
     if grid.all_fit and grid.improbable:
-        stuck = lattice.swallowed(bits.rounded(values, bits.CASTS["bfloat16"][0]), rates[0])
+        stuck = lattice.swallowed(bits.rounded(values, "bfloat16"), rates[0])
         data.update(cannot_go_up=int(stuck[0].sum()), cannot_go_down=int(stuck[1].sum()))
         text = (
             f"every bias lies on bfloat16's grid, which whole steps in fp32 would have left ({grid.chance}); held in "

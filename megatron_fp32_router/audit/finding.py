@@ -39,7 +39,7 @@ class Audit:
     against: Checkpoint | None = None
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> Literal["good", "problem", "unknown"]:
         """ "problem" if there is one; "unknown" if something could not be told, or there is no router; else "good"."""
         verdicts = {finding.verdict for finding in self.findings}
         if "problem" in verdicts:
@@ -49,7 +49,7 @@ class Audit:
     @property
     def exit_code(self) -> int:
         """0 good, 1 a problem was found, 2 could not tell."""
-        return {"good": 0, "problem": 1, "unknown": 2, "note": 2}[self.verdict]
+        return {"good": 0, "problem": 1, "unknown": 2}[self.verdict]
 
     def of(self, tensor: str) -> list[Finding]:
         """The answers for one tensor."""

@@ -168,7 +168,7 @@ def _main_copy(tensor: RouterTensor) -> Finding:
 
     hidden = bits.rounded(main, values.dtype)
     far = f"{apart:,} of {gap.size:,} values differ, by up to {largest:.3g}"
-    cast = next((c for c in (bits.fitting(main, d) for d in bits.CASTS) if c.all_fit and c.improbable), None)
+    cast = bits.laundered(main)
     data["main_laundered"] = None if cast is None else cast.dtype
     if cast is not None and main.dtype == np.float32:
         text = f"the main copy itself fits {cast.dtype} ({cast.chance}): it was made from a rounded weight; {far}"
@@ -177,8 +177,8 @@ def _main_copy(tensor: RouterTensor) -> Finding:
         return found("good", "the main copy and the model's weight are the same, bit for bit")
     if tensor.dtype in LOW and np.array_equal(hidden, values):
         return found("note", f"the main copy is the truth, the model holds it rounded: {far}; --repair writes it")
-    for dtype, (cast_to, _) in bits.CASTS.items():
-        if np.array_equal(bits.rounded(main, cast_to).astype(np.float64), values.astype(np.float64)):
+    for dtype in bits.CASTS:
+        if np.array_equal(bits.rounded(main, dtype).astype(np.float64), values.astype(np.float64)):
             text = (
                 f"the model's {tensor.dtype} weight is the main copy rounded to {dtype}: {far}; the copy is the truth"
             )

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from megatron_fp32_router.audit.finding import Audit
     from megatron_fp32_router.audit.tensors import RouterTensor
 
-_ORDER: Final = ("problem", "unknown", "good", "note")
-
 #: Values that several experts share are named up to so many.
 _NAMED: Final = 3
 
@@ -25,7 +23,7 @@ _NAMED: Final = 3
 def page(found: Audit, settings: Mapping[str, str] | None = None) -> str:
     """The whole document. `settings`: what the audit was asked, by option."""
     *read, verdict = printing.summary(found)
-    rows = sorted(printing.rows(found), key=lambda row: _ORDER.index(row[2]))
+    rows = printing.rows(found)
     classes = [{0: "name", 2: printing.STATES[verdict]} for _, _, verdict, _ in rows]
     table = pages.table(printing.COLUMNS, rows, row_classes=classes)
     biases = [drawn for tensor in found.checkpoint.tensors if (drawn := _biases(tensor))]

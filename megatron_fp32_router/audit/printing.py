@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from megatron_fp32_router.audit.finding import Audit, Finding
+    from megatron_fp32_router.audit.tensors import Checkpoint
     from megatron_fp32_router.pages import State
 
 #: Tables of large models are cut here; --json and --html have everything.
@@ -28,19 +29,24 @@ _VERDICTS: Final = {
     "good": "good: nothing speaks against these routers",
     "problem": "PROBLEM: these routers were damaged, or are kept where they will be",
     "unknown": "could not tell",
-    "note": "could not tell",
 }
+
+_ORDER: Final = ("problem", "unknown", "good", "note")
+
+#: A layer's number in the name of a tensor: between dots, or at an end.
+_LAYER: Final = re.compile(r"(?<![^.])\d{1,9}(?![^.])")
 
 
 def rows(found: Audit, brief: bool = False) -> list[tuple[str, str, str, str]]:
-    """The table, as `COLUMNS` says. Answers that are the same in many layers are said once.
+    """The table, as `COLUMNS` says, problems first. Layers with the same answer share a row.
 
-    `brief`: so are answers that differ in their figures only; the first layer's are shown.
+    `brief`: layers whose answers differ only in their figures share one too, which shows the first layer's.
     """
     groups: dict[tuple[str, str, str, str], list[Finding]] = {}
     for finding in found.findings:
+        shape = _LAYER.sub("*", finding.tensor, count=1)
         said = re.sub(r"[\d.,e+-]+", "#", finding.text) if brief else finding.text
-        groups.setdefault((_shape(finding.tensor), finding.check, finding.verdict, said), []).append(finding)
+        groups.setdefault((shape, finding.check, finding.verdict, said), []).append(finding)
     table = []
     for (shape, check, verdict, _), findings in groups.items():
         layers = [layer for finding in findings if (layer := _layer(finding.tensor)) >= 0]
@@ -49,18 +55,12 @@ def rows(found: Audit, brief: bool = False) -> list[tuple[str, str, str, str]]:
         if not alike:
             text = f"layer {_layer(findings[0].tensor)}: {text}"
         table.append((name or "checkpoint", check, verdict, text))
-    return table
+    return sorted(table, key=lambda row: _ORDER.index(row[2]))
 
 
 def _layer(name: str) -> int:
-    return next((int(part) for part in name.split(".") if part.isdecimal() and len(part) < 10), -1)
-
-
-def _shape(name: str) -> str:
-    """A name with its layer left open."""
-    parts = name.split(".")
-    place = next((i for i, part in enumerate(parts) if part.isdecimal() and len(part) < 10), None)
-    return name if place is None else ".".join([*parts[:place], "*", *parts[place + 1 :]])
+    found = _LAYER.search(name)
+    return -1 if found is None else int(found[0])
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -77,17 +77,17 @@ def _ranges(numbers: list[int]) -> str:
 def summary(found: Audit) -> list[str]:
     """What was read, and the verdict."""
     checkpoint = found.checkpoint
-    step = "" if checkpoint.iteration is None else f", iteration {checkpoint.iteration:,}"
-    said = [
-        f"{checkpoint.path}: {checkpoint.format}{step}; {len(checkpoint.tensors)} router tensors; "
-        f"read {size(checkpoint.bytes_read)} of {size(checkpoint.bytes_on_disk)}"
-    ]
+    read = f"read {size(checkpoint.bytes_read)} of {size(checkpoint.bytes_on_disk)}"
+    said = [f"{_described(checkpoint)}; {read}"]
     if found.against is not None:
-        other = found.against
-        step = "" if other.iteration is None else f", iteration {other.iteration:,}"
-        said.append(f"against {other.path}: {other.format}{step}; {len(other.tensors)} router tensors")
+        said.append(f"against {_described(found.against)}")
     said.append(f"verdict: {_VERDICTS[found.verdict]}")
     return said
+
+
+def _described(checkpoint: Checkpoint) -> str:
+    step = "" if checkpoint.iteration is None else f", iteration {checkpoint.iteration:,}"
+    return f"{checkpoint.path}: {checkpoint.format}{step}; {len(checkpoint.tensors)} router tensors"
 
 
 def size(count: int) -> str:
@@ -103,8 +103,7 @@ def size(count: int) -> str:
 def show(found: Audit, out: TextIO) -> None:
     """Print table and summary."""
     table = rows(found, brief=True)
-    table = [(printable(name), check, verdict, printable(text)) for name, check, verdict, text in table]
-    shown = sorted(table, key=lambda row: ("problem", "unknown", "good", "note").index(row[2]))[:MAX_ROWS]
+    shown = [(printable(name), check, verdict, printable(text)) for name, check, verdict, text in table[:MAX_ROWS]]
     try:
         from rich.console import Console
         from rich.markup import escape

@@ -124,9 +124,9 @@ def _why_not(values: Any, main: Any) -> str | None:
         return "no main copy of it in this checkpoint: buffers have none, and model-only checkpoints keep none"
     if main.dtype != np.float32:
         return f"its main copy is {main.dtype}"
-    if any(c.all_fit and c.improbable for c in (bits.fitting(main, dtype) for dtype in bits.CASTS)):
+    if bits.laundered(main) is not None:
         return "its main copy was made from rounded values"
-    casts = [values.dtype, *(cast for cast, _ in bits.CASTS.values())]
+    casts = [values.dtype, *bits.CASTS]
     exact = values.astype(np.float64)
     same = any(np.array_equal(bits.rounded(main, cast).astype(np.float64), exact) for cast in casts)
     return None if same else "its main copy does not round to the model's values: which is newer cannot be told"

@@ -162,7 +162,7 @@ def _served(tensor: RouterTensor, engine: Engine, model: Model, config: dict[str
         return found("unknown", text + others)
     narrow = tensor.values.astype(np.float32)
     if dtype in bits.CASTS:
-        narrow = bits.rounded(tensor.values, bits.CASTS[dtype][0])
+        narrow = bits.rounded(tensor.values, dtype)
     changed = int((narrow.astype(np.float64) != tensor.values.astype(np.float64)).sum())
     data["changed"] = changed
     if not changed:
