@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_fp32_router.audit.files import SEARCH_LIMIT
 from megatron_fp32_router.errors import Fp32RouterError
 from megatron_fp32_router.terminal import AUDIT, lacking, printable, refuse
 
-#: `open_checkpoint` has the same default; this file must be importable without the `audit` extra.
-_SEARCH_LIMIT = 2 << 30
+#: What values of unknown origin may raise while they are judged.
+_UNJUDGED = (MemoryError, ArithmeticError, ValueError, TypeError, LookupError, RecursionError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--search-limit",
         type=_gigabytes,
-        default=_SEARCH_LIMIT / 1e9,
+        default=SEARCH_LIMIT / 1e9,
         metavar="GB",
         help="how much of optimizer buffers without names to search for main copies (default: 2.1; inf: all)",
     )
@@ -122,24 +123,17 @@ def _main(arguments: argparse.Namespace) -> int:
     for path in arguments.path:
         try:
             checkpoint = open_checkpoint(path, search_limit=limit, progress=printing.progress(sys.stderr))
-        except Fp32RouterError as error:
-            # The other paths still have their say.
-            printed.append({"checkpoint": {"path": str(path)}, "verdict": "unknown", "error": str(error)})
-            codes.append(_refuse(str(error)))
-            continue
-        try:
             found = audit(checkpoint, against, rates=arguments.rate, protect=arguments.protect)
             if engines:
                 from megatron_fp32_router.serving import export
 
                 found.findings += export.questions(checkpoint, against, engines, export.read_config(checkpoint))
             result = found.to_json()
-        except Fp32RouterError as error:
-            printed.append({"checkpoint": {"path": str(path)}, "verdict": "unknown", "error": str(error)})
-            codes.append(_refuse(str(error)))
-            continue
-        except (MemoryError, ArithmeticError, ValueError, TypeError, LookupError, RecursionError) as error:
-            why = f"{path}: its values cannot be judged: {type(error).__name__}: {str(error)[:200]}"
+        except (Fp32RouterError, *_UNJUDGED) as error:
+            why = str(error)
+            if not isinstance(error, Fp32RouterError):
+                why = f"{path}: its values cannot be judged: {type(error).__name__}: {why[:200]}"
+            # The other paths are still read.
             printed.append({"checkpoint": {"path": str(path)}, "verdict": "unknown", "error": why})
             codes.append(_refuse(why))
             continue

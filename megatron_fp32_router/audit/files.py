@@ -20,6 +20,9 @@ MAX_READ: Final = 1 << 26
 #: Largest tensor that is taken for a router's. DeepSeek-V3's 61 layers in one tensor would be 450 MB of fp32.
 MAX_TENSOR: Final = 1 << 30
 
+#: Bytes of optimizer buffers without names that are searched for main copies, unless told otherwise.
+SEARCH_LIMIT: Final = 2 << 30
+
 #: All router tensors of a checkpoint with their main copies: about five times DeepSeek-V3's.
 MAX_TOTAL: Final = 4 << 30
 

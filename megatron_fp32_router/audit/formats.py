@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from megatron_fp32_router.audit import main_copies
 from megatron_fp32_router.audit.dcp import read_dcp
-from megatron_fp32_router.audit.files import Meter, read_small, unreadable
+from megatron_fp32_router.audit.files import SEARCH_LIMIT, Meter, read_small, unreadable
 from megatron_fp32_router.audit.huggingface import read_safetensors
 from megatron_fp32_router.audit.legacy import read_legacy
 from megatron_fp32_router.audit.tensors import Checkpoint, unstack
@@ -17,9 +17,6 @@ from megatron_fp32_router.errors import CheckpointUnreadableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-#: Bytes of unnamed optimizer buffers that are searched for main copies, unless told otherwise.
-SEARCH_LIMIT: Final = 2 << 30
 
 _ITERATION: Final = re.compile(r"^iter_(\d{1,12})$")
 
