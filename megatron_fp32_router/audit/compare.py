@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from megatron_fp32_router.audit.finding import Verdict
     from megatron_fp32_router.audit.tensors import Checkpoint, RouterTensor
 
 
@@ -65,10 +65,7 @@ def _moved(one: RouterTensor, other: RouterTensor, between: int | None, known: S
     largest = float(np.abs(a - b).max(initial=0.0))
     data: dict[str, Any] = {"moved": moved, "of": a.size, "largest": largest, "iterations": between}
     over = "" if between is None else f" in {between} iterations"
-
-    def found(verdict: Verdict, text: str) -> Finding:
-        return Finding(one.name, "against", verdict, text, data)
-
+    found = partial(Finding, one.name, "against", data=data)
     if moved == 0 and not between:
         return found("note", f"the same {a.size:,} values" + (", of the same iteration" if between == 0 else ""))
     if moved and one.dtype != other.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -31,20 +32,17 @@ def questions(tensor: RouterTensor, known: Sequence[float]) -> list[Finding]:
     Args:
         known: rates that the user or the checkpoint gave; the usual ones are tried otherwise.
     """
-    return [*_updates(tensor, known), *_room(tensor)]
+    return [_updates(tensor, known), *_room(tensor)]
 
 
-def _updates(tensor: RouterTensor, known: Sequence[float]) -> list[Finding]:
+def _updates(tensor: RouterTensor, known: Sequence[float]) -> Finding:
     """Are the values what whole, unrounded updates lead to?"""
     values = tensor.values
     assert values is not None
     rates = list(known) or list(lattice.USUAL_RATES)
     assumed = "" if known else ", assuming a usual rate"
     data: dict[str, Any] = {"rates": list(known), "values": values.astype(float).ravel().tolist()[:1024]}
-
-    def found(verdict: Verdict, text: str) -> list[Finding]:
-        return [Finding(tensor.name, "updates", verdict, text, data)]
-
+    found = partial(Finding, tensor.name, "updates", data=data)
     distinct = bits.distinct(values)
     stuck = lattice.swallowed(values, lattice.rounded(rates[0], "float32"))
     data.update(distinct=distinct, cannot_go_up=int(stuck[0].sum()), cannot_go_down=int(stuck[1].sum()))

@@ -7,22 +7,19 @@ import re
 import shutil
 from typing import IO, TYPE_CHECKING, Any, Final
 
-import ml_dtypes
 import numpy as np
 
+from megatron_fp32_router.audit.pickles import NUMPY_DTYPES
 from megatron_fp32_router.audit.repair import RepairRefusedError, check_target
+from megatron_fp32_router.audit.tensors import SERVED
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from megatron_fp32_router.audit.tensors import Checkpoint, RouterTensor
 
-#: What --router-dtype takes: (NumPy's dtype, safetensors' name of it).
-DTYPES: Final[dict[str, tuple[Any, str]]] = {
-    "float32": (np.float32, "F32"),
-    "bfloat16": (ml_dtypes.bfloat16, "BF16"),
-}
-_SERVED: Final = ("weight", "bias", "expert_bias")
+#: What safetensors call the dtypes that --router-dtype takes.
+_DTYPES: Final = {"float32": "F32", "bfloat16": "BF16"}
 
 #: Where an expert bias is, seen from "….gate.weight", in exports that have lost all of theirs.
 _BIAS_NAMES: Final = {
@@ -63,7 +60,7 @@ def fill(export: Checkpoint, trained: Checkpoint, out: Path, dtype: str) -> dict
     new: dict[str, Any] = {}
     not_written: dict[str, str] = {}
     for tensor in trained.tensors:
-        if tensor.kind not in _SERVED:
+        if tensor.kind not in SERVED:
             continue
         values = tensor.values if tensor.dtype == "float32" else tensor.main
         there = here.get(tensor.key)
@@ -75,9 +72,9 @@ def fill(export: Checkpoint, trained: Checkpoint, out: Path, dtype: str) -> dict
         elif there is not None and there.shape != tensor.shape:
             not_written[tensor.name] = f"its shape is {tensor.shape}, and {there.shape} in the export"
         else:
-            new[name] = values.astype(DTYPES[dtype][0])
+            new[name] = values.astype(NUMPY_DTYPES[dtype])
     names = {tensor.name for tensor in export.tensors}
-    _copy(export.path, out, new, names, DTYPES[dtype][1])
+    _copy(export.path, out, new, names)
     report = {
         "export": str(export.path),
         "checkpoint": str(trained.path),
@@ -107,11 +104,12 @@ def _name_of(tensor: RouterTensor, here: dict[tuple[str, int, str], RouterTensor
     return weight.name.removesuffix("gate.weight") + ending
 
 
-def _copy(folder: Path, out: Path, new: dict[str, Any], present: set[str], dtype: str) -> None:
+def _copy(folder: Path, out: Path, new: dict[str, Any], present: set[str]) -> None:
     """Copy a folder; a new tensor replaces the old one, or goes into the file of its layer's router."""
     out.mkdir(parents=True, exist_ok=True)
     added = [name for name in new if name not in present]
     homes: dict[str, str] = {}
+    total = 0
     for file in sorted(folder.iterdir()):
         if file.suffix != ".safetensors":
             if file.is_dir():
@@ -126,13 +124,13 @@ def _copy(folder: Path, out: Path, new: dict[str, Any], present: set[str], dtype
             here = [name for name in added if name not in homes and _layer(name) in layers]
             homes |= dict.fromkeys(here, file.name)
             wanted = {name: new[name] for name in [*header, *here] if name in new}
-            _rewrite(source, 8 + length, header, target, wanted, dtype)
+            total += _rewrite(source, 8 + length, header, target, wanted)
     index = out / "model.safetensors.index.json"
     if index.is_file() and new:
         root = json.loads(index.read_text(encoding="utf-8"))
         root["weight_map"] |= homes
         if "total_size" in root.get("metadata", {}):
-            root["metadata"]["total_size"] = sum(_data_size(file) for file in out.glob("*.safetensors"))
+            root["metadata"]["total_size"] = total
         index.write_text(json.dumps(root, indent=2) + "\n", encoding="utf-8")
 
 
@@ -141,16 +139,14 @@ def _layer(name: str) -> str:
     return name[: found.end()] if found else ""
 
 
-def _rewrite(
-    source: IO[bytes], start: int, header: dict[str, Any], target: IO[bytes], new: dict[str, Any], dtype: str
-) -> None:
-    """A safetensors file again, tensor after tensor, with some of another dtype or added."""
+def _rewrite(source: IO[bytes], start: int, header: dict[str, Any], target: IO[bytes], new: dict[str, Any]) -> int:
+    """Copy a safetensors file tensor by tensor, with the `new` ones in it; return how many bytes its tensors have."""
     old = {name: said["data_offsets"] for name, said in header.items() if name != "__metadata__"}
     order = sorted(old, key=lambda name: old[name]) + [name for name in new if name not in old]
     at = 0
     for name in order:
         if name in new:
-            header[name] = {"dtype": dtype, "shape": list(new[name].shape)}
+            header[name] = {"dtype": _DTYPES[new[name].dtype.name], "shape": list(new[name].shape)}
         size = new[name].nbytes if name in new else old[name][1] - old[name][0]
         header[name]["data_offsets"] = [at, at + size]
         at += size
@@ -169,8 +165,4 @@ def _rewrite(
                 raise RepairRefusedError(f"{source.name}: ends inside {name}; the copy is not whole")
             target.write(part)
             left -= len(part)
-
-
-def _data_size(file: Path) -> int:
-    with file.open("rb") as stream:
-        return file.stat().st_size - 8 - int.from_bytes(stream.read(8), "little")
+    return at

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
 from megatron_fp32_router.audit import bits, compare, expert_bias
-from megatron_fp32_router.audit.finding import Audit, Finding, Verdict
+from megatron_fp32_router.audit.finding import Audit, Finding
 from megatron_fp32_router.audit.tensors import PARAMETERS
 
 if TYPE_CHECKING:
@@ -84,10 +85,7 @@ def _of_a_bias(tensor: RouterTensor, known: Sequence[float]) -> list[Finding]:
 def _dtype(tensor: RouterTensor, protect: str) -> Finding:
     """Is it stored in fp32 or better?"""
     data = {"dtype": tensor.dtype, "shape": list(tensor.shape)}
-
-    def found(verdict: Verdict, text: str) -> Finding:
-        return Finding(tensor.name, "dtype", verdict, text, data)
-
+    found = partial(Finding, tensor.name, "dtype", data=data)
     parameter = tensor.kind in PARAMETERS
     if tensor.dtype in LOW:
         if parameter and protect == "buffers":
@@ -120,10 +118,7 @@ def _laundered(tensor: RouterTensor, rates: Sequence[float], same: bool) -> Find
     # A rate says how a bias came about, nothing else.
     counts = [bits.fitting(values, dtype, rates if tensor.kind == "expert_bias" else ()) for dtype in bits.CASTS]
     data: dict[str, Any] = {"counts": [asdict(count) for count in counts]}
-
-    def found(verdict: Verdict, text: str) -> Finding:
-        return Finding(tensor.name, "laundered", verdict, text, data)
-
+    found = partial(Finding, tensor.name, "laundered", data=data)
     if counts[0].nonzero == 0:
         return found("unknown", "cannot tell: every value is zero, which every dtype holds")
     count = next((c for c in counts if c.all_fit), None)
@@ -162,10 +157,7 @@ def _main_copy(tensor: RouterTensor) -> Finding:
     gap = np.abs(main.astype(np.float64) - values.astype(np.float64))
     apart, largest = int((gap > 0).sum()), float(gap.max(initial=0.0))
     data: dict[str, Any] = {"main_copy": tensor.main_from, "differ": apart, "largest": largest}
-
-    def found(verdict: Verdict, text: str) -> Finding:
-        return Finding(tensor.name, "main copy", verdict, text, data)
-
+    found = partial(Finding, tensor.name, "main copy", data=data)
     hidden = bits.rounded(main, values.dtype)
     far = f"{apart:,} of {gap.size:,} values differ, by up to {largest:.3g}"
     cast = bits.laundered(main)

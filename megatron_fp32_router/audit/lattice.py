@@ -50,10 +50,9 @@ def steps(bias: NDArray[Any], rate: float) -> NDArray[np.float64]:
         rate: positive, exactly representable in fp32.
     """
     size = np.abs(bias.astype(np.float64))
-    total = np.zeros_like(size)
     # Below this the spacing of fp32 is under 1e-10 of the rate.
     low = 2.0 ** (math.floor(math.log2(rate)) - 8)
-    total += np.minimum(size, low) / rate
+    total = np.minimum(size, low) / rate
     top, edge = float(size.max(initial=0.0)), low
     while edge < top:
         q = _step_in_binade(edge, rate)

@@ -77,11 +77,12 @@ def repair(found: Audit, out: Path, *, shift_bias: bool = False) -> dict[str, An
         if not damaged and "problem" not in (verdicts.get("updates"), verdicts.get("finite")):
             untouched.append(tensor.name)
             continue
-        why = _why_not(tensor.values, tensor.main)
-        if keys[tensor.key] > 1:
-            why = "another router has the same layer and kind: which is which, names do not say"
         if not damaged:
-            why = "its updates went wrong; which values they should have led to, no checkpoint holds"
+            why: str | None = "its updates went wrong; which values they should have led to, no checkpoint holds"
+        elif keys[tensor.key] > 1:
+            why = "another router has the same layer and kind: which is which, names do not say"
+        else:
+            why = _why_not(tensor.values, tensor.main)
         if why is None:
             assert tensor.main is not None
             tensors[tensor.name] = np.ascontiguousarray(tensor.main)

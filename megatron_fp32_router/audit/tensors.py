@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 #: Parameters, which PROTECT=buffers leaves to Megatron; everything else is a buffer.
 PARAMETERS: Final = ("weight", "bias")
 
+#: What an export needs for an engine; counters stay behind.
+SERVED: Final = (*PARAMETERS, "expert_bias")
+
 _BUFFERS = "expert_bias|local_tokens_per_expert|global_tokens_per_expert|ga_steps|qb_beta|qb_beta_accum|qb_beta_count"
 
 #: Megatron: TopKRouter is `router` of every MoE layer.

@@ -81,16 +81,7 @@ class Chart:
             "x": {"label": self.x_label, "values": list(self.x)},
             "y": {"label": self.y_label, "zero": self.from_zero},
             "series": [
-                {
-                    "name": line.name,
-                    "label": line.label,
-                    "colour": line.colour,
-                    "dash": list(line.dash),
-                    "marker": line.marker,
-                    "width": line.width,
-                    "digits": line.digits,
-                    "values": [_short(value, line.digits + 2) for value in line.values],
-                }
+                {**vars(line), "values": [_short(value, line.digits + 2) for value in line.values]}
                 for line in self.lines
             ],
             "bands": [[places[band.high], places[band.low], band.colour] for band in self.bands],

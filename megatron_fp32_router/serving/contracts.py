@@ -116,13 +116,9 @@ class Engine:
 @lru_cache(maxsize=1)
 def engines() -> dict[str, Engine]:
     """All engines by name."""
-    found = [_engine(json.loads(file.read_text(encoding="utf-8"))) for file in _files()]
+    contracts = [file for file in (files(__package__) / "contracts").iterdir() if file.name.endswith(".json")]
+    found = [_engine(json.loads(file.read_text(encoding="utf-8"))) for file in contracts]
     return {engine.engine: engine for engine in sorted(found, key=lambda engine: engine.name.lower())}
-
-
-def _files() -> list[Any]:
-    folder = files(__package__) / "contracts"
-    return [file for file in folder.iterdir() if file.name.endswith(".json")]
 
 
 def _engine(root: dict[str, Any]) -> Engine:

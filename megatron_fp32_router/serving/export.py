@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,17 +12,14 @@ from megatron_fp32_router.audit import bits
 from megatron_fp32_router.audit.compare import identical
 from megatron_fp32_router.audit.files import Meter, read_small, shown, unreadable
 from megatron_fp32_router.audit.finding import Finding
+from megatron_fp32_router.audit.tensors import SERVED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from megatron_fp32_router.audit.finding import Verdict
     from megatron_fp32_router.audit.tensors import Checkpoint, RouterTensor
     from megatron_fp32_router.serving.contracts import Engine, Model
-
-#: Parameters and buffers that an engine serves with; counters stay behind.
-SERVED = ("weight", "bias", "expert_bias")
 
 
 def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -107,10 +105,7 @@ def _missing(
 
 def _as_trained(tensor: RouterTensor, trained: RouterTensor | None) -> Finding:
     """Are these the values that were trained, bit for bit?"""
-
-    def found(verdict: Verdict, text: str) -> Finding:
-        return Finding(tensor.name, "serving", verdict, text)
-
+    found = partial(Finding, tensor.name, "serving")
     if trained is None or trained.values is None or tensor.values is None or trained.shape != tensor.shape:
         other = "none" if trained is None else f"{trained.dtype} {trained.shape}"
         return found("unknown", f"cannot be compared with training: {tensor.dtype} {tensor.shape} here, {other} there")
@@ -139,10 +134,7 @@ def _served(tensor: RouterTensor, engine: Engine, model: Model, config: dict[str
     """What one engine makes of one tensor."""
     by = f"{engine.name} {engine.versions[0]}"
     data: dict[str, Any] = {"engine": engine.engine, "from": tensor.dtype}
-
-    def found(verdict: Verdict, text: str) -> Finding:
-        return Finding(tensor.name, "serving", verdict, text, data)
-
+    found = partial(Finding, tensor.name, "serving", data=data)
     entry = model.usual(tensor.kind, config)
     if entry is None:
         needs = next((e.config for e in model.tensors.get(tensor.kind, ()) if not e.where), None)
