@@ -35,9 +35,7 @@ __all__ = ["Audit", "Checkpoint", "Finding", "RouterTensor", "audit", "open_chec
 
 
 def __getattr__(name: str) -> Any:
-    """Fetch a public name from the file it lives in, on first use: NumPy is an extra."""
+    """Import a public name when it is used: its file needs NumPy, which is an extra."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -126,7 +126,6 @@ def _log2_chance(magnitudes: NDArray[np.float64], fits: NDArray[np.bool_], dtype
     return float(count * np.log2(expected / count) + (count - expected) * np.log2(np.e))
 
 
-def distinct(values: NDArray[Any], dtype: str | None = None) -> int:
-    """Different values in a tensor, as they are or after a cast."""
-    cast = values if dtype is None else rounded(values, dtype)
-    return int(np.unique(cast.astype(np.float64)).size)
+def distinct(values: NDArray[Any]) -> int:
+    """How many different values a tensor has."""
+    return int(np.unique(values.astype(np.float64)).size)

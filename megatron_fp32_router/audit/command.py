@@ -149,15 +149,13 @@ def _main(arguments: argparse.Namespace) -> int:
             from megatron_fp32_router.audit.fill import fill
 
             assert against is not None
-            result["repair"] = done = fill(checkpoint, against, arguments.repair, arguments.router_dtype)
-            if not arguments.json:
-                _show_fill(done, arguments.repair)
+            result["repair"] = fill(checkpoint, against, arguments.repair, arguments.router_dtype)
         elif arguments.repair is not None:
             from megatron_fp32_router.audit.repair import repair
 
-            result["repair"] = done = repair(found, arguments.repair, shift_bias=arguments.shift_bias)
-            if not arguments.json:
-                _show_repair(done, arguments.repair)
+            result["repair"] = repair(found, arguments.repair, shift_bias=arguments.shift_bias)
+        if arguments.repair is not None and not arguments.json:
+            _show_repair(result["repair"], arguments.repair)
         printed.append(result)
     if arguments.json:
         print(json.dumps(printed[0] if len(printed) == 1 else printed, indent=2, allow_nan=False))
@@ -185,21 +183,17 @@ def _check_page(page: Path, path: Path) -> None:
         raise Fp32RouterError(f"{page}: is a file of the checkpoint; it was not written over")
 
 
-def _show_fill(done: dict[str, Any], out: Path) -> None:
-    print(
-        f"repair: {len(done['replaced'])} router tensors replaced and {len(done['added'])} added, {done['dtype']}, "
-        f"in the copy {out}"
-    )
-    for name, why in done["not_written"].items():
-        print(f"repair: not written: {printable(name)}: {why}")
-
-
 def _show_repair(done: dict[str, Any], out: Path) -> None:
-    count, shifted = len(done["restored"]), len(done.get("shifted", ()))
-    print(f"repair: {count} tensors restored exactly, in {out / 'router.safetensors'}" if count else "repair: nothing")
-    if shifted:
-        print(f"repair: {shifted} expert_bias tensors shifted, in {out / 'router.safetensors'}")
-    for name, why in done["not_restored"].items():
-        print(f"repair: not restored: {printable(name)}: {why}")
-    for name, why in done.get("not_shifted", {}).items():
-        print(f"repair: not shifted: {printable(name)}: {why}")
+    file = out / "router.safetensors"
+    if "replaced" in done:
+        counts = f"{len(done['replaced'])} router tensors replaced and {len(done['added'])} added"
+        print(f"repair: {counts}, {done['dtype']}, in the copy {out}")
+    elif done["restored"]:
+        print(f"repair: {len(done['restored'])} tensors restored exactly, in {file}")
+    else:
+        print("repair: nothing")
+    if done.get("shifted"):
+        print(f"repair: {len(done['shifted'])} expert_bias tensors shifted, in {file}")
+    for what in ("restored", "shifted", "written"):
+        for name, why in done.get(f"not_{what}", {}).items():
+            print(f"repair: not {what}: {printable(name)}: {why}")

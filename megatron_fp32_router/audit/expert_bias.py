@@ -211,7 +211,7 @@ def _room(tensor: RouterTensor) -> list[Finding]:
     values = tensor.values
     assert values is not None
     wide = values.astype(np.float64)
-    after = {dtype: bits.distinct(values.astype(np.float32), dtype) for dtype in bits.CASTS}
+    after = {dtype: bits.distinct(bits.rounded(values.astype(np.float32), dtype)) for dtype in bits.CASTS}
     now, spread = bits.distinct(values), float(wide.max() - wide.min())
     spacing = float(np.spacing(np.float32(min(np.abs(wide).max(), 1e38))))
     lost = [f"{count} after a cast to {dtype}" for dtype, count in after.items() if count < now]

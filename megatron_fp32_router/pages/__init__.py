@@ -54,11 +54,7 @@ def document(
     script = f"{_read('uplot/uPlot.iife.min.js')}\n{_read('charts.js')}"
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'"
-    said = "".join(
-        f'<li class="{state}"><span aria-hidden="true">{SIGNS[state]}</span> <strong>{escape(about)}:</strong> '
-        f"{escape(text)}</li>"
-        for state, about, text in headline
-    )
+    said = "".join(_item(state, f"<strong>{escape(about)}:</strong> {escape(text)}") for state, about, text in headline)
     written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     known = {"Plugin": f"megatron-fp32-router {__version__}", **facts, "Page written": written}
     listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in known.items())
@@ -86,11 +82,11 @@ def paragraph(text: str) -> str:
 
 def bullets(points: Iterable[tuple[State, str]]) -> str:
     """Sentences, each with its state."""
-    items = "".join(
-        f'<li class="{state}"><span aria-hidden="true">{SIGNS[state]}</span> {escape(text)}</li>'
-        for state, text in points
-    )
-    return f'<ul class="points">{items}</ul>'
+    return f'<ul class="points">{"".join(_item(state, escape(text)) for state, text in points)}</ul>'
+
+
+def _item(state: State, html: str) -> str:
+    return f'<li class="{state}"><span aria-hidden="true">{SIGNS[state]}</span> {html}</li>'
 
 
 def table(
