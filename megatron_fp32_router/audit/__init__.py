@@ -6,9 +6,9 @@
     found.verdict          # "good", "problem" or "unknown"
     found.findings         # one record per tensor and question
 
-NumPy, ml_dtypes (bfloat16 for NumPy) and safetensors are what it needs beside the core: the `audit` extra. torch is
-not used even for torch's own files: their tensors are byte ranges of an uncompressed zip archive, and reading only
-the ranges that hold routers is the point. Nothing in a checkpoint is executed: see `pickles`.
+It needs NumPy, ml_dtypes (bfloat16 for NumPy) and safetensors: the `audit` extra. torch is not used even for torch's
+own files. They are uncompressed zip archives, in which a tensor is a range of bytes, and only the ranges that hold
+routers are read. Nothing in a checkpoint is executed: see `pickles`.
 """
 
 from __future__ import annotations

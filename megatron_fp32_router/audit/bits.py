@@ -1,9 +1,9 @@
-"""Whether fp32 values have been through bf16 or fp16: by their bits, with how likely that is without a cast.
+"""Whether fp32 values were cast to bf16 or fp16: their bits show it, and how likely such bits are without a cast.
 
-Values that were never rounded can fit a narrow dtype too: 10 additions of bf16(1e-3) are 10 * 131 * 2^-17, which has
-the 11 bits of fp16. So what counts is the grid on which honest values lie, whole multiples of 2^g apart. Between its
-points and those of a dtype whose spacing around a value is 2^s, one in 2^(s - g) coincides, whatever the start, and
-never fewer than one in 2^16 (2^13) of all fp32 numbers. The chance of a tensor is the product over its different
+Values that were never cast can fit a narrow dtype too: 10 additions of bf16(1e-3) make 10 * 131 * 2^-17, which needs no
+more than the 11 bits of fp16. So the chance depends on the grid on which values without a cast lie: multiples of 2^g.
+A dtype with a spacing of 2^s around a value has one in 2^(s - g) points of that grid, wherever the biases started. It
+has at least one in 2^16 (fp16: 2^13) of all fp32 numbers. The chance of a tensor is the product over its different
 magnitudes, for the coarsest grid that its history allows: `_grain`.
 """
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-#: Different magnitudes that must fit before round numbers that people choose are ruled out.
+#: How many different magnitudes must fit: somebody may have chosen a few round numbers, such as 0.5.
 ENOUGH: Final = 4
 
-#: log2 of the chance from where on a cast is the explanation: one in a million.
+#: log2 of the chance at which a cast becomes the explanation: one in a million.
 IMPROBABLE: Final = -20
 
 #: How many low mantissa bits of an fp32 value a cast clears (fp16: for values of its own range), by dtype.
@@ -43,7 +43,7 @@ class Fitting:
     #: Different magnitudes among the nonzero values, and those of them that fit.
     distinct: int
     distinct_fitting: int
-    #: log2 of the probability (a bound) that as many fit without a cast, however they came about.
+    #: log2 of the probability (an upper bound) that as many values fit without a cast, whatever led to them.
     log2_chance: float
 
     @property
@@ -77,7 +77,7 @@ def fitting(values: NDArray[Any], dtype: str, rates: Sequence[float] = ()) -> Fi
     """Count the values of an fp32 or fp64 tensor that `dtype` ("bfloat16" or "float16") holds exactly.
 
     Args:
-        rates: of an expert_bias, if they are known: what additions led to the values.
+        rates: for an expert_bias, the update rates that led to the values, if they are known.
     """
     flat = values.reshape(-1).astype(np.float64)
     flat = flat[flat != 0]
@@ -91,8 +91,9 @@ def fitting(values: NDArray[Any], dtype: str, rates: Sequence[float] = ()) -> Fi
 def _grain(values: NDArray[np.float64], rates: Sequence[float]) -> float:
     """log2 of the coarsest grid on which values that were never cast can lie.
 
-    Their own last bit; and, if rates are known, that of a step as the counter's dtype rounded it or as it is rounded
-    at this size, doubled: all biases have made the same number of steps.
+    It is no coarser than the last bit that any value has. If rates are known, it is also no coarser than twice the last
+    bit of a step: all biases have made the same number of steps, so an even number of steps lies between two of them.
+    A step may have been rounded by the counter's dtype, or when it was added to a bias of this size.
     """
     own = float(_last_bit(values).min(initial=np.inf))
     if not rates:
@@ -122,7 +123,7 @@ def _log2_chance(magnitudes: NDArray[np.float64], fits: NDArray[np.bool_], dtype
         return -float(bits.sum())
     if count <= expected:
         return 0.0
-    # Chernoff's bound for a part that fits.
+    # Only a part of them fits: Chernoff's bound.
     return float(count * np.log2(expected / count) + (count - expected) * np.log2(np.e))
 
 

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_gigabytes,
         default=SEARCH_LIMIT / 1e9,
         metavar="GB",
-        help="how much of optimizer buffers without names to search for main copies (default: 2.1; inf: all)",
+        help="how many GB of unnamed optimizer buffers to search for main copies (default: 2.1; inf: all)",
     )
 
 
@@ -163,7 +163,7 @@ def _main(arguments: argparse.Namespace) -> int:
 
 
 def _asked(arguments: argparse.Namespace) -> dict[str, str]:
-    """The options that decide about verdicts, for the page."""
+    """The options that change verdicts, for the page."""
     asked = {
         "--against": str(arguments.against or ""),
         "--rate": " ".join(f"{rate:g}" for rate in arguments.rate),

@@ -41,7 +41,7 @@ def questions(one: Checkpoint, other: Checkpoint, known: Sequence[float]) -> lis
         else:
             found.append(_moved(tensor, partner, between, known))
             if one.format != other.format and None in (one.iteration, other.iteration) and identical(tensor, partner):
-                # An export does not say of which iteration it is: that nothing moved is what it is for.
+                # An export does not say its iteration. Equal values are what it should have, not a lack of updates.
                 text = f"the same {partner.values.size:,} values, bit for bit"
                 found[-1] = Finding(tensor.name, "against", "note", text, found[-1].data)
     found += [Finding(t.name, "against", "unknown", f"{one.path} has no such tensor") for t in others.values()]
@@ -49,7 +49,7 @@ def questions(one: Checkpoint, other: Checkpoint, known: Sequence[float]) -> lis
 
 
 def _correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float | None:
-    """Pearson's, of all elements; None where one of the two is the same everywhere."""
+    """Pearson's correlation of all elements; None where one of the two has the same value everywhere."""
     a, b = a.ravel() - a.mean(), b.ravel() - b.mean()
     size = float(np.linalg.norm(a) * np.linalg.norm(b))
     return float(a @ b) / size if size and np.isfinite(size) else None
@@ -111,7 +111,7 @@ def _moved(one: RouterTensor, other: RouterTensor, between: int | None, known: S
     count = np.abs(lattice.steps(one.values, fit.step) - lattice.steps(other.values, fit.step))
     data["net_steps"] = float(np.nan_to_num(count).max(initial=0.0))
     text = f"{moved} of {a.size} biases moved{over}, by up to {round(data['net_steps'])} steps; {text}"
-    # Only of the largest rate is it known that no single step was larger.
+    # With a smaller rate, a step of the largest one would count as several.
     certain = fit.exact and bool(known) and fit.rate == max(known)
     if certain and between is not None and round(data["net_steps"]) > between:
         return found("problem", f"{text}; but that is more steps than iterations")

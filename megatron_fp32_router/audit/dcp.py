@@ -1,8 +1,7 @@
 """torch.distributed.checkpoint (DCP): `.metadata` says which bytes of which `.distcp` file hold which tensor.
 
-Megatron's torch_dist and fsdp_dtensor formats are DCP; torch_dist adds what is no tensor (iteration, arguments) and
-stores homogeneous layers as one tensor. Every item in a `.distcp` file is an archive of its own, as torch.save writes
-it.
+Megatron's torch_dist and fsdp_dtensor formats are DCP. torch_dist also stores what is no tensor (iteration, arguments),
+and homogeneous layers as one tensor. Every item in a `.distcp` file is an archive of its own, as torch.save writes it.
 """
 
 from __future__ import annotations
@@ -26,22 +25,22 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-#: About 100 bytes for every piece of every tensor: a million pieces fit.
+#: `.metadata` has about 100 bytes for every piece of every tensor, so this is enough for two million pieces.
 MAX_METADATA: Final = 1 << 28
 
-#: Optimizer state that is a parameter's main copy, with the parameter's own name in it, in the formats that name it.
+#: A main copy in the formats whose optimizer state names the parameter.
 _NAMED_MAIN: Final = (
     re.compile(r"^(?:.*\.)?optimizer\.state\.(?:fp32_param|param|master_param|main_param)\.(?P<of>.+)$"),
     re.compile(r"^(?:.*\.)?optimizer\.state\.(?P<of>.+)\.(?:fp32_param|param|master_param|main_param)$"),
 )
 
-#: Main copies of many parameters in one buffer (dp_reshardable) or object (dp_zero_gather_scatter), without names.
+#: An object (dp_zero_gather_scatter) or a buffer (dp_reshardable) with main copies of many parameters, without names.
 _OBJECT_MAIN: Final = re.compile(r"^(?:.*\.)?optimizer\.distributed\..*\.param_state/shard_\d+_\d+$")
 _FLAT_MAIN: Final = re.compile(r"^(?:.*\.)?optimizer\.distributed\..*gbuf_idx_\d+\..*\.(?:param|master_param)$")
 
 
 class DcpReader:
-    """The tensors of one folder, without their values.
+    """What `.metadata` says about the tensors of a folder; `read` fetches the values of one.
 
     Raises:
         CheckpointUnreadableError: `.metadata` is damaged or not DCP's.
@@ -152,7 +151,7 @@ class DcpReader:
             info = self._where.get((name, offset))
             length = None if info is None else info.field("length")
             if info is not None and info.field("transform_descriptors"):
-                held += math.prod(size)  # compressed: refused when it is opened, by a better reason
+                held += math.prod(size)  # compressed: `open_archive` refuses it, with a better reason
             elif info is not None and type(length) is int:
                 file = inside(self.folder, info.field("relative_path"), self.path)
                 held += min(length, file.stat().st_size) // itemsize if file.is_file() else math.prod(size)
@@ -166,9 +165,9 @@ class DcpReader:
 
 
 def read_dcp(folder: Path, meter: Meter, stack: ExitStack) -> tuple[Checkpoint, list[Flat]]:
-    """Router tensors with the main copies that are stored by name; and the buffers where others may lie.
+    """Router tensors with the main copies that have a name, and the buffers that may hold other main copies.
 
-    Archives that buffers need stay open in `stack`.
+    Archives that are needed to read these buffers stay open in `stack`.
     """
     reader = DcpReader(folder, meter)
     checkpoint = Checkpoint(folder, "torch_dist (DCP)" if (folder / "metadata.json").exists() else "DCP")
@@ -185,7 +184,7 @@ def read_dcp(folder: Path, meter: Meter, stack: ExitStack) -> tuple[Checkpoint, 
         dtype, shape = reader.describe(name)
         values = reader.read(name) if dtype in NUMPY_DTYPES else None
         tensor = RouterTensor(name, kind, dtype, shape, values)
-        # FSDP's keys carry its wrappers on the model's side only.
+        # With FSDP, the model's names have a prefix for its wrappers; the optimizer's have none.
         main = mains.get(name) or next((m for of, m in mains.items() if name.endswith("." + of)), None)
         if main is not None:
             copy = _unflattened(reader.read(main), shape)
@@ -206,9 +205,9 @@ def read_dcp(folder: Path, meter: Meter, stack: ExitStack) -> tuple[Checkpoint, 
 
 
 def _read_common(reader: DcpReader, checkpoint: Checkpoint) -> None:
-    """Iteration and arguments. torch_dist: an object among the others from 0.19 on, a file `common.pt` before.
+    """Read iteration and arguments. torch_dist has them in an object from 0.19 on, before in a file `common.pt`.
 
-    torch_dcp and fsdp_dtensor hand the whole state to DCP, which makes each of its entries an object of its own.
+    torch_dcp and fsdp_dtensor give the whole state to DCP, which makes an object of each entry.
     """
     parts: dict[Any, Any] = {}
     for name in ("args", "iteration"):
@@ -224,7 +223,7 @@ def _read_common(reader: DcpReader, checkpoint: Checkpoint) -> None:
     else:
         return
     with archive:
-        # An object's archive holds a list of one.
+        # Megatron saves the object in a list.
         root = archive.root[0] if isinstance(archive.root, list) and archive.root else archive.root
         if isinstance(root, dict):
             read_arguments(checkpoint, root)
@@ -233,8 +232,8 @@ def _read_common(reader: DcpReader, checkpoint: Checkpoint) -> None:
 def _unflattened(copy: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
     """Undo what Megatron up to 0.15 does to main copies in fully_sharded_model_space.
 
-    It stores [layers, experts, hidden] as [layers, 1, 1, experts * hidden]: the ones count the pieces into which
-    tensor parallelism cuts a parameter, and it never cuts a router's.
+    It stores [layers, experts, hidden] as [layers, 1, 1, experts * hidden]. The ones say into how many pieces tensor
+    parallelism cuts each axis, and it never cuts a router's.
     """
     front = tuple(length for length in copy.shape[:-1] if length != 1)
     if copy.ndim == len(shape) + 1 and copy.size == math.prod(shape) and shape[: len(front)] == front:

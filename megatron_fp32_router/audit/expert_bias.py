@@ -1,4 +1,4 @@
-"""What is asked of expert biases: did updates take effect, and is there room for more?"""
+"""The questions about expert biases: did updates take effect, and can another dtype still tell experts apart?"""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from megatron_fp32_router.audit.finding import Verdict
     from megatron_fp32_router.audit.tensors import RouterTensor
 
-#: Different values on one chain before chance is out of the question: one fixes its start, two confirm it.
+#: How many different values must lie on one chain: one fixes where it starts, two confirm it.
 ENOUGH: Final = 3
 
-#: Steps between the quarters of a router's biases from where on sharing one value needs an explanation.
+#: How many steps must lie between the quartiles of a router's biases before a shared value needs an explanation.
 _FAR: Final = 12
 
 
@@ -30,7 +30,7 @@ def questions(tensor: RouterTensor, known: Sequence[float]) -> list[Finding]:
     """Answers for one finite expert_bias, [experts].
 
     Args:
-        known: rates that the user or the checkpoint gave; the usual ones are tried otherwise.
+        known: rates that the user or the checkpoint gave; if none, the usual rates are tried.
     """
     return [_updates(tensor, known), *_room(tensor)]
 
@@ -63,7 +63,7 @@ def _updates(tensor: RouterTensor, known: Sequence[float]) -> Finding:
         )
         return found("unknown", text)
     if tensor.dtype != "float32":
-        # Its lattice is its dtype's own grid.
+        # Its values lie on the grid of its dtype, so only the size of a step can be judged.
         step = np.abs(lattice.moved(values, rates[0]).astype(float) - values.astype(float))
         data["realised"] = [float(step.min()), float(step.max())]
         text = (
@@ -87,10 +87,10 @@ def _updates(tensor: RouterTensor, known: Sequence[float]) -> Finding:
 
 
 def fitted(values: NDArray[Any], known: Sequence[float], since: NDArray[Any] | None = None) -> lattice.Fit:
-    """The step size that explains the values: the known rate's, unless only another explains all of them.
+    """The step size that explains the values: that of a known rate, unless only another rate explains all of them.
 
-    A finer lattice holds any single value by chance, and its neighbours: another rate counts where that is improbable
-    for the values that the known one does not explain.
+    Any value lies near a lattice that is fine enough. So another rate counts only where it is improbable that the
+    values that the known rate does not explain lie near its lattice by chance.
     """
     if not known:
         return lattice.best(values, lattice.USUAL_RATES, since)
@@ -110,12 +110,13 @@ def fitted(values: NDArray[Any], known: Sequence[float], since: NDArray[Any] | N
 def _frozen(
     values: NDArray[Any], fit: lattice.Fit, known: Sequence[float], data: dict[str, Any]
 ) -> tuple[Verdict, str] | None:
-    """(verdict, text) if more experts hold one value than a walk of the others explains.
+    """(verdict, text) if more experts hold one value than chance explains, else None.
 
-    Experts do share values: early, because there are few, and at any time every second one is empty, as all experts
-    have made the same number of steps. So the others say how wide the walk is, by their middle half; a peak of a bell
-    of that width, twice as high as it should be, is still chance. Experts that are in balance to one step meet every
-    second step; noise has ended that by the time the others are far apart.
+    Experts share values by chance. Early in training there are few values; and only every second one is taken, since
+    all experts have made the same number of steps. How many experts may share one follows from how far the others are
+    apart: their middle half gives the width of a normal distribution, and up to twice its peak counts as chance.
+    Experts that are in balance to one step meet in every second step, but noise has ended that by the time the others
+    are far apart.
     """
     places, counts = np.unique(values, return_counts=True)
     held, common = int(counts.max()), places[counts.argmax()]
@@ -132,7 +133,7 @@ def _frozen(
     near = int((np.abs(others - at) <= 4).sum())
     data.update(most_in_one_place=held, chance_of_that=chance)
     if chance > 1e-6 or held < 2 * near:
-        # The second: many that hover around one place are a group in balance, which meets in it.
+        # The second condition: many experts around one value are in balance, and meet there.
         return None
     spread = round(float(others.max() - others.min()))
     text = (
@@ -140,7 +141,7 @@ def _frozen(
         f"{fit.rate:g} apart (chance: {chance:.1g}): no update reached these, or they were swallowed there"
     )
     if common and common in (values.min(), values.max()):
-        # Experts that nobody chose have made every step the same way, and so meet at the end. At 0 they started.
+        # Experts that no token chose make every step in the same direction, and so meet at the end. 0 is the start.
         return "unknown", f"cannot tell: {text}, or they went the same way in every step"
     return ("problem", text) if known else ("unknown", f"cannot tell: {text}")
 
@@ -157,8 +158,8 @@ def _at_least(least: int, of: int, share: float) -> float:
 def verdict_on_fit(fit: lattice.Fit, experts: int, known: Sequence[float], data: dict[str, Any]) -> tuple[Verdict, str]:
     """(verdict, text) for the fit of one router's biases to a step size; figures go into `data`.
 
-    A rate that is known is the one to be found. Another that fits is a guess: if whole steps of it make up the known
-    one, the rate may have been changed during training, which is no damage.
+    A known rate is the one to be found. If another rate fits instead and the known one is a multiple of it, the rate
+    may have been changed during training, which is no damage.
     """
     on = round(fit.share * experts)
     data.update(
@@ -207,7 +208,7 @@ def verdict_on_fit(fit: lattice.Fit, experts: int, known: Sequence[float], data:
 
 
 def _room(tensor: RouterTensor) -> list[Finding]:
-    """How many experts would a consumer in a narrower dtype still tell apart?"""
+    """How many experts could still be told apart after a cast to a narrower dtype?"""
     values = tensor.values
     assert values is not None
     wide = values.astype(np.float64)

@@ -1,4 +1,4 @@
-"""Reading from files of unknown origin: regular files only, inside the checkpoint, in bounded pieces, counted."""
+"""Read files of unknown origin: only regular files of the checkpoint, in pieces of bounded size, which are counted."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from megatron_fp32_router.errors import CheckpointUnreadableError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-#: No single read is larger, whatever a header says: the directory of an archive with 500,000 entries is smaller.
+#: The most bytes in one read, whatever a header says. The directory of an archive with 500,000 entries is smaller.
 MAX_READ: Final = 1 << 26
 
-#: Largest tensor that is taken for a router's. DeepSeek-V3's 61 layers in one tensor would be 450 MB of fp32.
+#: Bytes of the largest tensor that can be a router's. DeepSeek-V3's 61 layers in one tensor would be 450 MB of fp32.
 MAX_TENSOR: Final = 1 << 30
 
 #: Bytes of optimizer buffers without names that are searched for main copies, unless told otherwise.
 SEARCH_LIMIT: Final = 2 << 30
 
-#: All router tensors of a checkpoint with their main copies: about five times DeepSeek-V3's.
+#: Bytes of all router tensors of a checkpoint with their main copies: about five times DeepSeek-V3's.
 MAX_TOTAL: Final = 4 << 30
 
-#: How many of them: a thousand layers of ten tensors, ten times over.
+#: How many router tensors a checkpoint may have: ten times those of a thousand layers with ten tensors each.
 MAX_TENSORS: Final = 100_000
 
 
@@ -62,7 +62,7 @@ def inside(folder: Path, name: object, where: Path) -> Path:
     """
     if not isinstance(name, str) or not name or "\0" in name:
         raise unreadable(where, "the name of a file of this checkpoint", shown(name))
-    # Read by both conventions, so that the verdict does not depend on the machine.
+    # Judged by the rules of POSIX and of Windows, so that the answer is the same on every machine.
     parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
     if PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor or ".." in parts:
         raise unreadable(where, "the name of a file inside the checkpoint's folder", shown(name))
@@ -70,7 +70,7 @@ def inside(folder: Path, name: object, where: Path) -> Path:
 
 
 class Meter:
-    """Counts bytes that were read, and passes them on to whoever shows progress."""
+    """Counts the bytes that were read, and calls `progress` with their number."""
 
     def __init__(self, progress: Callable[[int, str], None] | None = None) -> None:
         self.bytes = 0

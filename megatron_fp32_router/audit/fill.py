@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 #: What safetensors call the dtypes that --router-dtype takes.
 _DTYPES: Final = {"float32": "F32", "bfloat16": "BF16"}
 
-#: Where an expert bias is, seen from "….gate.weight", in exports that have lost all of theirs.
+#: What an expert bias is called beside "….gate.weight", by architecture: for exports without any expert bias.
 _BIAS_NAMES: Final = {
     "DeepseekV3ForCausalLM": "gate.e_score_correction_bias",
     "GlmMoeDsaForCausalLM": "gate.e_score_correction_bias",
@@ -34,7 +34,7 @@ _BIAS_NAMES: Final = {
 
 
 def fill(export: Checkpoint, trained: Checkpoint, out: Path, dtype: str) -> dict[str, Any]:
-    """Write a copy of an export into a new folder, its router tensors those of training; the original stays as it is.
+    """Copy an export into a new folder, with the router tensors of training. The original stays as it is.
 
     Args:
         export: of a folder with safetensors.
@@ -88,7 +88,7 @@ def fill(export: Checkpoint, trained: Checkpoint, out: Path, dtype: str) -> dict
 
 
 def _name_of(tensor: RouterTensor, here: dict[tuple[str, int, str], RouterTensor], folder: Path) -> str | None:
-    """What a tensor that the export lacks is called there: as in another layer, else by the layer's own weight."""
+    """The name for a tensor that the export lacks: as in another layer, else from the name of the layer's weight."""
     stack, layer, kind = tensor.key
     weight = here.get((stack, layer, "weight"))
     if weight is None:
@@ -105,7 +105,7 @@ def _name_of(tensor: RouterTensor, here: dict[tuple[str, int, str], RouterTensor
 
 
 def _copy(folder: Path, out: Path, new: dict[str, Any], present: set[str]) -> None:
-    """Copy a folder; a new tensor replaces the old one, or goes into the file of its layer's router."""
+    """Copy a folder. A new tensor replaces the old one of its name, or goes into the file with its layer's router."""
     out.mkdir(parents=True, exist_ok=True)
     added = [name for name in new if name not in present]
     homes: dict[str, str] = {}

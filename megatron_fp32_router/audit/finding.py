@@ -1,4 +1,4 @@
-"""What the audit answers: one Finding a question and tensor, and the Audit that holds them all."""
+"""The audit's answers: a Finding for each question and tensor, and the Audit that holds them all."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 #: "note": true and worth knowing, but no verdict.
 Verdict = Literal["good", "problem", "unknown", "note"]
 
-#: The audit's whole vocabulary of questions; docs/audit.md has a section on each.
+#: All questions that the audit asks; docs/audit.md says what each means.
 Check = Literal["dtype", "finite", "laundered", "updates", "room", "main copy", "against", "serving"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One answer. `data`: the figures behind `text`, for programs."""
+    """One answer. `data`: the figures that `text` is made of, for programs."""
 
     tensor: str
     check: Check
@@ -85,7 +85,7 @@ class Audit:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it: no NumPy numbers, and null for what is not finite."""
+    """As JSON can hold it: no NumPy numbers, and null for NaN and infinity."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

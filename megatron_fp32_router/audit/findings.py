@@ -1,4 +1,4 @@
-"""The questions that are asked of every router tensor, and their answers with reasons."""
+"""The questions that are asked of every router tensor, and the answers with their reasons."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _of_a_bias(tensor: RouterTensor, known: Sequence[float]) -> list[Finding]:
         return []
     narrow = values.astype(np.float32)
     if np.array_equal(narrow.astype(np.float64), values):
-        # fp32 steps, kept in more room than they need.
+        # Steps in fp32, stored in a wider dtype.
         return expert_bias.questions(replace(tensor, dtype="float32", values=narrow), known)
     return [Finding(tensor.name, "updates", "unknown", "cannot tell: its values need more than float32")]
 
@@ -115,7 +115,7 @@ def _laundered(tensor: RouterTensor, rates: Sequence[float], same: bool) -> Find
     """Is it fp32 in name only: has every value been through bf16 or fp16?"""
     values = tensor.values
     assert values is not None
-    # A rate says how a bias came about, nothing else.
+    # Only an expert_bias is made of steps of the rate.
     counts = [bits.fitting(values, dtype, rates if tensor.kind == "expert_bias" else ()) for dtype in bits.CASTS]
     data: dict[str, Any] = {"counts": [asdict(count) for count in counts]}
     found = partial(Finding, tensor.name, "laundered", data=data)
@@ -148,7 +148,7 @@ def _laundered(tensor: RouterTensor, rates: Sequence[float], same: bool) -> Find
 
 
 def _main_copy(tensor: RouterTensor) -> Finding:
-    """The optimizer's copy and the model's: which is the truth, and how far apart are they?"""
+    """The optimizer's copy and the model's: which one is exact, and how far apart are they?"""
     values, main = tensor.values, tensor.main
     assert values is not None
     assert main is not None

@@ -1,4 +1,4 @@
-"""Which format is this, and the one door to all readers."""
+"""`open_checkpoint`: finds out which format a checkpoint has, and calls the reader for it."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def open_checkpoint(
     except OSError as error:
         raise CheckpointUnreadableError(f"{meter.file or path}: cannot be read: {error}") from error
     except Exception as error:
-        # What a file of unknown origin can bring about is not to be listed; MemoryError, OverflowError, RecursionError
-        # and UnicodeError have all been seen. None may look like the exit code of a problem that was found.
+        # A file of unknown origin can lead to any error: MemoryError, OverflowError, RecursionError and UnicodeError
+        # have all been seen. With a traceback the exit code would be 1, which says that routers have a problem.
         raise CheckpointUnreadableError(
             f"{meter.file or path}: cannot be read: {type(error).__name__}: {str(error)[:200]}"
         ) from error

@@ -83,7 +83,7 @@ def _read_file(path: Path, meter: Meter, checkpoint: Checkpoint) -> list[RouterT
                 shape, dtype = tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype())
                 size = math.prod(shape) * (NUMPY_DTYPES[dtype].itemsize if dtype in NUMPY_DTYPES else 1)
                 meter.claim(size, path, f"{name}, shape {shape}")
-                # NumPy's side of the library has no 8-bit floats; their dtype says enough.
+                # safetensors cannot give 8-bit floats to NumPy, and their dtype alone is the answer.
                 values = None if dtype.startswith("float8") or dtype not in NUMPY_DTYPES else file.get_tensor(name)
                 meter.add(size if values is not None else 0, path.name)
                 found.append(RouterTensor(name, kind, dtype, shape, values))

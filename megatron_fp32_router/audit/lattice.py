@@ -1,13 +1,13 @@
-"""Which values an expert's bias can have: those that additions of ±rate in fp32 reach.
+"""Which values an expert's bias can have: those that additions of ±rate in fp32 can reach.
 
 Megatron adds `sign(error) * rate` to every bias once per step. In fp32, within one binade [2^e, 2^(e+1)) each addition
 moves the bias by exactly q(e): the rate rounded to that binade's spacing. So the number of steps between two values of
-one chain is an integer when each binade is measured in its own q, whatever order the steps came in; crossing into a
-larger binade rounds once, by less than half its spacing, and the way back undoes nothing. `steps` computes that
-number, and unless values were far larger once, rounding needs no further allowance than `allowance`: 200,000 steps of
-1e-3 end at 200.45 instead of 200, and are 200,000 steps here.
+one chain is an integer when each binade is measured in its own q, in whatever order the steps were made. Crossing into
+a larger binade rounds once, by less than half its spacing, and the way back does not undo it. `steps` computes that
+number. Unless values were once far larger, it is an integer to within `allowance`: 200,000 steps of 1e-3 end at 200.45
+instead of 200, and `steps` gives 200,000 for them.
 
-A bias that went through bf16 or fp16, or was moved by something else, has steps between integers. A counter in bf16
+A bias that was cast to bf16 or fp16, or moved by something else, is not a whole number of steps. A counter in bf16
 leaves a trace of its own: `sign(bf16) * rate` is the rate *rounded to bf16*, 0.0009994507 instead of 0.001
 (https://github.com/NVIDIA/Megatron-LM/pull/7081), so that the chain fits that rate and not the true one.
 """
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-#: Rates that are tried when neither the user nor the checkpoint says: Megatron's default first, then its likes.
+#: Rates that are tried when neither the user nor the checkpoint says which: Megatron's default first.
 USUAL_RATES: Final = (1e-3, 1e-4, 1e-2, 5e-4, 2e-3, 5e-3, 2e-4)
 
-#: A value whose steps are further than this from an integer is off the lattice; chance puts 1 in 10 within it.
+#: A value whose steps are further than this from an integer is off the lattice. 1 in 10 random values are within it.
 TOLERANCE: Final = 0.05
 
-#: Megatron's step may have been rounded on its way to the bias by the dtype of the counter.
+#: Dtypes to which Megatron may have rounded the step before it was added: that of the token counter.
 ROUNDINGS: Final[dict[str, Any]] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 
@@ -64,17 +64,17 @@ def steps(bias: NDArray[Any], rate: float) -> NDArray[np.float64]:
 
 
 def _step_in_binade(edge: float, rate: float) -> float:
-    """What an addition of `rate` to a value in [edge, 2 * edge) amounts to; 0: it is swallowed."""
+    """By how much an addition of `rate` moves a value in [edge, 2 * edge); 0 where it is rounded away."""
     spacing = edge * 2.0**-23
     return float(np.round(rate / spacing)) * spacing
 
 
 def allowance(bias: NDArray[Any], rate: float) -> float:
-    """How far, in steps, honest rounding may put a value of the chain from an integer."""
+    """How far from an integer, in steps, fp32's own rounding may put a value of the chain."""
     # A value beyond fp32's range is 0.5 steps off the chain in any case.
     largest = float(np.abs(bias.astype(np.float64)).max(initial=0.0))
-    # One rounding for each binade crossed, half a spacing each: together below one spacing of the largest; which may
-    # have been in the next binade and come back. Twice, since the common start is another value's.
+    # Crossing a binade rounds by half a spacing: together below one spacing of the largest value. Twice that, since the
+    # value may have been in the next binade and come back. Twice again, since the chain's start has such an error too.
     return 4 * float(np.spacing(np.float32(min(largest, 1e38)))) / rate + 1e-6
 
 
@@ -89,11 +89,11 @@ class Fit:
     step: float
     #: Distance of each value from the chain, in steps: [experts], at most 0.5.
     off: NDArray[np.float64]
-    #: What honest rounding explains of it.
+    #: How much of it fp32's own rounding explains.
     allowed: float
-    #: Different values (or moves) that the fit rests on.
+    #: How many different values (or differences) the fit rests on.
     distinct: int
-    #: Roundings of the same rate that explain the values as well: at a size where they come to the same step.
+    #: Other roundings of the same rate that explain the values too: at this size they make the same step.
     alike: tuple[str, ...] = ()
 
     @property
@@ -112,7 +112,7 @@ class Fit:
 
     @property
     def chance(self) -> float:
-        """How likely as many random values are all this close to some chain; its start took one of them."""
+        """How likely it is that as many random values all lie this close to a chain, whose start one of them fixes."""
         width = 2 * max(self.allowed, self.worst, 1e-9)
         return float(min(1.0, self.distinct * min(1.0, width) ** max(0, self.distinct - 1)))
 
@@ -136,7 +136,7 @@ def fit(bias: NDArray[Any], rate: float, rounding: str, since: NDArray[Any] | No
 
 
 def _common_offset(count: NDArray[np.float64]) -> float:
-    """The fractional part that most values share, if it is one: the middle of the closest group on a circle."""
+    """The fractional part around which most values lie. Fractions are on a circle: 0.99 is close to 0."""
     fraction = np.sort(count[np.isfinite(count)] % 1.0)
     if fraction.size < 2:
         return float(fraction[0]) if fraction.size else 0.0
@@ -149,10 +149,10 @@ def _common_offset(count: NDArray[np.float64]) -> float:
 
 
 def best(bias: NDArray[Any], rates: Sequence[float], since: NDArray[Any] | None = None) -> Fit:
-    """The step size that fits: the first that rounding explains wholly, else the one with most values on its chain.
+    """The step size that fits: the first that explains all values exactly, else the one with most values on its chain.
 
-    `rates` come in order of belief, and each unrounded before rounded: where few steps fit several, nothing speaks
-    for a defect.
+    The likeliest of `rates` comes first. Each is tried unrounded before rounded: where both fit, there is no sign of a
+    defect.
     """
     held = [(rate, rounding) for rate in rates for rounding in ROUNDINGS if 0 < rounded(rate, rounding) < math.inf]
     fits = [fit(bias, rate, rounding, since) for rate, rounding in held]

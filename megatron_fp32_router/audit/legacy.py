@@ -1,8 +1,9 @@
 """Megatron's `torch` format: one archive per model-parallel rank, `mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt`.
 
-A router is the same on every tensor- and expert-parallel rank; the first of each is read. Layers are numbered anew in
-every pipeline stage and in every stack (`decoder.layers`, `mtp.layers`), so each stack is counted through the stages.
-`distrib_optim.pt`, where the distributed optimizer wrote one, holds main copies of all parameters without names.
+A router is the same on every tensor- and expert-parallel rank, so only the first rank's is read. Layer numbers start
+from 0 in every pipeline stage and every stack (`decoder.layers`, `mtp.layers`). Here they are given the numbers that
+they have in the whole model. `distrib_optim.pt`, where the distributed optimizer wrote one, holds main copies of all
+parameters without their names.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ if TYPE_CHECKING:
 
 _RANK: Final = re.compile(r"^mp_rank_(\d+)(?:_(\d+))?(?:_(\d+))?$")
 
-#: The stack with all that leads to it, the layer's number in it, and the rest.
+#: A name in three parts: up to and with its stack ("decoder.layers."), the layer's number, and the rest.
 _LAYER: Final = re.compile(r"^((?:.*?\.)?layers\.)(\d{1,9})(\..*)$", re.DOTALL)
 
 
 def read_legacy(files: list[Path], meter: Meter, stack: ExitStack) -> tuple[Checkpoint, list[Flat]]:
-    """Router tensors of all pipeline stages, and where main copies may lie. Archives stay open in `stack`."""
+    """Router tensors of all pipeline stages, and buffers that may hold main copies. Archives stay open in `stack`."""
     stages: dict[tuple[int, int], tuple[Archive, dict[str, TensorRef]]] = {}
     buffers: list[Flat] = []
     checkpoint = Checkpoint(files[0].parent, "legacy torch")
@@ -83,13 +84,13 @@ def _counted(name: str, before: Counter[str]) -> str:
 
 
 def _first_copy(file: Path) -> bool:
-    """Whether this is the first tensor-parallel rank; a file of another name is taken as it is."""
+    """Whether this is the first tensor-parallel rank's; so is a file whose folder names no rank."""
     rank = _RANK.match(file.parent.name)
     return rank is None or int(rank[1]) == 0
 
 
 def _stage(file: Path, pipeline: Any) -> int:
-    """The pipeline stage in a folder's name. One number may be an expert rank: the arguments say."""
+    """The pipeline stage in a folder's name. A second number alone is the expert rank if `pipeline`, its size, is 1."""
     rank = _RANK.match(file.parent.name)
     if rank is None or rank[2] is None or (rank[3] is None and pipeline == 1):
         return 0

@@ -1,8 +1,8 @@
-"""Main copies that have no name: found in the optimizer's buffers by what they are rounded to.
+"""Find main copies that have no name in the optimizer's buffers: by the values that they round to.
 
-The distributed optimizer's flat formats (dp_reshardable, distrib_optim.pt) and the legacy optimizer state list fp32
-copies of all parameters without saying which is whose. A copy that rounds, element by element, to a router's weight
-is that weight's: with hundreds of different values chance is out of the question.
+The distributed optimizer's flat formats (dp_reshardable, distrib_optim.pt) and the legacy optimizer state hold fp32
+copies of all parameters, and do not say which copy is of which parameter. If the elements of a copy round to those of a
+router's weight, it is the copy of that weight: with hundreds of different values this cannot be chance.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from megatron_fp32_router.audit.tensors import Checkpoint, RouterTensor
     from megatron_fp32_router.audit.torch_zip import Archive
 
-#: Elements that are looked at in one go: 64 MB of fp32.
+#: Elements that are read and compared at a time: 64 MB of fp32.
 _BLOCK: Final = 1 << 24
 
-#: Containers that are looked into; a real checkpoint has thousands.
+#: The most containers that `walk` looks into; a real checkpoint has thousands.
 _MAX_NODES: Final = 2_000_000
 
-#: A weight with fewer different values could be mistaken for another.
+#: A weight with fewer different values could be confused with another.
 _ENOUGH: Final = 16
 
 
@@ -71,7 +71,7 @@ def find(checkpoint: Checkpoint, buffers: Sequence[Flat], limit: int) -> None:
     }
     left = limit
     skipped = 0
-    # Copies of one parameter first: they cost nothing when their shape is another.
+    # Copies of a single parameter come first: their shape says whether they need to be read.
     for buffer in sorted(buffers, key=lambda b: b.shape is None):
         fits = {index: tensor for index, tensor in wanted.items() if buffer.shape in (None, tensor.shape)}
         if not fits:
@@ -106,7 +106,7 @@ def _search(buffer: Flat, wanted: dict[int, RouterTensor]) -> dict[int, NDArray[
             if index in found:
                 continue
             needle, hay = _bits(pattern), rounded[pattern.dtype]
-            # The rarest start would be quicker; the first value alone leaves few places in practice.
+            # Searching for the rarest value would be quicker, but even the first one is found in few places.
             for start in np.flatnonzero(hay[: max(0, hay.size - needle.size + 1)] == needle[0]).tolist():
                 if np.array_equal(hay[start : start + needle.size], needle):
                     found[index] = joined[start : start + needle.size].reshape(wanted[index].shape).copy()

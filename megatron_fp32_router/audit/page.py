@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from megatron_fp32_router.audit.finding import Audit
     from megatron_fp32_router.audit.tensors import RouterTensor
 
-#: Values that several experts share are named up to so many.
+#: How many of the values that several experts share are named.
 _NAMED: Final = 3
 
 
 def page(found: Audit, settings: Mapping[str, str] | None = None) -> str:
-    """The whole document. `settings`: what the audit was asked, by option."""
+    """The whole document. `settings`: the options that were given, with their values."""
     *read, verdict = printing.summary(found)
     rows = printing.rows(found)
     classes = [{0: "name", 2: printing.STATES[verdict]} for _, _, verdict, _ in rows]
@@ -29,7 +29,7 @@ def page(found: Audit, settings: Mapping[str, str] | None = None) -> str:
     biases = [drawn for tensor in found.checkpoint.tensors if (drawn := _biases(tensor))]
     explained = (
         "Experts in order of their bias; the axis does not start at 0. A square is a value that several experts have, "
-        "bit for bit. Many of them, or steps as high as a spacing of bf16, are what a cast or swallowed updates leave."
+        "bit for bit. Many squares, or steps as high as bf16's spacing, come from a cast or from lost updates."
     )
     return pages.document(
         f"Router audit: {found.verdict}",
@@ -60,7 +60,7 @@ def _facts(found: Audit, read: list[str], settings: Mapping[str, str]) -> dict[s
 
 
 def _biases(tensor: RouterTensor) -> str:
-    """Every bias of a router, sorted: steps and plateaus show what a cast leaves."""
+    """Every bias of a router, sorted: a cast shows as steps and plateaus."""
     if tensor.kind != "expert_bias" or tensor.values is None or tensor.values.size < 2:
         return ""
     everything = [float(value) for value in tensor.values.astype("float64").ravel()]

@@ -1,11 +1,12 @@
 """Pickles read as data: nothing is imported, nothing is called that is not in this file.
 
 DCP's `.metadata`, and `data.pkl` inside each of torch's archives, are pickles. Python's own advice is to override
-`find_class`; here it returns a stand-in for every name. A few names of the allow-list mean something (a dtype, a
-storage, how a tensor lies in it); every other becomes a class that remembers its name and state and does nothing.
+`find_class`. Here it returns a stand-in for every name: names of the allow-list have a meaning (a dtype, a storage, how
+a tensor lies in it), and every other name becomes a class that keeps its name and state and does nothing.
 
-The unpickler is the standard library's pure Python one: the C one allocates 16 bytes for every memo slot below the
-highest index that a file names, so that five bytes cost tens of gigabytes. Opcodes that no checkpoint needs are off.
+The unpickler is the standard library's one in pure Python. The one in C allocates 16 bytes for every memo slot below
+the highest index that a file names: five bytes of a file could take tens of gigabytes. Opcodes that no checkpoint needs
+are refused.
 """
 
 from __future__ import annotations
@@ -39,18 +40,18 @@ class Opaque:
         return super().__new__(cls)
 
     def __init__(self, *args: Any) -> None:
-        """Arguments are of no use."""
+        """Arguments are dropped."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """A dictionary's subclass would keep it."""
+        """A subclass of dict would keep the item; here it is dropped."""
 
     def append(self, value: Any) -> None:
-        """A list's subclass would keep it."""
+        """A subclass of list or set would keep the value; here it is dropped."""
 
     add = append
 
     def extend(self, values: Any) -> None:
-        """A list's subclass would keep them."""
+        """A subclass of list would keep the values; here they are dropped."""
 
     def field(self, name: str) -> Any:
         """A field of its state, or None."""
@@ -151,7 +152,7 @@ def _size(*args: Any) -> tuple[int, ...]:
 
 
 class _Ordered(dict[Any, Any]):
-    """Stands for an OrderedDict. torch's state dicts hang attributes on theirs, which are of no use here."""
+    """Stands for an OrderedDict. torch's state dicts give theirs attributes, which are dropped here."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__()
@@ -179,10 +180,10 @@ _REFUSED_OPCODES: Final = (
 
 
 def _check_key(key: Any) -> None:
-    """Only keys whose hash is cheap, and which cannot be chosen so that all have the same one.
+    """Refuse keys whose hash takes long, or which could be chosen so that all have the same hash.
 
-    Nested tuples can be made to take for ever. Integers below 2^61 - 1 are their own hash; larger ones, and large ones
-    in tuples, can be picked to collide, so that n of them take n^2 steps.
+    The hash of nested tuples can take for ever. Integers below 2^61 - 1 are their own hash. Larger ones, and large ones
+    in tuples, can be chosen to collide, and n keys that collide take n^2 steps.
     """
     parts = key if isinstance(key, tuple) and len(key) <= _MAX_KEY_PARTS else (key,)
     limit = 1 << (31 if isinstance(key, tuple) else 60)
@@ -193,7 +194,7 @@ def _check_key(key: Any) -> None:
 
 _PLAIN_KEYS: Final = (str, bytes, int, float, bool, type(None), Dtype, Opaque)
 
-#: Megatron's longest are the two dtypes of a buffer.
+#: Megatron's longest keys are tuples of two: the dtypes of a buffer.
 _MAX_KEY_PARTS: Final = 16
 
 
@@ -204,7 +205,7 @@ class _Unpickler(pickle._Unpickler):
         file = io.BytesIO(data)
         super().__init__(file)
         self._classes: dict[tuple[str, str], type[Opaque]] = {}
-        # Frames only say how much to read ahead: the library's layer for them costs a fifth of the time.
+        # Read the bytes directly. Frames only say how much to read ahead, and following them takes a fifth of the time.
         self.read, self.readline = file.read, file.readline
         self.metastack: list[Any] = []
         self.stack: list[Any] = []
@@ -238,13 +239,13 @@ class _Unpickler(pickle._Unpickler):
             raise pickle.UnpicklingError(f"expected a storage, found {shown(saved)}")
         kind, key = saved[1], saved[2]
         if not isinstance(kind, Dtype) or not isinstance(key, str):
-            # A storage of a kind that routers do not have (quantised, complex): nothing to read there.
+            # A storage of a kind that routers do not have (quantised, complex). It is never read.
             kind, key = Dtype("uint8"), key if isinstance(key, str) else shown(key)
         return Storage(key, kind.name, _natural(saved[4]))
 
 
 def _checked(opcode: bytes, keys: slice) -> Callable[[Any], None]:
-    """An opcode of the library that first checks the keys that it will hash, which lie in `keys` of the stack."""
+    """The library's function for an opcode, after a check of the keys that it hashes: those in `keys` of the stack."""
     original = pickle._Unpickler.dispatch[opcode[0]]
 
     def checked(self: Any) -> None:
@@ -256,7 +257,7 @@ def _checked(opcode: bytes, keys: slice) -> Callable[[Any], None]:
 
 
 def _load_build(self: Any) -> None:
-    """State goes to stand-ins only: what is in this file is not a pickle's to change."""
+    """Give state to stand-ins only: a pickle must not change the objects of this file."""
     state = self.stack.pop()
     if isinstance(self.stack[-1], Opaque):
         self.stack[-1].state = state
@@ -265,7 +266,7 @@ def _load_build(self: Any) -> None:
 
 
 def _load_put(self: Any) -> None:
-    """The memo is a dictionary as well, and this opcode may name any integer."""
+    """Bound the index: the memo is a dictionary, and this opcode may name any integer as a key (`_check_key`)."""
     index = int(self.readline()[:-1])
     if not 0 <= index < 1 << 31:
         raise pickle.UnpicklingError("a memo index that no checkpoint has")
@@ -306,7 +307,7 @@ def load(data: bytes, path: Path, what: str, tick: Callable[[], None] = lambda: 
         said = "an opcode that is refused" if known else "something that is no pickle"
         raise CheckpointUnreadableError(f"{path}: expected {what}, found {said} ({error!r})") from error
     except Exception as error:
-        # Whatever a garbled pickle trips over: every kind of error is possible, none may escape as a traceback.
+        # A garbled pickle can lead to every kind of error, and none may end as a traceback.
         raise CheckpointUnreadableError(
             f"{path}: {what} is truncated or garbled: {type(error).__name__}: {str(error)[:200]}"
         ) from error

@@ -1,4 +1,4 @@
-"""The audit for people: a table in the terminal, plain when rich is not there."""
+"""The audit in the terminal: a table, which is plain text where rich is not installed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from megatron_fp32_router.audit.tensors import Checkpoint
     from megatron_fp32_router.pages import State
 
-#: Tables of large models are cut here; --json and --html have everything.
+#: The most rows of a table in the terminal; --json and --html have all.
 MAX_ROWS: Final = 400
 
 COLUMNS: Final = ("tensor", "question", "verdict", "answer")
@@ -118,7 +118,7 @@ def show(found: Audit, out: TextIO) -> None:
         for name, check, verdict, text in shown:
             grid.add_row(escape(name), check, f"[{_STYLES[verdict]}]{verdict}[/]", escape(text))
         console = Console(file=out)
-        # rich itself would end the program with exit code 1 when nobody reads any more.
+        # If rich itself printed to a pipe that was closed, it would end the program with exit code 1.
         with console.capture() as captured:
             console.print(grid)
         out.write(captured.get())
@@ -131,9 +131,9 @@ def show(found: Audit, out: TextIO) -> None:
 
 
 def progress(out: TextIO) -> Callable[[int, str], None]:
-    """Says how much was read: one line that is written over in a terminal, one line every 10 s in a log.
+    """A function that says how much was read. In a terminal it rewrites one line, in a log it adds one every 10 s.
 
-    Nothing appears in the first 2 s.
+    It says nothing in the first 2 s.
     """
     start = last = time.monotonic()
     terminal = out.isatty()

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class RepairRefusedError(Fp32RouterError):
-    """The repaired tensors cannot go where they were to go."""
+    """The repaired tensors cannot be written to the folder that was named."""
 
 
 def check_target(out: Path, checkpoint: Path) -> None:
-    """Refuse a folder that cannot be made, or must not be, before anything is read.
+    """Refuse a folder that cannot be made or must not be used, before anything is read.
 
     Raises:
         RepairRefusedError: `out` exists and is not an empty folder, lies below a file or in the checkpoint's folder.
@@ -78,9 +78,9 @@ def repair(found: Audit, out: Path, *, shift_bias: bool = False) -> dict[str, An
             untouched.append(tensor.name)
             continue
         if not damaged:
-            why: str | None = "its updates went wrong; which values they should have led to, no checkpoint holds"
+            why: str | None = "its updates went wrong, and no checkpoint has the values that right ones would have made"
         elif keys[tensor.key] > 1:
-            why = "another router has the same layer and kind: which is which, names do not say"
+            why = "another router has the same layer and kind, and the names do not say which is which"
         else:
             why = _why_not(tensor.values, tensor.main)
         if why is None:

@@ -1,4 +1,4 @@
-"""What a reader hands over: router tensors with their values, their main copies, and how they are called."""
+"""What the readers return: router tensors with their values and main copies; and which names are those of routers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BUFFERS = "expert_bias|local_tokens_per_expert|global_tokens_per_expert|ga_step
 #: Megatron: TopKRouter is `router` of every MoE layer.
 _MEGATRON: Final = re.compile(rf"(?:^|\.)router\.(?P<kind>weight|bias|{_BUFFERS})$")
 
-#: Hugging Face: (pattern of the end of a name, kind). Models known by each are in docs/audit.md.
+#: Hugging Face: (pattern of the end of a name, kind). docs/audit.md has the models that use each.
 _HUGGING_FACE: Final = tuple(
     (re.compile(rf"(?:^|\.){pattern}$"), kind)
     for pattern, kind in (
@@ -41,7 +41,7 @@ _LAYER: Final = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d{1,9})\.")
 
 
 def kind_of(name: str, hugging_face: bool = False) -> str | None:
-    """What router tensor this name stands for, or None: "weight", "bias", "expert_bias", …"""
+    """Which router tensor has this name: "weight", "bias", "expert_bias", …; None: not a router's."""
     found = _MEGATRON.search(name)
     if found is not None:
         return found["kind"]
@@ -51,7 +51,7 @@ def kind_of(name: str, hugging_face: bool = False) -> str | None:
 
 
 def layer_of_an_expert(name: str) -> int | None:
-    """The layer that a Hugging Face name of a routed expert's tensor stands in."""
+    """The layer of a routed expert's tensor, from its Hugging Face name; None: not a routed expert's."""
     layer = _LAYER.search(name) if ".experts." in name else None
     return int(layer[1]) if layer else None
 
@@ -72,12 +72,12 @@ class RouterTensor:
 
     @property
     def key(self) -> tuple[str, int, str]:
-        """The same for one router in a Megatron and in a Hugging Face checkpoint: (stack, layer, kind)."""
+        """(stack, layer, kind): the same for one router in a Megatron and in a Hugging Face checkpoint."""
         layer, *inner = _LAYER.findall(self.name) or ["-1"]
         stack = (
             "mtp" if re.search(r"(?:^|\.)mtp\.", self.name) else "encoder" if ".encoder." in self.name else "decoder"
         )
-        if stack == "mtp" and inner:  # HybridModel: a depth has layers of its own
+        if stack == "mtp" and inner:  # HybridModel: each depth has its own layers
             stack, layer = f"mtp.{layer}", inner[-1]
         return stack, int(layer), self.kind
 
@@ -96,7 +96,7 @@ class Checkpoint:
     iteration: int | None = None
     #: moe_router_bias_update_rate, where the checkpoint holds Megatron's arguments.
     rate: float | None = None
-    #: What could not be looked at, as sentences for people.
+    #: What could not be read, as sentences for people.
     notes: list[str] = field(default_factory=list)
     bytes_read: int = 0
     bytes_on_disk: int = 0
@@ -104,7 +104,7 @@ class Checkpoint:
 
 _STACKED: Final = re.compile(r"((?:^|\.)layers\.)(?!\d)")
 
-#: No model is deeper; a file that says so would fill the table with its own noise.
+#: No model is deeper, so a stack with more layers is left as one tensor: it would fill the table.
 _MAX_LAYERS: Final = 10_000
 
 

@@ -101,7 +101,7 @@ class Archive:
         if extent * dtype.itemsize > MAX_TENSOR:
             raise unreadable(self.path, f"a router's tensor within {MAX_TENSOR} bytes", f"strides {ref.stride}")
         if numel > extent:
-            # torch.save would keep an expanded tensor so; a few bytes would become a gigabyte here.
+            # torch.save writes an expanded tensor like this. A few bytes of it could become a gigabyte here.
             raise unreadable(self.path, f"{numel} elements for shape {ref.shape}", f"{extent} that are repeated")
         flat = self._elements(ref, dtype, 0, extent)
         if _contiguous(ref):
@@ -141,7 +141,7 @@ class Archive:
 
 
 def _contiguous(ref: TensorRef) -> bool:
-    """Whether elements lie in memory in the order of their indices; strides of axes of length 1 mean nothing."""
+    """Whether elements lie in memory in the order of their indices. Strides of axes of length 1 do not matter."""
     expected = 1
     for length, stride in zip(reversed(ref.shape), reversed(ref.stride), strict=True):
         if length != 1 and stride != expected:

@@ -1,11 +1,11 @@
-"""The page that the demo, the monitor and the audit write: one HTML file that loads nothing and asks nobody.
+"""The page that the demo, the monitor and the audit write: one HTML file that loads nothing from a network.
 
-`document` is the shell, `table` and `chart` make what goes into it. Charts are drawn in the browser by uPlot (uplot/
-holds its released files, unchanged, with its licence) and charts.js, which both go into the page. Its content security
-policy allows these scripts by their hash and nothing else: no network, and no script that a name in a checkpoint holds.
+`document` makes the page, `table` and the classes of `chart` make its contents. uPlot (uplot/ has its released files,
+unchanged, with its licence) and charts.js draw the charts in the browser; both are in the page. Its content security
+policy allows these scripts by their hash and nothing else: no network, and no script in a name from a checkpoint.
 
-A colour means the same on every page (page.css): `off` and `on` are runs without and with the plugin, `exact` what is
-right by exact arithmetic, `good`, `bad`, `unknown` and `note` are verdicts, `s1` to `s6` anything else.
+A colour means the same on every page (page.css): `off` and `on` are runs without and with the plugin, `exact` is what
+exact arithmetic gives, `good`, `bad`, `unknown` and `note` are verdicts, `s1` to `s6` are anything else.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_fp32_router.version import __version__
 
 State = Literal["good", "bad", "unknown", "note"]
 
-#: Nobody has to see colours to tell them apart.
+#: States can be told apart without their colours.
 SIGNS: Final[Mapping[State, str]] = {"good": "✓", "bad": "✗", "unknown": "?", "note": "•"}
 
 _HINT: Final = (
@@ -45,10 +45,10 @@ def document(
     """The whole page.
 
     Args:
-        title: of the document, and its heading.
-        lead: one sentence below it, plain text.
+        title: of the document; also its heading.
+        lead: one sentence below the heading, plain text.
         headline: what the page says first: (state, about what, sentence).
-        facts: what was run or read, and with what: name -> text. The plugin's version and the date are added.
+        facts: what was run or read, and how: name -> text. The plugin's version and the date are added.
         sections: HTML.
     """
     script = f"{_read('uplot/uPlot.iife.min.js')}\n{_read('charts.js')}"
@@ -99,10 +99,11 @@ def table(
 ) -> str:
     """A table of plain text whose first column names the rows.
 
-    On a phone its rows become blocks, or, with `wide` (what the table shows), it scrolls in a box of its own.
-    Roles are spelt out because browsers forget them once rows are blocks.
+    On a phone its rows become blocks, or, with `wide`, it scrolls sideways in a box. Roles are written out because
+    browsers drop them from rows that are blocks.
 
     Args:
+        wide: what the table shows, for readers who cannot see it.
         classes: CSS class of a column's cells, by its index.
         row_classes: the same, for each row.
     """

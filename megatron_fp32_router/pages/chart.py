@@ -1,4 +1,4 @@
-"""What charts.js draws, as data: lines over something that counts up, and maps of rows over it."""
+"""The data of what charts.js draws: lines over an x that rises, and maps of rows over it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any, Final
 
-#: For lines that mean nothing but themselves: colour, dashes, marker. Any one of the three tells them apart.
+#: For lines whose colour has no meaning: colour, dashes, marker. Any one of the three tells the lines apart.
 STYLES: Final = (
     ("s1", (), "circle"),
     ("s2", (7, 4), "square"),
@@ -26,13 +26,13 @@ class Line:
     """One line.
 
     Attributes:
-        name: what it is; `label` is written at its end, where there is room for a word.
+        name: in the legend; `label` is written at the end of the line, where there is room for a word.
         values: one for each x; NaN where there is none.
-        colour: a name of page.css, see this package's docstring.
+        colour: a name in page.css; see this package's docstring.
         dash: lengths of dashes and gaps, in pixels; empty: solid.
         marker: circle, square, triangle, diamond, cross, or "" for none.
         width: in pixels; 0: markers only, at every value.
-        digits: significant ones that are shown.
+        digits: how many significant digits of a value are shown.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Chart:
     """Lines over x, which rises.
 
     Attributes:
-        described: the figures that a reader who cannot see the drawing needs.
+        described: the figures for a reader who cannot see the drawing.
         from_zero: the axis starts at 0.
     """
 
@@ -93,7 +93,7 @@ class Chart:
 class Map:
     """Rows from top to bottom, x from left to right, a shade for each number.
 
-    Shades have 254 steps, so that sixty layers at a thousand looks are 80 kB. What is shown for a cell is no finer.
+    There are 255 shades, so that sixty layers at a thousand looks take 80 kB. A cell shows the value of its shade.
     """
 
     title: str
@@ -132,7 +132,7 @@ def _short(value: float, digits: int) -> float | None:
 
 
 def _figure(title: str, caption: str, described: str, spec: dict[str, Any]) -> str:
-    # What a file names may not end the element that holds it.
+    # A name from a file must not end the script element that it is in.
     text = json.dumps(spec, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     label = escape(f"{title}. {described}")
     return (
@@ -143,5 +143,5 @@ def _figure(title: str, caption: str, described: str, spec: dict[str, Any]) -> s
 
 
 def side_by_side(*figures: str) -> str:
-    """Figures beside each other, below each other where there is no room."""
+    """Figures beside each other, or below each other where there is no room."""
     return f'<div class="beside">{"".join(figures)}</div>'

@@ -1,7 +1,7 @@
-"""What engines make of a router's tensors, as data: one file in contracts/ for each engine, and how to ask it.
+"""In which dtypes engines keep a router's tensors: the contracts, one file in contracts/ for each engine.
 
-A contract holds for the versions it lists and for no other. Every line of an engine's source that it rests on is quoted
-in it: `scripts/contracts verify` looks whether a wheel still says so.
+A contract holds only for the versions that it lists. It quotes every line of the engine's source that it rests on:
+`scripts/contracts verify` looks whether a wheel still has them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class NoContractError(Fp32RouterError):
 
 @dataclass(frozen=True)
 class Source:
-    """Where an engine's source says it. `quote`: consecutive lines without indentation."""
+    """A place in an engine's source. `quote`: consecutive lines without indentation."""
 
     file: str
     quote: tuple[str, ...]
@@ -38,7 +38,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Entry:
-    """One case of what a tensor becomes."""
+    """What a tensor becomes in one case."""
 
     #: "float32" or "bfloat16"; "model": the dtype the model is loaded in; "logits": that of the logits.
     dtype: str
@@ -47,17 +47,17 @@ class Entry:
     config: Mapping[str, Any] = field(default_factory=dict)
     #: The hardware or back end this case is for; "" for the usual one.
     where: str = ""
-    #: What turns it into fp32, for people.
+    #: What makes it fp32, for people.
     switch: str = ""
 
     def applies(self, config: Mapping[str, Any]) -> bool:
-        """Whether this model's config.json leads here."""
+        """Whether this is the case for a model with this config.json."""
         return all(config.get(key) == value for key, value in self.config.items())
 
 
 @dataclass(frozen=True)
 class Model:
-    """What an engine makes of one architecture. `tensors`: entries by "weight", "bias", "expert_bias", "logits"."""
+    """A contract for one architecture. `tensors`: the cases of "weight", "bias", "expert_bias" and "logits"."""
 
     name: str
     architectures: tuple[str, ...]
@@ -68,7 +68,7 @@ class Model:
     rests_on: tuple[str, ...] = ()
 
     def resolved(self, entry: Entry, config: Mapping[str, Any]) -> str | None:
-        """The dtype an entry comes to with this config.json; None: it does not say."""
+        """The dtype that an entry stands for with this config.json; None: config.json does not name one."""
         if entry.dtype == "logits":
             usual = self.usual("logits", config)
             return None if usual is None else self.resolved(usual, config)
@@ -78,12 +78,12 @@ class Model:
         return said if isinstance(said, str) else None
 
     def usual(self, kind: str, config: Mapping[str, Any]) -> Entry | None:
-        """The case that a config.json leads to; None: this engine has no such tensor then."""
+        """The case for this config.json on usual hardware; None: the engine then has no such tensor."""
         entries = self.tensors.get(kind, ())
         return next((entry for entry in entries if not entry.where and entry.applies(config)), None)
 
     def elsewhere(self, kind: str, config: Mapping[str, Any]) -> list[Entry]:
-        """What else it becomes on other hardware or back ends."""
+        """The cases on other hardware or back ends."""
         return [entry for entry in self.tensors.get(kind, ()) if entry.where and entry.applies(config)]
 
 
@@ -98,7 +98,7 @@ class Engine:
     models: tuple[Model, ...]
     sources: Mapping[str, Source]
     loading: Source
-    #: Which of experts with equal scores wins: the "lower" one, or whichever "torch.topk" takes.
+    #: Which of several experts with equal scores is chosen: the "lower" one, or the one that "torch.topk" takes.
     ties: str
 
     def model(self, architecture: str) -> Model:

@@ -1,7 +1,7 @@
-"""The arithmetic that an engine routes with, on whatever device the tensors are: who gets which token there?
+"""Choose experts with the arithmetic of an engine, on the device that the tensors are on.
 
-What is known of an engine is in contracts.py. What is not, because its kernels are compiled, is assumed: products
-accumulate in fp32, scores are computed in fp32 from the logits. Imports torch.
+What is known of an engine is in contracts.py. Its kernels are compiled, so the rest is assumed: products accumulate in
+fp32, and scores are computed in fp32 from the logits. Imports torch.
 Shapes: T tokens, H hidden size, E experts, G groups of experts.
 """
 
@@ -30,13 +30,13 @@ class Arithmetic:
 
     Attributes:
         topk: experts of each token.
-        function: "sigmoid"; "softmax" over all experts; "logits": these choose, softmax is over the chosen.
-        groups, group_topk: of group-limited routing. A group counts with its best two experts where there is an expert
-            bias, else with its best.
-        hidden: dtype that the router's input comes in.
-        weight, bias, expert_bias: dtypes that these are kept in; None: the engine uses none.
+        function: "sigmoid"; "softmax" over all experts; "logits": they are compared, and softmax is over the chosen.
+        groups, group_topk: of group-limited routing. A group's score is the sum of its best two experts' where there is
+            an expert bias, else its best expert's.
+        hidden: dtype of the router's input.
+        weight, bias, expert_bias: dtypes in which the engine keeps these; None: it uses none.
         logits: their dtype.
-        ties: which of equal scores wins, the "lower" expert or whichever "torch.topk" takes.
+        ties: which of several experts with equal scores is chosen: the "lower" one, or the one that "torch.topk" takes.
     """
 
     topk: int
@@ -66,7 +66,7 @@ def arithmetic_of(
     """What an engine's contract says of the model that a config.json describes.
 
     Raises:
-        NoContractError: nothing is known of its architecture, or the dtype of something that decides is not.
+        NoContractError: nothing is known of its architecture, or not the dtype of one of these tensors.
     """
     model = engine.model(config["architectures"][0])
     found: dict[str, torch.dtype | None] = {}
@@ -114,7 +114,7 @@ def route(
 def logits(
     hidden_TH: torch.Tensor, weight_EH: torch.Tensor, bias_E: torch.Tensor | None, arithmetic: Arithmetic
 ) -> torch.Tensor:
-    """[T, E] in the engine's dtype: from one product in it where the weight has it too, else from one in fp32."""
+    """[T, E] in the engine's dtype. The product is in this dtype if the weight has it too, else in fp32."""
     inner = arithmetic.logits if arithmetic.weight == arithmetic.logits else torch.float32
     hidden_TH, weight_EH = hidden_TH.to(arithmetic.hidden).to(inner), weight_EH.to(arithmetic.weight).to(inner)
     bias_E = None if bias_E is None or arithmetic.bias is None else bias_E.to(arithmetic.bias).to(inner)
@@ -123,9 +123,9 @@ def logits(
 
 
 def weights(scores_TE: torch.Tensor, chosen_TE: torch.Tensor, function: str, normalised: bool = True) -> torch.Tensor:
-    """[T, E]: with what weight an expert's output counts, 0 where it was not chosen; no scaling factor.
+    """[T, E]: the weight of each expert's output, without the scaling factor; 0 where the expert was not chosen.
 
-    `scores_TE`: as Routed has them. `normalised`: the weights of a token add up to 1.
+    `scores_TE`: as in Routed. `normalised`: the weights of a token add up to 1.
     """
     if function == "logits":
         return scores_TE.masked_fill(~chosen_TE, float("-inf")).softmax(dim=-1)

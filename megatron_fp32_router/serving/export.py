@@ -1,4 +1,4 @@
-"""What is asked of an export before it is served: is it what was trained, and what will the engine make of it?"""
+"""The questions about an export before it is served: is it what was trained, and what will the engine make of it?"""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def config_in(path: Path) -> dict[str, Any]:
 def questions(
     checkpoint: Checkpoint, against: Checkpoint | None, engines: Sequence[Engine], config: dict[str, Any]
 ) -> list[Finding]:
-    """Every answer about an export, for some engines. `config`: from `read_config`.
+    """All answers about an export, for these engines. `config`: from `read_config`.
 
     Raises:
         NoContractError: an engine has no contract for this architecture.
@@ -77,7 +77,7 @@ def _missing(
     models: Sequence[tuple[Engine, Model]],
     config: dict[str, Any],
 ) -> list[Finding]:
-    """Router tensors that training has, that an engine asks for, or that a layer with experts needs."""
+    """Missing router tensors: of those that training has, an engine reads, or a layer with experts needs."""
     here = {tensor.key: tensor.name for tensor in checkpoint.tensors}
     wanted: dict[tuple[str, int, str], str] = {
         ("decoder", layer, "weight"): "this layer has experts" for layer in checkpoint.expert_layers
@@ -168,7 +168,7 @@ def _served(tensor: RouterTensor, engine: Engine, model: Model, config: dict[str
 
 
 def _others(kind: str, usual: str, model: Model, config: dict[str, Any]) -> str:
-    """Where else it becomes something else."""
+    """What it becomes on other hardware or back ends, where that differs."""
     cases = [
         f"{model.resolved(entry, config) or 'the dtype of the ' + entry.dtype} ({entry.where}: {entry.source})"
         for entry in model.elsewhere(kind, config)
@@ -178,7 +178,7 @@ def _others(kind: str, usual: str, model: Model, config: dict[str, Any]) -> str:
 
 
 def _of_the_model(engine: Engine, model: Model, config: dict[str, Any]) -> list[Finding]:
-    """Logits and notes: true of the engine whatever the tensors are."""
+    """What holds for the engine and the architecture, whatever the tensors are: logits and notes."""
     by, said = f"{engine.name} {engine.versions[0]}", []
     entry = model.usual("logits", config)
     if entry is None:

@@ -1,4 +1,4 @@
-"""How many tokens does an engine send to other experts than the training did? Imports torch; no Megatron, no engine.
+"""How many tokens does an engine send to other experts than the training? Imports torch, but no Megatron or engine.
 
 Shapes: T tokens, H hidden size, E experts.
 """
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from megatron_fp32_router.serving.contracts import Engine
     from megatron_fp32_router.serving.engine import Arithmetic
 
-#: What may be narrower in an engine. "choice": no rounding, but score function, groups and ties as the engine has them.
+#: What may differ in an engine. "choice": nothing is rounded, but score function, groups and ties are the engine's.
 PARTS: Final = ("hidden", "weight", "bias", "expert_bias", "logits", "choice")
 
-#: What a training and a config.json must both say: (what, keys of config.json).
+#: What must be the same in a training and in config.json: (what, its possible keys in config.json).
 _SAME: Final = (
     ("experts", ("n_routed_experts", "num_experts", "num_local_experts")),
     ("experts of each token", ("num_experts_per_tok",)),
@@ -36,23 +36,23 @@ _SAME: Final = (
 
 
 class ParityError(Fp32RouterError):
-    """The recorded routers are not those of the model that an engine is asked about."""
+    """The recorded routers are not those of the model in config.json."""
 
 
 def monitored(inputs: Inputs) -> dict[str, float]:
-    """The share of tokens that each of the monitor's roundings sends elsewhere, as its flips/… have it."""
+    """The share of tokens that each of the monitor's roundings sends to other experts: its flips/…"""
     found = stability(inputs.rule(), Sample(inputs.tensors["hidden"], None))
     return {name.partition("/")[2]: float(value) for name, value in found.items() if name.startswith("flips/")}
 
 
 def served(inputs: Inputs, engine: Engine, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What one engine makes of one router's inputs.
+    """Route the inputs of one router as one engine does, and compare with the training.
 
     Returns:
-        {"arithmetic": {"weight": "bfloat16", …}, "together": difference, "alone": {part: difference}}: everything as
-        the engine has it, and each part alone with the rest exact, for the parts that are not exact there. A difference
-        is {"tokens": with another set of experts, "experts": that changed, "weight": the largest difference of an
-        expert's weight, "weight_same_experts": the same among the tokens that kept theirs}.
+        {"arithmetic": {"weight": "bfloat16", …}, "together": difference, "alone": {part: difference}}: with all of the
+        engine's arithmetic, and with one part of it and the rest exact, for each part that is not exact there. A
+        difference is {"tokens": how many have another set of experts, "experts": how many changed, "weight": the
+        largest difference of an expert's weight, "weight_same_experts": the same among tokens with the same experts}.
 
     Raises:
         ParityError: these are not the routers that config.json describes.
@@ -99,12 +99,12 @@ def _name(dtype: torch.dtype | None) -> str:
 
 
 def _normalised(inputs: Inputs) -> bool:
-    """Whether the weights of a token add up to 1 in training; the engine's config.json is taken to say the same."""
+    """Whether the weights of a token add up to 1 in training. The engine is assumed to do the same."""
     return not inputs.pre_softmax if inputs.score_function == "softmax" else inputs.topk > 1
 
 
 def _trained(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whom the training chose, bool [T, E], and with what weights, in fp32."""
+    """Which experts the training chose, bool [T, E], and their weights in fp32, [T, E]."""
     rule = inputs.rule()
     scores_TE = rule.scores(rule.logits(inputs.tensors["hidden"]))
     chosen_TE = rule.chosen(rule.biased(scores_TE))
@@ -113,7 +113,7 @@ def _trained(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _check(inputs: Inputs, config: Mapping[str, Any], function: str) -> None:
-    """Are these the routers that a config.json describes? A key that it does not have is not asked for."""
+    """Refuse routers that are not those of config.json. Keys that it lacks are not compared."""
     experts, hidden = inputs.tensors["weight"].shape
     trained = (experts, inputs.topk, hidden, inputs.groups or 1, inputs.group_topk if inputs.groups else None)
     for (what, keys), value in zip(_SAME, trained, strict=True):

@@ -1,8 +1,9 @@
 """How many balance updates a Megatron without the plugin gets wrong: simulated, with its own arithmetic.
 
 What a release computes (`finalize_model_grads._update_router_expert_bias`, `moe_utils.get_updated_expert_bias`): every
-micro-batch is added to a counter of the model's dtype; the counters of all ranks are added up in it; the mean and the
-sign times the rate are rounded to it; a bias in the model's dtype (0.11) or in fp32 (from 0.12) takes the step.
+micro-batch is added to a counter in the model's dtype. In this dtype the counters of all ranks are added up, and to it
+the mean and the step, sign times rate, are rounded. The step is added to a bias in the model's dtype (0.11) or in fp32
+(from 0.12).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 DTYPES: Final[dict[str, Any]] = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 
-#: Expert counts that are drawn for one row of the answer: about half a second.
+#: How many counts are drawn for one row of the answer: they take about half a second.
 DRAWS: Final = 1_000_000
 
 
@@ -75,7 +76,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Share:
-    """What became of simulated updates, as shares of them. `spread`: one standard deviation of the experts' loads."""
+    """Shares of the simulated updates, by what became of them. `spread`: the experts' loads' standard deviation."""
 
     spread: float
     updates: int
@@ -87,7 +88,7 @@ class Share:
 
     @property
     def wrong(self) -> float:
-        """All of them."""
+        """The share of all wrong updates."""
         return self.wrong_way + self.not_made + self.needless + self.wrong_size
 
 
@@ -152,11 +153,11 @@ def simulate(run: Run, spread: float) -> Share:
 
 
 def swallowed_from(rate: float, precision: str, bias_dtype: str) -> tuple[float, int]:
-    """The bias from which on no step away from zero is taken, and after how many steps it is there at the earliest."""
+    """The bias from which on a step away from zero changes nothing, and how many steps lead there at the least."""
     step = np.float32(rate).astype(DTYPES[precision]).astype(DTYPES[bias_dtype])
     limit = next(bias for bias in (2.0**e for e in range(-60, 60)) if (b := step.dtype.type(bias)) + step == b)
     if bias_dtype == "float32":
-        # Millions of steps: counted by ranges of one spacing each, in which every step has one size.
+        # Millions of steps: counted for each range with one spacing, in which all steps have the same size.
         lows = (limit / 2.0**e for e in range(1, 40))
         return limit, round(sum(low / float((step.dtype.type(low) + step) - step.dtype.type(low)) for low in lows))
     at, steps = step * 0, 0

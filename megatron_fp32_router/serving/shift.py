@@ -1,7 +1,7 @@
-"""Take one constant off all expert biases of a layer, so that an engine that rounds them to bf16 rounds less.
+"""Subtract one constant from all expert biases of a layer, so that an engine that rounds them to bf16 rounds less.
 
-The choice of experts compares score + bias between experts, and the score of a group is the sum of two of these: the
-same constant on every expert changes no comparison. Near 30 neighbouring bf16 numbers are 0.125 apart, near 0.5 0.002.
+The choice of experts compares score + bias between experts, and a group's score is the sum of two of these, so that the
+same constant for every expert changes no comparison. Near 30 neighbouring bf16 numbers are 0.125 apart, near 0.5 0.002.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 class Shift:
     """What was done to the biases of one layer."""
 
-    #: What was taken off; 0.0 where nothing was.
+    #: What was subtracted; 0.0: nothing was.
     constant: float
-    #: Why nothing was; "" where something was.
+    #: Why nothing was subtracted; "" where something was.
     why: str = ""
 
 
@@ -40,8 +40,8 @@ def shift_expert_bias(
     Args:
         state: arrays by name, Megatron's or Hugging Face's names. expert_bias: float32 [experts].
         how: "min": no bias is negative afterwards. Needed where an engine multiplies the scores of masked groups by
-            zero (TensorRT-LLM's path that is not fused): an expert below zero would lose to a masked one. "mean": for
-            engines that mask with minus infinity; the values are smaller still.
+            zero (TensorRT-LLM's unfused path): a masked expert would win over one with a score below zero. "mean": for
+            engines that mask with minus infinity; the biases are then even smaller.
 
     Returns:
         The state, shifted, and a Shift for every expert_bias in it.
@@ -54,7 +54,7 @@ def shift_expert_bias(
 
 
 def shift_exported(weights: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
-    """Shift the expert biases among weights on their way to an engine, and hand on everything else as it is.
+    """Shift the expert biases among weights on their way to an engine, and yield everything else as it is.
 
     Args:
         weights: (name, tensor, ...), by Hugging Face's or Megatron's names, one after the other: what the exporters of
@@ -85,5 +85,5 @@ def _shifted(values: NDArray[Any], how: str) -> tuple[NDArray[Any], Shift]:
 
 
 def _error(values: NDArray[Any]) -> float:
-    """By how much bf16 misses the worst of some values."""
+    """The largest error of these values in bf16."""
     return float(np.abs(values.astype(ml_dtypes.bfloat16).astype(np.float64) - values).max())
