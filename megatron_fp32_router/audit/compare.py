@@ -96,11 +96,8 @@ def _moved(one: RouterTensor, other: RouterTensor, between: int | None, known: S
         stuck = int(lattice.swallowed(one.values, lattice.rounded(rates[0], "float32")).all(axis=0).sum())
         data["swallowing"] = stuck
         if stuck:
-            text = (
-                f"no bias moved{over}: at this size {one.dtype} swallows a step of {rates[0]:g} whole "
-                f"in {stuck} of {a.size}"
-            )
-            return found("problem", text)
+            text = f"{stuck} of {a.size} are so large that {one.dtype} rounds a step of {rates[0]:g} away"
+            return found("problem", f"no bias moved{over}: {text}")
         return found("unknown", f"no bias moved{over}: updates were off, or had no effect")
     if one.dtype != "float32":
         return found(

@@ -124,8 +124,6 @@ class DcpReader:
     def read(self, name: str) -> NDArray[Any]:
         """A router's tensor, put together from its pieces."""
         dtype, shape = self.describe(name)
-        if dtype not in NUMPY_DTYPES:
-            raise unreadable(self.path, "a dtype that NumPy can hold", f"{dtype} of {name}")
         numpy_dtype = NUMPY_DTYPES[dtype]
         self.meter.claim(math.prod(shape) * numpy_dtype.itemsize, self.path, f"{name}, shape {shape}")
         self._stored(name, shape, numpy_dtype.itemsize)
@@ -182,8 +180,7 @@ def read_dcp(folder: Path, meter: Meter, stack: ExitStack) -> tuple[Checkpoint, 
         if kind is None or name in mains.values() or re.search(r"(?:^|\.)optimizer\.", name):
             continue
         dtype, shape = reader.describe(name)
-        values = reader.read(name) if dtype in NUMPY_DTYPES else None
-        tensor = RouterTensor(name, kind, dtype, shape, values)
+        tensor = RouterTensor(name, kind, dtype, shape, reader.read(name))
         # With FSDP, the model's names have a prefix for its wrappers; the optimizer's have none.
         main = mains.get(name) or next((m for of, m in mains.items() if name.endswith("." + of)), None)
         if main is not None:

@@ -204,7 +204,7 @@ def verdict_on_fit(fit: lattice.Fit, experts: int, known: Sequence[float], data:
     apart = f"{experts - on} of {experts} biases are not whole steps of {fit.rate:g} apart"
     if known:
         return "problem", f"{apart}: updates were rounded or swallowed on the way, or another rule or rate moved them"
-    return "unknown", f"cannot tell: no usual rate fits ({apart}); --rate has it judged"
+    return "unknown", f"cannot tell: no usual rate fits ({apart}); give the right one by --rate"
 
 
 def _room(tensor: RouterTensor) -> list[Finding]:

@@ -68,7 +68,7 @@ def fill(export: Checkpoint, trained: Checkpoint, out: Path, dtype: str) -> dict
         if values is None or values.dtype != np.float32:
             not_written[tensor.name] = f"it is {tensor.dtype} in the checkpoint, without an fp32 copy"
         elif name is None:
-            not_written[tensor.name] = "the export has no router in this layer, or its name for this is not known"
+            not_written[tensor.name] = "the export has no router in this layer, or no known name for this tensor"
         elif there is not None and there.shape != tensor.shape:
             not_written[tensor.name] = f"its shape is {tensor.shape}, and {there.shape} in the export"
         else:

@@ -60,9 +60,7 @@ def audit(
     if against is not None:
         findings += compare.questions(checkpoint, against, known)
     if not checkpoint.tensors:
-        findings.append(
-            Finding("", "dtype", "unknown", "no tensor here has the name of a router's: nothing was looked at")
-        )
+        findings.append(Finding("", "dtype", "unknown", "no tensor here has a router's name, so nothing was checked"))
     findings += [Finding("", "main copy", "note", note) for note in checkpoint.notes]
     return Audit(checkpoint, findings, against)
 
@@ -93,7 +91,7 @@ def _dtype(tensor: RouterTensor, protect: str) -> Finding:
         kept = "; its fp32 main copy is in this checkpoint" if tensor.main is not None else ""
         return found("problem", f"{tensor.dtype} on disk: every value is rounded{kept}")
     if tensor.dtype.startswith("int") and tensor.kind in ("expert_bias", "qb_beta"):
-        return found("problem", f"{tensor.dtype} on disk: whole numbers, which take no step of a rate below 1")
+        return found("problem", f"{tensor.dtype} on disk: whole numbers, to which no rate below 1 can be added")
     if tensor.dtype == "float64":
         return found("good", "float64 on disk: more than fp32, which no release of Megatron makes")
     if tensor.dtype == "float32" or (tensor.dtype.startswith("int") and not parameter):
@@ -107,7 +105,7 @@ def _finite(tensor: RouterTensor) -> Finding | None:
     broken = int(values.size - np.isfinite(values.astype(np.float64)).sum())
     if not broken:
         return None
-    text = f"{broken} of {values.size} values are NaN or infinite; nothing else was asked of it"
+    text = f"{broken} of {values.size} values are NaN or infinite; no other question was asked"
     return Finding(tensor.name, "finite", "problem", text, {"not_finite": broken})
 
 
@@ -126,7 +124,7 @@ def _laundered(tensor: RouterTensor, rates: Sequence[float], same: bool) -> Find
         partly = next((c for c in counts if c.improbable), None)
         if partly is not None:
             share = f"{partly.fitting:,} of {partly.nonzero:,} values fit {partly.dtype} ({partly.chance})"
-            return found("note", f"not laundered as a whole, but {share}: most of these are as a cast left them")
+            return found("note", f"not laundered as a whole, but {share}: most of these were cast")
         return found(
             "good", f"{counts[0].nonzero - counts[0].fitting:,} of {counts[0].nonzero:,} values need more than bfloat16"
         )

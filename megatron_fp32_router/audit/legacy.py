@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from megatron_fp32_router.audit.files import unreadable
 from megatron_fp32_router.audit.main_copies import Flat, buffers_in, walk
-from megatron_fp32_router.audit.pickles import NUMPY_DTYPES, TensorRef
+from megatron_fp32_router.audit.pickles import TensorRef
 from megatron_fp32_router.audit.tensors import Checkpoint, RouterTensor, argument, kind_of, read_arguments
 from megatron_fp32_router.audit.torch_zip import Archive
 
@@ -71,8 +71,8 @@ def read_legacy(files: list[Path], meter: Meter, stack: ExitStack) -> tuple[Chec
         for name, ref in names.items():
             kind = kind_of(name)
             if kind is not None:
-                values = archive.tensor(ref) if ref.dtype in NUMPY_DTYPES else None
-                checkpoint.tensors.append(RouterTensor(_counted(name, before), kind, ref.dtype, ref.shape, values))
+                counted = _counted(name, before)
+                checkpoint.tensors.append(RouterTensor(counted, kind, ref.dtype, ref.shape, archive.tensor(ref)))
         before += layers
     return checkpoint, buffers
 

@@ -145,7 +145,7 @@ def buffers_in(archive: Archive, root: Any) -> Iterator[Flat]:
     """What may hold main copies in an optimizer's state: fp32_from_fp16_params (one per parameter),
     and `param` of the distributed optimizer's flat buffers. The archive must stay open while they are searched."""
     for path, value in walk(root):
-        if not isinstance(value, TensorRef) or value.dtype not in NUMPY_DTYPES:
+        if not isinstance(value, TensorRef):
             continue
         listed, flat = "fp32_from_fp16_params" in path, path[-1:] == ("param",) and len(value.shape) == 1
         if not listed and not flat:

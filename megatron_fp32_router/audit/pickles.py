@@ -60,7 +60,7 @@ class Opaque:
 
 @dataclass(frozen=True)
 class Dtype:
-    """A torch dtype by name: "bfloat16"."""
+    """A torch dtype by name, "bfloat16": one of NUMPY_DTYPES."""
 
     name: str
 

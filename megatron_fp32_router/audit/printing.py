@@ -26,8 +26,8 @@ _STYLES: Final = {"good": "green", "problem": "bold red", "unknown": "yellow", "
 STATES: Final[Mapping[str, State]] = {"good": "good", "problem": "bad", "unknown": "unknown", "note": "note"}
 
 _VERDICTS: Final = {
-    "good": "good: nothing speaks against these routers",
-    "problem": "PROBLEM: these routers were damaged, or are kept where they will be",
+    "good": "good: no problem was found in these routers",
+    "problem": "PROBLEM: these routers were damaged, or are kept in a dtype that damages them",
     "unknown": "could not tell",
 }
 

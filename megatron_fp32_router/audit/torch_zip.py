@@ -91,7 +91,7 @@ class Archive:
 
         `claimed`: it is a piece of one whose size the meter knows.
         """
-        dtype = self._dtype(ref)
+        dtype = NUMPY_DTYPES[ref.dtype]
         numel = math.prod(ref.shape)
         if not claimed:
             self._meter.claim(numel * dtype.itemsize, self.path, f"shape {ref.shape}")
@@ -103,7 +103,7 @@ class Archive:
         if numel > extent:
             # torch.save writes an expanded tensor like this. A few bytes of it could become a gigabyte here.
             raise unreadable(self.path, f"{numel} elements for shape {ref.shape}", f"{extent} that are repeated")
-        flat = self._elements(ref, dtype, 0, extent)
+        flat = self._elements(ref, 0, extent)
         if _contiguous(ref):
             return flat.reshape(ref.shape)
         strides = tuple(s * dtype.itemsize for s in ref.stride)
@@ -114,19 +114,13 @@ class Archive:
         """`count` elements in memory order from `start` on, of a contiguous tensor of any size: [count]."""
         if not _contiguous(ref):
             raise unreadable(self.path, "a contiguous tensor", f"strides {ref.stride}")
-        return self._elements(ref, self._dtype(ref), start, count)
+        return self._elements(ref, start, count)
 
-    def _dtype(self, ref: TensorRef) -> np.dtype[Any]:
-        if ref.dtype not in NUMPY_DTYPES:
-            raise unreadable(self.path, "a dtype that NumPy can hold", ref.dtype)
-        return NUMPY_DTYPES[ref.dtype]
-
-    def _elements(self, ref: TensorRef, dtype: np.dtype[Any], start: int, count: int) -> NDArray[Any]:
-        first = ref.offset + start
+    def _elements(self, ref: TensorRef, start: int, count: int) -> NDArray[Any]:
+        dtype, first = NUMPY_DTYPES[ref.dtype], ref.offset + start
         if first + count > ref.storage.numel:
             raise unreadable(self.path, f"a tensor inside its {ref.storage.numel} elements", first + count)
-        size = dtype.itemsize
-        raw = self.read(f"data/{ref.storage.key}", first * size, count * size)
+        raw = self.read(f"data/{ref.storage.key}", first * dtype.itemsize, count * dtype.itemsize)
         elements: NDArray[Any] = np.frombuffer(raw, dtype=dtype)
         return elements
 

@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 
 def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """config.json of an export.
-
-    Raises:
-        CheckpointUnreadableError: there is none, or it does not say which architecture this is.
-    """
+    """config.json of an export. Raises as `config_in`."""
     return config_in(checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent)
 
 
 def config_in(path: Path) -> dict[str, Any]:
-    """A config.json, or the one in a folder. Raises as `read_config`."""
+    """A config.json, or the one in a folder.
+
+    Raises:
+        CheckpointUnreadableError: there is none, or it does not say which architecture this is.
+    """
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         raise unreadable(path, "the config.json of an export to Hugging Face's format, which --for is about", "none")
@@ -126,7 +126,7 @@ def _zero(tensor: RouterTensor, trained: RouterTensor | None) -> Finding:
         tensor.name,
         "serving",
         "problem",
-        "every bias is zero: a converter that does not know the bias leaves it so (Megatron-Bridge #4199, #4657)",
+        "every bias is zero: converters that do not know the bias leave it at zero (Megatron-Bridge #4199, #4657)",
     )
 
 

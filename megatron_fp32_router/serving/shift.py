@@ -80,7 +80,7 @@ def _shifted(values: NDArray[Any], how: str) -> tuple[NDArray[Any], Shift]:
     if not np.array_equal(moved.astype(np.float64), exact - constant):
         return values, Shift(0.0, "fp32 does not hold every difference from one constant exactly")
     if _error(moved) >= _error(values):
-        return values, Shift(0.0, "bfloat16 holds these biases as well where they are")
+        return values, Shift(0.0, "bfloat16 holds these biases as well as shifted ones")
     return moved, Shift(constant)
 
 
