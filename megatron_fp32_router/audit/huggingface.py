@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_fp32_router.audit.files import Meter, inside, open_regular, read_small, unreadable
 from megatron_fp32_router.audit.pickles import NUMPY_DTYPES
-from megatron_fp32_router.audit.tensors import Checkpoint, RouterTensor, kind_of, layer_of_an_expert
+from megatron_fp32_router.audit.tensors import Checkpoint, RouterTensor, kind_of
 from megatron_fp32_router.errors import CheckpointUnreadableError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def read_safetensors(folder: Path, files: list[Path], meter: Meter) -> Checkpoin
     checkpoint = Checkpoint(folder, "safetensors")
     if not files:
         for name, file in _index(index, meter).items():
-            _note_experts(name, checkpoint)
+            checkpoint.note_layer(name)
             if kind_of(name, hugging_face=True) is not None:
                 expected.setdefault(inside(folder, file, index), set()).add(name)
     for file in sorted(expected):
@@ -60,12 +60,6 @@ def _index(path: Path, meter: Meter) -> dict[str, Any]:
     return weights
 
 
-def _note_experts(name: str, checkpoint: Checkpoint) -> None:
-    layer = layer_of_an_expert(name)
-    if layer is not None:
-        checkpoint.expert_layers.add(layer)
-
-
 def _read_file(path: Path, meter: Meter, checkpoint: Checkpoint) -> list[RouterTensor]:
     meter.file = path
     with open_regular(path) as file:
@@ -77,7 +71,7 @@ def _read_file(path: Path, meter: Meter, checkpoint: Checkpoint) -> list[RouterT
             for name in file.keys():  # noqa: SIM118 - not a dictionary
                 kind = kind_of(name, hugging_face=True)
                 if kind is None:
-                    _note_experts(name, checkpoint)
+                    checkpoint.note_layer(name)
                     continue
                 part = file.get_slice(name)
                 shape, dtype = tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype())

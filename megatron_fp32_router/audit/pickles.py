@@ -36,22 +36,16 @@ class Opaque:
     state: Any = None
 
     def __new__(cls, *args: Any) -> Opaque:
-        # NEWOBJ passes arguments here and skips __init__; REDUCE passes them to both.
+        """Drop the arguments: object.__init__ does so too where __new__ takes some."""
         return super().__new__(cls)
-
-    def __init__(self, *args: Any) -> None:
-        """Arguments are dropped."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
         """A subclass of dict would keep the item; here it is dropped."""
 
     def append(self, value: Any) -> None:
-        """A subclass of list or set would keep the value; here it is dropped."""
+        """A subclass of list or set would keep what it is given; here it is dropped."""
 
-    add = append
-
-    def extend(self, values: Any) -> None:
-        """A subclass of list would keep the values; here they are dropped."""
+    add = extend = append
 
     def field(self, name: str) -> Any:
         """A field of its state, or None."""

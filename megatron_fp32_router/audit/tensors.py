@@ -50,12 +50,6 @@ def kind_of(name: str, hugging_face: bool = False) -> str | None:
     return None
 
 
-def layer_of_an_expert(name: str) -> int | None:
-    """The layer of a routed expert's tensor, from its Hugging Face name; None: not a routed expert's."""
-    layer = _LAYER.search(name) if ".experts." in name else None
-    return int(layer[1]) if layer else None
-
-
 @dataclass(frozen=True)
 class RouterTensor:
     """One router's tensor. `values` has the dtype on disk: float32 [experts, hidden] for a weight, or bfloat16, …"""
@@ -100,6 +94,12 @@ class Checkpoint:
     notes: list[str] = field(default_factory=list)
     bytes_read: int = 0
     bytes_on_disk: int = 0
+
+    def note_layer(self, name: str) -> None:
+        """Add the layer of a tensor to `expert_layers` if its Hugging Face name is that of a routed expert's."""
+        layer = _LAYER.search(name)
+        if layer is not None and ".experts." in name:
+            self.expert_layers.add(int(layer[1]))
 
 
 _STACKED: Final = re.compile(r"((?:^|\.)layers\.)(?!\d)")
