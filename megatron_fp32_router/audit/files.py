@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import os
 import stat
+from contextlib import closing
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, BinaryIO, Final
 
@@ -101,15 +101,14 @@ class Meter:
             raise unreadable(path, f"at most {MAX_TENSORS} router tensors in a checkpoint", what)
 
 
-class Window(io.RawIOBase):
-    """A read-only, seekable, counted view of `length` bytes of a file from `start` on.
+class Window:
+    """`length` bytes of a file from `start` on, to read and to seek in, as zipfile does. What is read is counted.
 
     Raises:
         CheckpointUnreadableError: no regular file, or one that is too short.
     """
 
     def __init__(self, path: Path, meter: Meter, start: int = 0, length: int | None = None) -> None:
-        super().__init__()
         self.path, self._meter, meter.file = path, meter, path
         self._file = open_regular(path)
         try:
@@ -122,25 +121,19 @@ class Window(io.RawIOBase):
             raise
         self.start, self.length, self._at = start, length, 0
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
     def tell(self) -> int:
         return self._at
 
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.length}[whence]
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self.length}[whence]
         if base + offset < 0:
             raise OSError(f"seek before the start of {self.path}")
         self._at = base + offset
         return self._at
 
-    def read(self, size: int | None = -1) -> bytes:
+    def read(self, size: int = -1) -> bytes:
         left = max(0, self.length - self._at)
-        size = left if size is None or size < 0 else min(size, left)
+        size = left if size < 0 else min(size, left)
         if size > MAX_READ:
             raise unreadable(self.path, f"pieces of at most {MAX_READ} bytes", f"one of {size}")
         self._file.seek(self.start + self._at)
@@ -154,15 +147,13 @@ class Window(io.RawIOBase):
         if offset < 0 or size < 0 or offset + size > self.length:
             raise unreadable(self.path, f"{size} bytes of {what} at byte {offset}", f"{self.length} bytes: truncated?")
         self.seek(offset)
-        parts = [self.read(min(MAX_READ, size - done)) for done in range(0, size, MAX_READ)]
-        data = parts[0] if len(parts) == 1 else b"".join(parts)
+        data = b"".join([self.read(min(MAX_READ, size - done)) for done in range(0, size, MAX_READ)])
         if len(data) != size:
             raise unreadable(self.path, f"{size} bytes of {what}", len(data))
         return data
 
     def close(self) -> None:
         self._file.close()
-        super().close()
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -178,7 +169,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 def read_small(path: Path, meter: Meter, limit: int) -> bytes:
     """A whole file, of at most `limit` bytes."""
-    with Window(path, meter) as window:
+    with closing(Window(path, meter)) as window:
         if window.length > limit:
             raise unreadable(path, f"at most {limit} bytes", window.length)
         return window.exactly(0, window.length, "the file")

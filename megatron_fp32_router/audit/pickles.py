@@ -233,7 +233,7 @@ class _Unpickler(pickle._Unpickler):
             raise pickle.UnpicklingError(f"expected a storage, found {shown(saved)}")
         kind, key = saved[1], saved[2]
         if not isinstance(kind, Dtype) or not isinstance(key, str):
-            # A storage of a kind that routers do not have (quantised, complex). It is never read.
+            # A storage of a kind that routers do not have (quantised, complex): taken for bytes.
             kind, key = Dtype("uint8"), key if isinstance(key, str) else shown(key)
         return Storage(key, kind.name, _natural(saved[4]))
 
