@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--against", type=Path, metavar="B", help="another checkpoint of the same run, or its export")
     parser.add_argument(
         "--rate",
-        type=_rate,
+        type=rate,
         action="append",
         default=[],
         help="moe_router_bias_update_rate, where the checkpoint does not say; repeat it if it changed",
@@ -57,21 +57,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--search-limit",
-        type=_gigabytes,
+        type=gigabytes,
         default=SEARCH_LIMIT / 1e9,
         metavar="GB",
         help="how many GB of unnamed optimizer buffers to search for main copies (default: 2.1; inf: all)",
     )
 
 
-def _rate(text: str) -> float:
+def rate(text: str) -> float:
+    """The value of --rate. If it is no number, argparse's message contains the name of this function."""
     value = float(text)
     if not (math.isfinite(value) and 1e-12 < value < 1e6):
         raise argparse.ArgumentTypeError(f"expected a positive rate such as 1e-3, found {text!r}")
     return value
 
 
-def _gigabytes(text: str) -> float:
+def gigabytes(text: str) -> float:
+    """The value of --search-limit."""
     value = float(text)
     if not value >= 0:
         raise argparse.ArgumentTypeError(f"expected gigabytes, 0 or more, or inf, found {text!r}")

@@ -73,8 +73,8 @@ def allowance(bias: NDArray[Any], rate: float) -> float:
     """How far from an integer, in steps, fp32's own rounding may put a value of the chain."""
     # A value beyond fp32's range is 0.5 steps off the chain in any case.
     largest = float(np.abs(bias.astype(np.float64)).max(initial=0.0))
-    # Crossing a binade rounds by half a spacing: together below one spacing of the largest value. Twice that, since the
-    # value may have been in the next binade and come back. Twice again, since the chain's start has such an error too.
+    # Crossing a binade rounds by half a spacing at most: together below one spacing of the largest value. Twice that,
+    # since it may have been in the next binade and come back. Twice again, since the chain's start has such an error.
     return 4 * float(np.spacing(np.float32(min(largest, 1e38)))) / rate + 1e-6
 
 

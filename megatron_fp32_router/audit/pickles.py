@@ -36,7 +36,7 @@ class Opaque:
     state: Any = None
 
     def __new__(cls, *args: Any) -> Opaque:
-        """Drop the arguments: object.__init__ does so too where __new__ takes some."""
+        """Drop the arguments. object.__init__ drops them too, since this takes them."""
         return super().__new__(cls)
 
     def __setitem__(self, key: Any, value: Any) -> None:
