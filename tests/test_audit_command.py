@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.numpy import load_file, save_file
 
 from megatron_fp32_router.audit import open_checkpoint, printing
+from megatron_fp32_router.audit.finding import Audit, Finding
 from megatron_fp32_router.cli import main
 
 CORPUS = Path(__file__).parent / "corpus" / "audit"
@@ -78,6 +79,18 @@ def test_layers_with_the_same_answer_share_a_row(tmp_path: Path) -> None:
 
     (row,) = printing.rows(audit(open_checkpoint(tmp_path)))
     assert row[0] == "model.layers.{3-5,9}.mlp.gate.weight"
+
+
+def test_only_answers_about_layers_share_a_row_when_they_differ_in_figures() -> None:
+    texts = ["12 of 34 files were read", "5 of 34 files were read"]
+    of_layers = [Finding(f"layers.{layer}.router.weight", "room", "good", text) for layer, text in enumerate(texts)]
+    of_all = [Finding("", "serving", "note", text) for text in texts]
+    table = printing.rows(Audit(open_checkpoint(Path(ON)), of_layers + of_all), brief=True)
+    assert [(name, text) for name, _, _, text in table] == [
+        ("layers.{0-1}.router.weight", f"layer 0: {texts[0]}"),
+        ("checkpoint", texts[0]),
+        ("checkpoint", texts[1]),
+    ]
 
 
 def test_names_from_a_file_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

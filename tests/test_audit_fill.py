@@ -105,6 +105,29 @@ def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b"{"),
+        ("config.json", b'{"architectures": "DeepseekV3ForCausalLM"}'),
+        ("model-1.safetensors", b"\0" * 4),
+        ("model-1.safetensors", (2).to_bytes(8, "little") + b"{]"),
+        ("model-1.safetensors", None),
+        ("model.safetensors.index.json", b"[]"),
+    ],
+    ids=["config", "architectures", "shard", "header", "truncated", "index"],
+)
+def test_a_damaged_export_is_refused_by_name_before_anything_is_written(
+    name: str, content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = export(tmp_path / "export", shards=True), tmp_path / "out"
+    file = folder / name
+    file.write_bytes(file.read_bytes()[:-1] if content is None else content)
+    assert main(["audit", str(folder), "--against", str(TRAINED), "--repair", str(out), "--router-dtype=float32"]) == 2
+    assert f"{file}: " in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_a_combination_that_makes_no_sense_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = export(tmp_path / "export")
     out = ["--repair", str(tmp_path / "out"), "--router-dtype", "float32"]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import stat
 from contextlib import closing
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from megatron_fp32_router.errors import CheckpointUnreadableError
 
@@ -165,6 +166,14 @@ def open_regular(path: Path) -> BinaryIO:
         return path.open("rb", buffering=0)
     except (OSError, ValueError) as error:
         raise CheckpointUnreadableError(f"{path}: cannot be opened: {error}") from error
+
+
+def read_json(path: Path, meter: Meter, limit: int) -> Any:
+    """What a JSON file of at most `limit` bytes holds."""
+    try:
+        return json.loads(read_small(path, meter, limit))
+    except (ValueError, RecursionError) as error:
+        raise unreadable(path, "JSON", f"{type(error).__name__}: {error}") from error
 
 
 def read_small(path: Path, meter: Meter, limit: int) -> bytes:

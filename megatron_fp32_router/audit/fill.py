@@ -9,9 +9,12 @@ from typing import IO, TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from megatron_fp32_router.audit.files import Meter
+from megatron_fp32_router.audit.huggingface import read_header, read_index
 from megatron_fp32_router.audit.pickles import NUMPY_DTYPES
 from megatron_fp32_router.audit.repair import RepairRefusedError, check_target
 from megatron_fp32_router.audit.tensors import SERVED
+from megatron_fp32_router.serving.export import config_in
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,6 +51,7 @@ def fill(export: Checkpoint, trained: Checkpoint, out: Path, dtype: str) -> dict
 
     Raises:
         RepairRefusedError: `export` is no folder of safetensors, or `out` cannot be used (`check_target`).
+        CheckpointUnreadableError: a file of the export is damaged. Nothing has been written then.
         OSError: it cannot be written.
     """
     if export.format != "safetensors" or not export.path.is_dir() or trained.format == "safetensors":
@@ -97,8 +101,7 @@ def _name_of(tensor: RouterTensor, here: dict[tuple[str, int, str], RouterTensor
     if same is not None:
         return re.sub(r"((?:^|\.)(?:layers|blocks|h)\.)\d+\.", rf"\g<1>{layer}.", same, count=1)
     config = folder / "config.json"
-    names = json.loads(config.read_text(encoding="utf-8")).get("architectures", []) if config.is_file() else []
-    ending = next((_BIAS_NAMES[name] for name in names if name in _BIAS_NAMES), None)
+    ending = _BIAS_NAMES.get(config_in(config)["architectures"][0]) if config.is_file() else None
     if kind != "expert_bias" or ending is None or not weight.name.endswith(".gate.weight"):
         return None
     return weight.name.removesuffix("gate.weight") + ending
@@ -106,32 +109,34 @@ def _name_of(tensor: RouterTensor, here: dict[tuple[str, int, str], RouterTensor
 
 def _copy(folder: Path, out: Path, new: dict[str, Any], present: set[str]) -> None:
     """Copy a folder. A new tensor replaces the old one of its name, or goes into the file with its layer's router."""
+    # All that can be damaged is read before anything is written.
+    headers = {file: read_header(file) for file in sorted(folder.glob("*.safetensors"))}
+    index = folder / "model.safetensors.index.json"
+    root = read_index(index, Meter()) if index.is_file() else None
     out.mkdir(parents=True, exist_ok=True)
     added = [name for name in new if name not in present]
     homes: dict[str, str] = {}
     total = 0
     for file in sorted(folder.iterdir()):
-        if file.suffix != ".safetensors":
+        if file not in headers:
             if file.is_dir():
                 shutil.copytree(file, out / file.name)
             else:
                 shutil.copy2(file, out / file.name)
             continue
         with file.open("rb") as source, (out / file.name).open("wb") as target:
-            length = int.from_bytes(source.read(8), "little")
-            header = json.loads(source.read(length))
+            start, header = headers[file]
             layers = {_layer(name) for name in header if name in present}
             here = [name for name in added if name not in homes and _layer(name) in layers]
             homes |= dict.fromkeys(here, file.name)
             wanted = {name: new[name] for name in [*header, *here] if name in new}
-            total += _rewrite(source, 8 + length, header, target, wanted)
-    index = out / "model.safetensors.index.json"
-    if index.is_file() and new:
-        root = json.loads(index.read_text(encoding="utf-8"))
+            total += _rewrite(source, start, header, target, wanted)
+    if root is not None and new:
         root["weight_map"] |= homes
-        if "total_size" in root.get("metadata", {}):
-            root["metadata"]["total_size"] = total
-        index.write_text(json.dumps(root, indent=2) + "\n", encoding="utf-8")
+        metadata = root.get("metadata")
+        if isinstance(metadata, dict) and "total_size" in metadata:
+            metadata["total_size"] = total
+        (out / index.name).write_text(json.dumps(root, indent=2) + "\n", encoding="utf-8")
 
 
 def _layer(name: str) -> str:
@@ -162,7 +167,7 @@ def _rewrite(source: IO[bytes], start: int, header: dict[str, Any], target: IO[b
         while left:
             part = source.read(min(left, 1 << 24))
             if not part:
-                raise RepairRefusedError(f"{source.name}: ends inside {name}; the copy is not whole")
+                raise RepairRefusedError(f"{source.name}: ended inside {name} while it was copied; remove the copy")
             target.write(part)
             left -= len(part)
     return at

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from safetensors import SafetensorError, safe_open
 
-from megatron_fp32_router.audit.files import Meter, inside, open_regular, read_small, unreadable
+from megatron_fp32_router.audit.files import Meter, inside, open_regular, read_json, unreadable
 from megatron_fp32_router.audit.pickles import NUMPY_DTYPES
 from megatron_fp32_router.audit.tensors import Checkpoint, RouterTensor, kind_of
 from megatron_fp32_router.errors import CheckpointUnreadableError
@@ -36,7 +36,7 @@ def read_safetensors(folder: Path, files: list[Path], meter: Meter) -> Checkpoin
     expected: dict[Path, set[str]] = {file: set() for file in files}
     checkpoint = Checkpoint(folder, "safetensors")
     if not files:
-        for name, file in _index(index, meter).items():
+        for name, file in read_index(index, meter)["weight_map"].items():
             checkpoint.note_layer(name)
             if kind_of(name, hugging_face=True) is not None:
                 expected.setdefault(inside(folder, file, index), set()).add(name)
@@ -49,15 +49,31 @@ def read_safetensors(folder: Path, files: list[Path], meter: Meter) -> Checkpoin
     return checkpoint
 
 
-def _index(path: Path, meter: Meter) -> dict[str, Any]:
-    try:
-        root = json.loads(read_small(path, meter, MAX_INDEX))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointUnreadableError(f"{path}: expected JSON: {error}") from error
-    weights = root.get("weight_map") if isinstance(root, dict) else None
-    if not isinstance(weights, dict):
+def read_index(path: Path, meter: Meter) -> dict[str, Any]:
+    """A model.safetensors.index.json, which has a weight_map.
+
+    Raises:
+        CheckpointUnreadableError: it has none, or is no JSON.
+    """
+    root = read_json(path, meter, MAX_INDEX)
+    if not isinstance(root, dict) or not isinstance(root.get("weight_map"), dict):
         raise unreadable(path, "a weight_map", "none")
-    return weights
+    return root
+
+
+def read_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the tensors of a safetensors file begin, in bytes, and what its header says about each.
+
+    Raises:
+        CheckpointUnreadableError: the header is damaged, or the file is not as long as it says.
+    """
+    with open_regular(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            with safe_open(path, framework="numpy"):
+                return 8 + length, json.loads(file.read(length))
+        except SafetensorError as error:
+            raise CheckpointUnreadableError(f"{path}: not a whole safetensors file: {error}") from error
 
 
 def _read_file(path: Path, meter: Meter, checkpoint: Checkpoint) -> list[RouterTensor]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_fp32_router.audit import bits
 from megatron_fp32_router.audit.compare import identical
-from megatron_fp32_router.audit.files import Meter, read_small, shown, unreadable
+from megatron_fp32_router.audit.files import Meter, read_json, shown, unreadable
 from megatron_fp32_router.audit.finding import Finding
 from megatron_fp32_router.audit.tensors import SERVED
 
@@ -36,10 +36,7 @@ def config_in(path: Path) -> dict[str, Any]:
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         raise unreadable(path, "the config.json of an export to Hugging Face's format, which --for is about", "none")
-    try:
-        config = json.loads(read_small(path, Meter(), 1 << 24))
-    except (ValueError, RecursionError) as error:
-        raise unreadable(path, "JSON", type(error).__name__) from error
+    config = read_json(path, Meter(), 1 << 24)
     names = config.get("architectures") if isinstance(config, dict) else None
     if not (isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)):
         raise unreadable(path, '"architectures" with one name', shown(names))
