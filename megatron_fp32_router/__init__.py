@@ -76,7 +76,7 @@ def enable(protect: str | None = None, on_mismatch: str | None = None) -> None:
         return
     wanted = _settings.from_environment().updated(protect, on_mismatch)
     for sentence in _settings.unknown_names():
-        _say(logging.WARNING, sentence, threshold=wanted.log, once=True)
+        _say(logging.WARNING, sentence, once=True)
     _hooks.arm(wanted)
 
 

@@ -26,11 +26,15 @@ def rank() -> int:
 
 
 def say(level: int, message: str, *, threshold: str = "info", once: bool = False, speaker: int = 0) -> None:
-    """Log `message` on rank 0, or on rank `speaker` where rank 0 cannot know.
+    """Log `message` on rank 0, or on rank `speaker` where rank 0 cannot know it.
 
-    Python's root logger sits at WARNING and has no handler in a program that never configured logging: an INFO
-    record would vanish. There the line goes to standard error through a handler that exists for this one record,
-    so that a later basicConfig() does not make everything appear twice.
+    Where a program has not configured logging, Python's root logger has no handler and is at WARNING, so an INFO
+    record would be lost. There the line goes to standard error through a handler that is made for this one record:
+    a later basicConfig() does not make everything appear twice.
+
+    Args:
+        threshold: MEGATRON_FP32_ROUTER_LOG. It is "warning" at most, so a warning need not name it.
+        once: do not repeat a message in this process.
     """
     if level < logging.getLevelName(threshold.upper()) or rank() != speaker:
         return

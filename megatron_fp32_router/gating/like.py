@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from megatron_fp32_router.errors import CannotMirrorError
 from megatron_fp32_router.gating.linear import gradients, product
 from megatron_fp32_router.log import say
-from megatron_fp32_router.patching.registry import mismatch, registry, runs, status
+from megatron_fp32_router.patching.registry import mismatch, runs, status
 from megatron_fp32_router.serving.contracts import Engine, Entry, Model, NoContractError, find
 from megatron_fp32_router.settings import PREFIX
 
@@ -117,7 +117,7 @@ class Mirror:
                 f"{PREFIX}_LIKE={self.asked} would not be in effect: in the place of the plugin's functions there is "
                 f"{'; '.join(sorted(lost))}. Let it call the original, or unset {PREFIX}_LIKE.",
             )
-        say(logging.WARNING, str(self), threshold=registry.settings.log, once=True)
+        say(logging.WARNING, str(self), once=True)
 
     def __str__(self) -> str:
         """What is rounded to what, for the log."""

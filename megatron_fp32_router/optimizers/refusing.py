@@ -42,7 +42,6 @@ def refuse(parameters: Iterable[Any], found: str, why: str, instead: str, *, unt
         say(
             logging.WARNING,
             f"{found} with {mixture}: {why}. Allowed by {PREFIX}_UNTESTED=allow.",
-            threshold=registry.settings.log,
             once=True,
         )
         return

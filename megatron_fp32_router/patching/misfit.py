@@ -47,7 +47,6 @@ def warn_of_another_copy(replacement: Any, home: Path) -> None:
         logging.WARNING,
         f"{name_of(replacement)} patches this Megatron too, and its functions run, not those in {home}. "
         f"Remove one of the two: `{sys.executable} -m megatron_fp32_router doctor` names them.",
-        threshold=registry.settings.log,
         once=True,
     )
 
@@ -65,7 +64,6 @@ def refuse(patch: Patch, module: ModuleType, megatron: Megatron, problem: Proble
         say(
             logging.WARNING,
             f"{patch.target} {problem.says} in {megatron}; without the patch {patch.id!r} {patch.why}.",
-            threshold=registry.settings.log,
             once=True,
         )
         return None

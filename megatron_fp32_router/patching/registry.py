@@ -105,7 +105,7 @@ def mismatch(error: type[Fp32RouterError], message: str, speaker: int = 0) -> No
     """Raise `error`, or warn once on one rank where the user chose `warn`."""
     if registry.settings.on_mismatch == "raise":
         raise error(message)
-    say(logging.WARNING, message, threshold=registry.settings.log, once=True, speaker=speaker)
+    say(logging.WARNING, message, once=True, speaker=speaker)
 
 
 def not_asked_for(patch: Patch) -> bool:

@@ -147,7 +147,6 @@ def store(room: str | None = None) -> Any:
             logging.WARNING,
             f"the default process group has no key-value store (torch {torch.__version__}, "
             f"{distributed.get_backend()}), so nobody has compared whether all ranks run the plugin alike",
-            threshold=registry.settings.log,
             once=True,
         )
         return None

@@ -43,7 +43,6 @@ def say_whose_functions_run(routers: Iterable[torch.nn.Module], owners: Mapping[
             logging.WARNING,
             f"routers of this model have functions of their own: {', '.join(owner for _, owner in own)}. The plugin's "
             "run only where these call super(); what they compute in is theirs to decide, on fp32 weights.",
-            threshold=registry.settings.log,
             once=True,
         )
 
@@ -56,6 +55,5 @@ def say_what_is_displaced(displaced: Iterable[PatchStatus]) -> None:
             logging.WARNING,
             "not in effect, because somebody else's function is in its place: " + "; ".join(places) + ". Router "
             "tensors are fp32 and token counters exact all the same.",
-            threshold=registry.settings.log,
             once=True,
         )

@@ -11,7 +11,6 @@ import torch
 from megatron_fp32_router.casts.router import below_fp32, mark_parameters, protects_parameters, widen_counter
 from megatron_fp32_router.errors import ModelInUseError
 from megatron_fp32_router.log import say
-from megatron_fp32_router.patching.registry import registry
 from megatron_fp32_router.wrapping.survey import Survey, protected_in, survey
 
 
@@ -36,11 +35,7 @@ def protect_model(model: Any) -> Survey:
             total.below + found.below,
             total.foreign + found.foreign,
         )
-    say(
-        logging.WARNING,
-        f"protect_model: {total}. Bits that were lost before this call stay lost.",
-        threshold=registry.settings.log,
-    )
+    say(logging.WARNING, f"protect_model: {total}. Bits that were lost before this call stay lost.")
     return total
 
 

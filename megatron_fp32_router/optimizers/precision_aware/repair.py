@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_fp32_router.log import say
-from megatron_fp32_router.patching.registry import registry, replaces
+from megatron_fp32_router.patching.registry import replaces
 
 
 def _holds_main_copies(optimizer: Any) -> bool:
@@ -129,7 +129,6 @@ def warn_before_a_save_in_vain(original: Callable[..., Any]) -> Callable[..., An
                 f"use_precision_aware_optimizer: {why}. That is so without this plugin too. A resume will need "
                 "--no-load-optim. Where OptimizerConfig has store_param_remainders, False avoids remainders; "
                 "docs/resume.md says which formats resume.",
-                threshold=registry.settings.log,
                 once=True,
             )
         return original(self, *args, **kwargs)
