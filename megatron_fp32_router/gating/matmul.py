@@ -14,58 +14,33 @@ TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 (which NVIDIA's containers set) are that swit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+import contextlib
 
 import torch
 
 
 def _reduced_precision_allowed() -> bool:
-    """Whether fp32 products may be computed in less. Reading can fail where old and new switches contradict."""
-    matmul = torch.backends.cuda.matmul
-    mkldnn = getattr(torch.backends.mkldnn, "matmul", None)
-    exact = ("none", "ieee")
-    if getattr(matmul, "fp32_precision", "ieee") not in exact:
-        return True
-    if getattr(mkldnn, "fp32_precision", "ieee") not in exact:
-        return True
+    """Whether the program lets fp32 products be computed in less than fp32."""
+    for switch in (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)):
+        if getattr(switch, "fp32_precision", "ieee") not in ("none", "ieee"):
+            return True
     try:
         return torch.get_float32_matmul_precision() != "highest"
     except RuntimeError:
-        return True
+        return True  # old and new switches contradict each other
 
 
-@contextmanager
-def true_fp32() -> Iterator[None]:
+def true_fp32() -> contextlib.AbstractContextManager[None]:
     """Compute fp32 matrix products in fp32 inside, and leave every switch as it was found.
 
-    The switches are the process's: torch has no others. Another thread that multiplies meanwhile does so in fp32 too.
+    The switches belong to the process: torch has no others. Another thread that multiplies meanwhile does so in fp32
+    too.
     """
     if not _reduced_precision_allowed():
-        yield
-        return
-    candidates: list[tuple[Any, Any]] = [
-        (torch.backends.cuda.matmul, torch.backends),
-        (getattr(torch.backends.mkldnn, "matmul", None), torch.backends.mkldnn),
-    ]
-    places = [(place, above) for place, above in candidates if hasattr(place, "fp32_precision")]
-    # A switch without a value of its own reads as the one above it. It must go on following that one.
-    saved = [
-        "none" if place.fp32_precision == getattr(above, "fp32_precision", None) else place.fp32_precision
-        for place, above in places
-    ]
-    try:
-        legacy = torch.get_float32_matmul_precision()
-    except RuntimeError:
-        legacy = "highest"  # contradictory switches; the new ones are restored below as they were
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(legacy)
-        for (place, _), value in zip(places, saved, strict=True):
-            place.fp32_precision = value
+        return contextlib.nullcontext()
+    from megatron_fp32_router.gating import switches
+
+    return switches.turned_off()
 
 
 def mm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
