@@ -36,8 +36,11 @@ _arming = False
 
 
 def on_import(module: ModuleType) -> None:
-    """Every entry point of the group: apply the patches of a Megatron module that has been imported."""
-    name = module.__name__
+    """What every entry point of the group names: apply the patches of a Megatron module that has been imported."""
+    _patch(module, module.__name__)
+
+
+def _patch(module: ModuleType, name: str) -> None:
     _waiting.discard(name)
     if not registry.active:
         return
@@ -112,14 +115,10 @@ def arm(settings: Settings) -> None:
         _discover()
         for name in MODULES:
             module = sys.modules.get(name)
-            if module is None:
-                if name not in _waiting:
-                    _register(name)
-            elif initializing(module):
-                registry.pending.add(name)
-            else:
-                _waiting.discard(name)
-                apply_all(module, name)
+            if module is not None:
+                _patch(module, name)
+            elif name not in _waiting:
+                _register(name)
     finally:
         _arming = False
     # After wrapt's own finder exists, so that ours is asked before it and can register in time.
