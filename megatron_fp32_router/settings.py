@@ -72,11 +72,10 @@ class Settings:
             SettingsError: a value is not one of the accepted ones.
         """
         given = {"protect": protect, "on_mismatch": on_mismatch}
-        table = {variable.field: variable for variable in VARIABLES}
         checked = {
-            name: _one_of(value, table[name].values, f"enable({name}=…)")
-            for name, value in given.items()
-            if value is not None
+            variable.field: _one_of(value, variable.values, f"enable({variable.field}=…)")
+            for variable in VARIABLES
+            if (value := given.get(variable.field)) is not None
         }
         return replace(self, **checked)
 

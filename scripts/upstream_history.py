@@ -126,7 +126,7 @@ def write(gitdir: Path, *, show: bool) -> dict[str, str]:
     texts = _store(states, show=show)
     for state in (state for states in found.values() for state in states):
         judged = judge.Judge(state.tree, Megatron(None, None))
-        verdicts = (judged.one(*target, explain=False) for target in targets.relied_on().items())
+        verdicts = (judged.one(name, explain=False) for name in targets.relied_on())
         state.unfit = [verdict for verdict in verdicts if not verdict.fits]
     PAGE.write_text("\n".join(_page(found)) + "\n", encoding="utf-8")
     return texts

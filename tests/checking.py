@@ -12,7 +12,7 @@ import pytest
 from bootstrap import ensure_release
 
 from megatron_fp32_router.cli import main
-from megatron_fp32_router.patching.source import file_of
+from megatron_fp32_router.patching.source import Tree
 from megatron_fp32_router.patching.targets import relied_on
 
 ROUTER = "megatron/core/transformer/moe/router.py"
@@ -47,7 +47,7 @@ def copier(folder: Path) -> Copy:
 def files(release: str) -> list[str]:
     """The files that `check` reads."""
     modules = dict.fromkeys(name.partition(":")[0] for name in relied_on())
-    return [file_of(ensure_release(release), module) for module in modules]
+    return [Tree(ensure_release(release)).file_of(module) for module in modules]
 
 
 def check(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, dict[str, Any]]:

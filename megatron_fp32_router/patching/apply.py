@@ -20,7 +20,7 @@ from megatron_fp32_router.patching.registry import Problem, left_to_somebody_els
 
 
 def initializing(module: ModuleType) -> bool:
-    """Whether the import system is still executing this module."""
+    """Whether this module is half imported: Python is still running its code."""
     return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
 
 
@@ -60,12 +60,9 @@ def _problem(patch: Patch, module: ModuleType, changed: str | None) -> Problem |
     Args:
         changed: what the gate has against its source.
     """
-    parts = patch.path.split(".")
-    owner: Any = module
-    for part in parts[:-1]:
-        owner = getattr(owner, part, None)
-    own = vars(owner) if owner is not None else {}
-    if not (patch.inherited and owner is not None) and parts[-1] not in own:
+    class_name, _, name = patch.path.rpartition(".")
+    owner = getattr(module, class_name, None) if class_name else module
+    if owner is None or not (patch.inherited or name in vars(owner)):
         return Problem("does not exist", missing=True)
     target = wrapt.resolve_path(module, patch.path)[2]
     try:

@@ -11,9 +11,7 @@ import ast
 import copy
 import hashlib
 from collections.abc import Callable, Iterator, Set
-from typing import Final, TypeAlias
-
-Definition: TypeAlias = ast.stmt
+from typing import Final
 
 #: Fields that say nothing about behaviour, or that only some Python versions have (type_params: 3.12).
 _IGNORED: Final = frozenset(
@@ -28,11 +26,15 @@ _NAMED: Final = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 class _Normaliser(ast.NodeTransformer):
     """Takes out what the fingerprint ignores, so that the text shown in a diff shows nothing else."""
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        return self._function(node)
+    def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> ast.AST:
+        node.body = _without_docstring(node.body)
+        node.returns = None
+        node.type_comment = None
+        self.generic_visit(node)
+        node.body = node.body or [ast.Pass()]
+        return node
 
-    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> ast.AST:
-        return self._function(node)
+    visit_AsyncFunctionDef = visit_FunctionDef
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
         # Annotated fields of a class stay: a dataclass is made of them.
@@ -65,14 +67,6 @@ class _Normaliser(ast.NodeTransformer):
         node.values = parts
         return node
 
-    def _function(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> ast.AST:
-        node.body = _without_docstring(node.body)
-        node.returns = None
-        node.type_comment = None
-        self.generic_visit(node)
-        node.body = node.body or [ast.Pass()]
-        return node
-
 
 def _is_text(node: ast.AST) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, str)
@@ -84,7 +78,7 @@ def _without_docstring(body: list[ast.stmt]) -> list[ast.stmt]:
     return body
 
 
-def normalised(definitions: list[Definition]) -> ast.Module:
+def normalised(definitions: list[ast.stmt]) -> ast.Module:
     """The definitions without what the fingerprint ignores. Line numbers stay those of the source.
 
     Mutates its input; pass each node once.
@@ -168,7 +162,7 @@ def _write(value: object, put: Callable[[str], None]) -> None:
 # Finding definitions ----------------------------------------------------------------------------------------------
 
 
-def definitions(tree: ast.Module, module: str, path: str) -> list[Definition]:
+def definitions(tree: ast.Module, module: str, path: str) -> list[ast.stmt]:
     """Every statement of `tree` that binds `path` (`name`, `Class` or `Class.method`), in order; [] when none does.
 
     Of a class the header alone: its name, bases and decorators. A definition under `if`, `try` or `with` comes with
@@ -181,7 +175,7 @@ def definitions(tree: ast.Module, module: str, path: str) -> list[Definition]:
         path: what is looked for.
     """
     first, _, rest = path.partition(".")
-    found: list[Definition] = []
+    found: list[ast.stmt] = []
     owners = {first}
     for conditions, statement in _statements(tree.body):
         if isinstance(statement, ast.Assign) and _is_name(statement.value, owners):

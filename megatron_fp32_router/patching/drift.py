@@ -28,9 +28,9 @@ def judge_of(megatron: Megatron, accepted_file: str) -> Judge:
 
 @functools.lru_cache(maxsize=1024)
 def _target(judge: Judge, name: str) -> Target:
-    target = judge.one(name, (), explain=False)
+    target = judge.one(name, explain=False)
     # The diff is computed only for what stops the program.
-    return target if target.fits else judge.one(name, ())
+    return target if target.fits else judge.one(name)
 
 
 def answer(patch: Patch, megatron: Megatron, accepted_file: str) -> tuple[str | None, Needless | None]:

@@ -34,7 +34,6 @@ class Target:
 
     Attributes:
         name: `module:path`.
-        patches: ids of the patches that stand or fall with it.
         state: "match" (as in this release), "known" (as in another Megatron for which the patches have been reviewed),
             "drifted" (as in none), "missing".
         detail: one sentence more.
@@ -47,7 +46,6 @@ class Target:
     """
 
     name: str
-    patches: tuple[str, ...]
     state: State
     detail: str
     digest: str | None
@@ -62,6 +60,11 @@ class Target:
     def dotted(self) -> str:
         """The name as Python spells it."""
         return self.name.replace(":", ".")
+
+    @property
+    def patches(self) -> tuple[str, ...]:
+        """Ids of the patches that replace it or rely on it."""
+        return relied_on()[self.name]
 
     @property
     def areas(self) -> frozenset[str]:
@@ -92,9 +95,9 @@ class Judge:
 
     def all(self) -> list[Target]:
         """Every target, in the order of the records."""
-        return [self.one(name, patches) for name, patches in relied_on().items()]
+        return [self.one(name) for name in relied_on()]
 
-    def one(self, name: str, patches: tuple[str, ...], *, explain: bool = True) -> Target:
+    def one(self, name: str, *, explain: bool = True) -> Target:
         """The verdict on one target.
 
         Args:
@@ -104,7 +107,7 @@ class Judge:
             UnreadableSourceError: its file cannot be read, parsed or compared.
         """
         with self.tree.not_too_deep(name):
-            return self._one(name, patches, explain)
+            return self._one(name, explain)
 
     def needless(self, patch: Patch) -> Needless | None:
         """Why this tree needs no such patch, asked of its code; None where the patch is for it.
@@ -164,35 +167,35 @@ class Judge:
     def _digest(self, name: str) -> str | None:
         return self.tree.body(name).digest if self.tree.has(name.partition(":")[0]) else None
 
-    def _one(self, name: str, patches: tuple[str, ...], explain: bool) -> Target:
+    def _one(self, name: str, explain: bool) -> Target:
         module, _, path = name.partition(":")
         file = self.tree.file_of(module)
         own = [patch for patch in PATCHES if patch.key == name]
         # If no patch replaces anything in the module, the patches that rely on it count.
         asked = own or ([] if self.tree.has(module) else [p for p in PATCHES if p.id in relied_on()[name]])
         if asked and all(self.needless(patch) == "absent" for patch in asked):
-            return Target(name, patches, "match", "not there, as is right for this tree", None, file)
+            return Target(name, "match", "not there, as is right for this tree", None, file)
         body = self.tree.body(name)
         recorded = self.fingerprints.digests_of(name)
         if body.digest is None and (None not in recorded or any(not patch.inherited for patch in own)):
             line = self._parsed_line(module, path)
-            return Target(name, patches, "missing", self._gone(module, path), None, file, line, patchable=False)
+            return Target(name, "missing", self._gone(module, path), None, file, line, patchable=False)
         if not has_body(name):
-            return self._by_facts(name, patches, own, body, file)
-        elsewhere = self._taken_from_elsewhere(name, patches)
+            return self._by_facts(name, own, body, file)
+        elsewhere = self._taken_from_elsewhere(name)
         if elsewhere is not None:
             return elsewhere
         if self.index is not None and body.digest == self.fingerprints.digest(name, self.index):
-            return Target(name, patches, "match", "", body.digest, file, body.line)
+            return Target(name, "match", "", body.digest, file, body.line)
         if body.digest in recorded:
             detail = f"as in {self._where(name, body.digest)}"
-            return Target(name, patches, "known", detail, body.digest, file, body.line)
+            return Target(name, "known", detail, body.digest, file, body.line)
         accepted = self.accepted.get(name) == body.digest
         if not explain:
-            return Target(name, patches, "drifted", "", body.digest, file, body.line, accepted=accepted)
-        return self._drifted(name, patches, file, accepted)
+            return Target(name, "drifted", "", body.digest, file, body.line, accepted=accepted)
+        return self._drifted(name, file, accepted)
 
-    def _by_facts(self, name: str, patches: tuple[str, ...], own: list[Patch], body: Body, file: str) -> Target:
+    def _by_facts(self, name: str, own: list[Patch], body: Body, file: str) -> Target:
         """A target of which the patches rely on the parameters, and on what `uses` says, and on nothing else."""
         assert body.module is not None
         last = body.module.body[-1]
@@ -201,23 +204,23 @@ class Judge:
             if tuple(found[: len(patch.parameters)]) != patch.parameters:
                 detail = f"takes ({', '.join(found)}) where ({', '.join(patch.parameters)}, …) was expected"
                 # Its parameters are what the patch needs to be applied at all: nothing that a probe could clear.
-                return Target(name, patches, "drifted", detail, body.digest, file, body.line, patchable=False)
+                return Target(name, "drifted", detail, body.digest, file, body.line, patchable=False)
             broken = [fact for fact in patch.uses if not self.tree.holds(fact, patch.module)]
             if broken:
                 detail = f"no longer as the patch expects: {broken[0]}"
                 accepted = self.accepted.get(name) == body.digest
-                return Target(name, patches, "drifted", detail, body.digest, file, body.line, "", accepted, body.span)
+                return Target(name, "drifted", detail, body.digest, file, body.line, "", accepted, body.span)
         state: State = "known" if self.index is None else "match"
-        return Target(name, patches, state, "judged by its parameters", body.digest, file, body.line)
+        return Target(name, state, "judged by its parameters", body.digest, file, body.line)
 
-    def _taken_from_elsewhere(self, name: str, patches: tuple[str, ...]) -> Target | None:
+    def _taken_from_elsewhere(self, name: str) -> Target | None:
         """Drifted, where a patched module calls this function by name and gets it from another place than is known.
 
         The function may be what it was; what runs is another one.
         """
         home, _, path = name.partition(":")
-        users = dict.fromkeys(patch.module for patch in PATCHES if name in patch.names and patch.module != home)
-        for module in filter(self.tree.has, users):
+        users = dict.fromkeys(patch.module for patch in PATCHES if patch.id in relied_on()[name])
+        for module in (user for user in users if user != home and self.tree.has(user)):
             for called, full in ((path, f"{home}.{path}"), (home.rpartition(".")[2], home)):
                 body = self.tree.body(f"{module}:{called}")
                 for node in [] if body.module is None else body.module.body:
@@ -227,10 +230,10 @@ class Judge:
                         detail = f"{file} has {called} from {other or 'itself'}, where {full} was expected"
                         diff = "".join(f"+{line}\n" for line in ast.unparse(node).splitlines())
                         accepted = self.accepted.get(name) == body.digest
-                        return Target(name, patches, "drifted", detail, body.digest, file, node.lineno, diff, accepted)
+                        return Target(name, "drifted", detail, body.digest, file, node.lineno, diff, accepted)
         return None
 
-    def _drifted(self, name: str, patches: tuple[str, ...], file: str, accepted: bool) -> Target:
+    def _drifted(self, name: str, file: str, accepted: bool) -> Target:
         body = self.tree.body(name)
         assert body.module is not None
         here = canonical.lines(body.module)
@@ -240,7 +243,7 @@ class Judge:
         if not modules:
             detail = "exists, which it does in no known Megatron"
             diff = "".join(f"+{line}\n" for line in here)
-            return Target(name, patches, "drifted", detail, body.digest, file, body.line, diff, accepted, body.span)
+            return Target(name, "drifted", detail, body.digest, file, body.line, diff, accepted, body.span)
         expected = None if self.index is None else self.fingerprints.digest(name, self.index)
         nearest = max(modules, key=lambda d: (_likeness(canonical.lines(modules[d]), here), d == expected))
         known, label = modules[nearest], self._where(name, nearest)
@@ -255,7 +258,7 @@ class Judge:
         line = canonical.first_difference(body.module, known) or body.line
         detail = f"as in no known Megatron; nearest is that of {label}, and line {line} differs first"
         diff = "\n".join(lines) + "\n"
-        return Target(name, patches, "drifted", detail, body.digest, file, line, diff, accepted, body.span)
+        return Target(name, "drifted", detail, body.digest, file, line, diff, accepted, body.span)
 
     def _where(self, name: str, digest: str | None) -> str:
         """Where a known body is found: `0.11.0, 0.17.0 to 0.19.2`, or the first commit that had it."""

@@ -157,12 +157,6 @@ class Patch:
         return f"{self.module}:{self.path}"
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The keys of everything that it relies on beside its target."""
-        pairs = (entry.partition(":") for entry in self.relies_on)
-        return tuple(f"{module}:{name}" for module, _, names in pairs for name in names.split())
-
-    @property
     def mechanism(self) -> str:
         """The folder that its record lies in, below the package: `casts`, `optimizers.refit`."""
         return self.factory.__module__.removeprefix("megatron_fp32_router.").rpartition(".")[0]

@@ -42,8 +42,14 @@ class Tree:
     _bodies: dict[str, Body] = field(default_factory=dict)
 
     def file_of(self, module: str) -> str:
-        """The path below the root of a module's file, which a package has in its `__init__.py`."""
-        return file_of(self.root, module)
+        """The path below the root of the file of a module or package; of a module where neither is there.
+
+        Raises:
+            UnreadableSourceError: the file system does not say whether it is there.
+        """
+        path = module.replace(".", "/")
+        package = f"{path}/__init__.py"
+        return package if _is_file(self.root / package) else f"{path}.py"
 
     def has(self, module: str) -> bool:
         """Whether the tree has that module at all."""
@@ -124,17 +130,6 @@ def _names(node: ast.AST) -> tuple[object, ...]:
     return (node.value,) if isinstance(node, ast.Constant) else ()
 
 
-def file_of(root: Path, module: str) -> str:
-    """The path below `root` of the file of a module or package; of a module where neither is there.
-
-    Raises:
-        UnreadableSourceError: nobody may look.
-    """
-    path = module.replace(".", "/")
-    package = f"{path}/__init__.py"
-    return package if _is_file(root / package) else f"{path}.py"
-
-
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
@@ -142,7 +137,7 @@ def _is_file(path: Path) -> bool:
         raise UnreadableSourceError(f"{path}: {error.strerror or error}") from error
 
 
-def _body(found: list[canonical.Definition]) -> Body:
+def _body(found: list[ast.stmt]) -> Body:
     if not found:
         return Body(None)
     line, span = found[0].lineno, (0, 0)

@@ -37,13 +37,11 @@ _checkpoint: Final = partial(
 )
 
 _load: Final = partial(
-    Patch,
+    _patch,
     path="load",
     factory=resume.load_across_settings,
     why="a checkpoint of a run without the plugin stops with an opaque error, or after the model was overwritten",
-    issue=f"{UPSTREAM}/issues/2777",
     remove_when="optimizer state is stored by parameter name in every format",
-    goes_with="router-casts",
     area="torch_dist",
     parameters=("sharded_state_dict", "checkpoint_dir"),
 )
