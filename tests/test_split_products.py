@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_fp32_router.gating import choose, linear, split
+from megatron_fp32_router.gating import choose, eager, split
 from megatron_fp32_router.gating.matmul import mm, true_fp32
 
 LARGEST = float(torch.finfo(torch.bfloat16).max)
@@ -172,8 +172,8 @@ def test_a_bf16_weight_as_under_protect_buffers_is_one_exact_part(chosen: None) 
     o = operands()
     weight = o.w.bfloat16()
     assert split.split_weight(weight).data_ptr() == weight.data_ptr()
-    grad_input, grad_weight = linear._gradients(o.g, o.x, weight, True, True)
-    logits = linear._logits(o.x, weight, None, torch.float32)
+    grad_input, grad_weight = eager.gradients(o.g, o.x, weight, True, True)
+    logits = eager.logits(o.x, weight, None, torch.float32)
     assert torch.equal(logits, o.x.float() @ weight.float().t())
     assert grad_weight is not None
     assert grad_weight.dtype == torch.bfloat16
@@ -201,9 +201,9 @@ def test_on_an_accelerator_no_activation_is_held_in_fp32_and_the_activations_are
     x = torch.empty(tokens, hidden, dtype=torch.bfloat16, device="meta")
     w = torch.empty(experts, hidden, device="meta")
     with Shapes() as forward:
-        logits = linear._logits(x, w, None, torch.float32)
+        logits = eager.logits(x, w, None, torch.float32)
     with Shapes() as backward:
-        grad_input, grad_weight = linear._gradients(torch.empty_like(logits), x, w, True, True)
+        grad_input, grad_weight = eager.gradients(torch.empty_like(logits), x, w, True, True)
     assert (logits.shape, logits.dtype) == ((tokens, experts), torch.float32)
     assert grad_input is not None
     assert grad_weight is not None
