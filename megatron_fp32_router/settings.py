@@ -18,11 +18,7 @@ PREFIX: Final = "MEGATRON_FP32_ROUTER"
 #: Tokens of a router's first micro-batch that the monitor computes with in a look, evenly spread over it.
 SAMPLE: Final = 512
 
-Protect = Literal["all", "buffers"]
 OnMismatch = Literal["raise", "warn"]
-Untested = Literal["refuse", "allow"]
-Products = Literal["auto", "split", "fp32"]
-LogLevel = Literal["info", "debug", "warning"]
 
 
 @dataclass(frozen=True)
@@ -53,17 +49,17 @@ class Settings:
         log: The least severe message that is shown.
     """
 
-    protect: Protect = "all"
+    protect: Literal["all", "buffers"] = "all"
     accepted: str = ""
     on_mismatch: OnMismatch = "raise"
-    untested: Untested = "refuse"
+    untested: Literal["refuse", "allow"] = "refuse"
     agree_timeout: float = 300
-    products: Products = "auto"
+    products: Literal["auto", "split", "fp32"] = "auto"
     like: str = ""
     monitor: int = 0
     monitor_dir: str = "fp32_router_monitor"
     monitor_record: int = 0
-    log: LogLevel = "info"
+    log: Literal["info", "debug", "warning"] = "info"
 
     def updated(self, protect: str | None = None, on_mismatch: str | None = None) -> Settings:
         """These settings with the given fields replaced (None leaves a field as it is).

@@ -35,13 +35,14 @@ def apply_all(module: ModuleType, name: str) -> None:
     megatron = of_module(module)
     patches = [patch for patch in PATCHES if patch.module == name and not not_asked_for(patch)]
     found = {patch.id: look(patch, megatron, registry.settings.accepted) for patch in patches}
-    changed = {patch_id: finding.objection for patch_id, finding in found.items() if finding.objection is not None}
+    changed = {patch_id: objection for patch_id, (objection, _) in found.items() if objection is not None}
     if changed and registry.settings.on_mismatch == "warn":
         from megatron_fp32_router.patching import misfit
 
         misfit.leave_out_what_does_harm_without(changed, patches)
     for patch in patches:
-        _apply(patch, module, megatron, changed.get(patch.id), found[patch.id].needless)
+        _, needless = found[patch.id]
+        _apply(patch, module, megatron, changed.get(patch.id), needless)
 
 
 def settle() -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final, cast
@@ -22,19 +21,6 @@ from megatron_fp32_router.patching.record import Needless, Patch
 #: Of every module: which of its states each known file has; of every state: one fingerprint, and which patches are
 #: needless there. `beside`: of each patch, the further modules that it relies on.
 KNOWN_FILES: Final = files(__package__) / "known_files.json"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What the source says about one patch.
-
-    Attributes:
-        objection: what stands against applying it, as the end of a sentence about its target; or None.
-        needless: why this Megatron needs no such patch, or None.
-    """
-
-    objection: str | None = None
-    needless: Needless | None = None
 
 
 def file_hash(content: bytes | None) -> str:
@@ -63,21 +49,25 @@ def state_of(root: Path, module: str) -> dict[str, Any] | None:
     return None if index is None else cast("dict[str, Any]", known["states"][index])
 
 
-def look(patch: Patch, megatron: Megatron, accepted_file: str) -> Finding:
+def look(patch: Patch, megatron: Megatron, accepted_file: str) -> tuple[str | None, Needless | None]:
     """What the source of that Megatron says about a patch.
 
     Args:
         accepted_file: path of a file that `check --accept` wrote, or "".
 
+    Returns:
+        What stands against applying it, as the end of a sentence about its target, or None. Why this Megatron needs no
+        such patch, or None.
+
     Raises:
         SettingsError: the accepted file cannot be read.
     """
     if megatron.path is None:
-        return Finding("cannot be compared with what is known: the source files are not to be found")
+        return "cannot be compared with what is known: the source files are not to be found", None
     root = megatron.path.parent.parent
     states = [state_of(root, module) for module in (patch.module, *known_files()["beside"].get(patch.id, ()))]
-    if not accepted_file and all(state is not None for state in states):
-        return Finding(needless=states[0]["needless"].get(patch.id) if states[0] else None)
+    if not accepted_file and states[0] is not None and None not in states:
+        return None, states[0]["needless"].get(patch.id)
     from megatron_fp32_router.patching import drift
 
-    return Finding(*drift.answer(patch, megatron, accepted_file))
+    return drift.answer(patch, megatron, accepted_file)

@@ -13,14 +13,14 @@ from megatron_fp32_router.log import say
 from megatron_fp32_router.patching.registry import PatchStatus, registry
 
 
-def own_functions(router: torch.nn.Module) -> Iterator[tuple[str, str]]:
+def own_functions(router: torch.nn.Module, patched: Iterable[str]) -> Iterator[tuple[str, str]]:
     """(name, its full name) of what a subclass, or an attribute of this router, has in the place of a patched function.
 
     Not those that call super(): ours runs below them. What somebody put on Megatron's own class is status()'s matter.
     """
     users = itertools.takewhile(lambda cls: cls.__module__.partition(".")[0] != "megatron", type(router).__mro__)
     places = [vars(router), *map(vars, users)]
-    for name in ("gating", "forward", "_apply"):
+    for name in patched:
         function = next((place[name] for place in places if name in place), None)
         if function is None:
             continue

@@ -22,7 +22,7 @@ from megatron_fp32_router.patching.registry import registry, replaces, runs, sta
 from megatron_fp32_router.version import __version__
 
 #: Patched methods that a subclass of TopKRouter, or an attribute of a router, may replace.
-PATCHED: Final = frozenset(("gating", "forward", "_apply"))
+PATCHED: Final = ("gating", "forward", "_apply")
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _say_what_is_there(found: str, chunk: str, routers: list[Any], config: Any) 
     if displaced or not all(map(_is_as_megatron_made_it, routers)):
         from megatron_fp32_router.wrapping import others
 
-        owners = {id(router): dict(others.own_functions(router)) for router in routers}
+        owners = {id(router): dict(others.own_functions(router, PATCHED)) for router in routers}
     protected = "all" if protects_parameters() else "buffers"
     like = f", rounded like {registry.settings.like}" if registry.settings.like else ""
     say(
@@ -140,7 +140,7 @@ def _say_what_is_there(found: str, chunk: str, routers: list[Any], config: Any) 
 
 def _is_as_megatron_made_it(router: torch.nn.Module) -> bool:
     """Whether neither its class nor one of its attributes can replace a patched function."""
-    return type(router).__module__.startswith("megatron.") and not vars(router).keys() & PATCHED
+    return type(router).__module__.startswith("megatron.") and not vars(router).keys() & set(PATCHED)
 
 
 def _products(routers: Iterable[Any], owners: dict[int, dict[str, str]], config: Any) -> str:
