@@ -1,10 +1,10 @@
-"""What the .pth and .start lines call at every interpreter start: MEGATRON_FP32_ROUTER=1, no code touched.
+"""What the .pth and .start lines call at every interpreter start, so that MEGATRON_FP32_ROUTER=1 needs no code.
 
-This module lies outside the package because importing the package arms it, and it imports nothing at module
-level because it runs before the program that it serves. Nothing heavier may happen at that point either: site
-is still reading .pth files, a later one of which may be what makes wrapt importable, and an error here would
-print a traceback and let the program train unprotected. So `init()` only leaves a gate in the import system.
-The first import of Megatron passes it: there the package is imported, and there an error stops the program.
+This module is outside the package because importing the package arms it, and it imports nothing at module level
+because it runs before the program that it serves. The package is not imported at that point either: site is still
+reading .pth files, wrapt may be importable only after a later one, and an error here would print a traceback and let
+the program train unprotected. So `init()` only leaves a gate in the import system. At the first import of Megatron
+the gate imports the package, and there an error stops the program.
 """
 
 TYPE_CHECKING = False
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def init() -> None:
-    """Leave a gate before Megatron if MEGATRON_FP32_ROUTER asks for the plugin, or a near miss may. Never raises.
+    """Leave a gate before Megatron if MEGATRON_FP32_ROUTER, or a variable of a similar name, is on. Never raises.
 
     May be called any number of times: site runs a .pth line twice in a virtual environment, and from Python
     3.15 on there may be both a .pth and a .start file that call it.
@@ -27,7 +27,7 @@ def init() -> None:
     gate = Gate()
     sys.meta_path.insert(0, gate)
 
-    # Something that ran even earlier imported Megatron. Its later parts still pass the gate, but do not wait.
+    # Something that ran even earlier has imported Megatron. Its other parts still pass the gate; do not wait for them.
     if "megatron" in sys.modules:
         try:
             gate.tell() if _asked_for() is None else gate.open()
@@ -36,7 +36,7 @@ def init() -> None:
 
 
 def command() -> int:
-    """The console script. Where the package cannot start, it says why in a line, and returns 2: no traceback."""
+    """The console script. Where the package cannot start, print why in one line, without a traceback, and return 2."""
     import sys
 
     try:
@@ -50,10 +50,10 @@ def command() -> int:
 class Gate:
     """A finder, first on sys.meta_path, that finds nothing: it arms the plugin before Megatron is looked for.
 
-    While arming fails, every attempt to import Megatron fails. Once it has succeeded the gate stands open. Where
-    only a near miss of the variable is set, it says so, once, and lets Megatron through. It stays on sys.meta_path,
-    since taking it out would make every search that is under way, in this thread or another, skip the finder
-    behind it.
+    While arming fails, every attempt to import Megatron fails. Once it has succeeded, the gate does nothing more.
+    Where only a variable of a similar name is set, it warns once and lets Megatron through. It stays on
+    sys.meta_path: taking it out would make every search that is under way, in this thread or another, skip the
+    finder behind it.
     """
 
     def __init__(self) -> None:
@@ -61,8 +61,8 @@ class Gate:
         self._opening: set[int] = set()
         self._told = False
 
-        # Python leaves the import system's frames out of a traceback where this function of its own is the last of
-        # them. What is to be read is the message below.
+        # Python leaves the frames of the import system out of a traceback where the last of them is this function.
+        # So a user sees the message below first.
         import _frozen_importlib
 
         leave_out = getattr(_frozen_importlib, "_call_with_frames_removed", None)
@@ -76,8 +76,8 @@ class Gate:
 
         import _thread
 
-        # The package may ask where Megatron is while it is being imported below; that is not to start it
-        # again. And the program may have changed its mind: the variable counts as it is now.
+        # While it is imported below, the package may ask where Megatron is; that must not import it again. The
+        # program may have changed the variable since: its present value counts.
         thread = _thread.get_ident()
         if thread in self._opening:
             return None
@@ -92,17 +92,17 @@ class Gate:
         finally:
             self._opening.discard(thread)
 
-        # Arming has put a finder of wrapt's before this one, where the search that is under way has already
-        # been. Search afresh, so that no hook is missed.
+        # Arming has put wrapt's finder before this one, where the search that is under way does not look any
+        # more. Search again, so that no hook is missed.
         from importlib.util import find_spec
 
         return find_spec(name)
 
     def tell(self) -> None:
-        """Say once which variables may have been meant to ask for the plugin.
+        """Warn once of variables that may have been meant to turn the plugin on.
 
-        Here and not at the start of the interpreter: most programs have nothing to do with Megatron. Workers that
-        multiprocessing starts belong to a program that has been told, and of the ranks the first one speaks.
+        Not at the start of the interpreter, since most programs do not import Megatron. Not in workers that
+        multiprocessing starts, since the program that started them has warned. Of the ranks only the first one does.
         """
         import os
         import sys
@@ -132,7 +132,7 @@ class Gate:
         try:
             import_module("megatron_fp32_router")
         except Exception as error:
-            # An error of ours says what to do; its frames would only push that off the screen.
+            # An error of ours says what to do; its traceback would only hide that.
             ours = type(error).__module__ == "megatron_fp32_router.errors"
             raise RuntimeError(_explain(error)) from (None if ours else error)
         self.is_open = True
@@ -154,7 +154,7 @@ class _ImportLockReleased:
                 _imp.release_lock()
                 self._depth += 1
         except RuntimeError:
-            pass  # All of them are released: the lock is re-entrant, and this is how it says so.
+            pass  # It is released as often as this thread had acquired it.
 
     def __exit__(self, *_: object) -> None:
         import _imp
@@ -164,7 +164,7 @@ class _ImportLockReleased:
 
 
 def _asked_for() -> "str | None":
-    """The value of MEGATRON_FP32_ROUTER, or None where it says off. The package judges what else it says."""
+    """The value of MEGATRON_FP32_ROUTER, or None where it is off. The package checks any other value."""
     import os
 
     value = os.environ.get("MEGATRON_FP32_ROUTER", "").strip()
@@ -172,7 +172,7 @@ def _asked_for() -> "str | None":
 
 
 def _near_misses() -> "list[str]":
-    """Variables that may have been meant to be MEGATRON_FP32_ROUTER, unless that one says off."""
+    """Variables that may have been meant to be MEGATRON_FP32_ROUTER; none where that one is 0."""
     import os
 
     if os.environ.get("MEGATRON_FP32_ROUTER", "").strip() == "0":

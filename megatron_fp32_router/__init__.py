@@ -141,7 +141,7 @@ try:
     enable()
 except SettingsError as _error:
     if not _is_command():
-        # Without the frames above it: they are ours, and the message is enough.
+        # Without its traceback: the frames are the plugin's, and the message is enough.
         raise _error.with_traceback(None) from None
     # One line and the code for bad input, as from the console script. `run` stops here too: nothing has been run yet.
     print(f"megatron-fp32-router: {_error}", file=sys.stderr)

@@ -1,7 +1,7 @@
 """Exceptions, named for the condition. All of them derive from Fp32RouterError.
 
-None derives from ImportError: callers swallow that one to mean "not installed", and a training that was asked
-to run protected must not go on unprotected because somebody guarded an import.
+None derives from ImportError: programs catch that one and take it for "not installed", and a training that asks for
+the plugin must not go on without it because somebody guarded an import.
 """
 
 from __future__ import annotations

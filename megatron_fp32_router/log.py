@@ -1,4 +1,4 @@
-"""Messages: rank 0 only, seen once, in a program that configured logging and in one that never did."""
+"""Messages: from one rank, and shown once, whether the program has configured logging or not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final
 
 logger: Final = logging.getLogger("megatron_fp32_router")
 
-#: Sentences already said; each warning is said once in a process.
+#: Messages that are to be logged once in a process, and have been.
 _said: set[str] = set()
 
 

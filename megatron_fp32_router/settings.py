@@ -1,4 +1,4 @@
-"""Every environment variable, in one table, parsed strictly and read only when asked for.
+"""Every environment variable, in one table: parsed strictly, and read when the plugin is turned on.
 
 Standard library only: this is imported at interpreter start-up in every process that turns the plugin on.
 """
@@ -84,7 +84,7 @@ def _one_of(value: str, values: tuple[str, ...], name: str) -> Any:
 
 
 def _text(value: str, values: tuple[str, ...], name: str) -> Any:
-    """A path. Whoever uses it says what is wrong with it."""
+    """A path. The code that uses it reports what is wrong with it."""
     return value
 
 
@@ -115,7 +115,7 @@ def _tokens(value: str, values: tuple[str, ...], name: str) -> Any:
 
 
 def _engine(value: str, values: tuple[str, ...], name: str) -> Any:
-    """The form only. What is known of it is looked up when Megatron's router is patched."""
+    """Checks the form only. The engine is looked up when Megatron's router is patched."""
     if value and not re.fullmatch(r"[\w-]+==[^/?\s]+/\w+(\?\w+=[^&\s]+(&\w+=[^&\s]+)*)?", value):
         raise SettingsError(
             f"{name} has the value {value!r}; accepted is ENGINE==VERSION/ARCHITECTURE, for example "
@@ -198,7 +198,10 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
 
 
 def unknown_names(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """One sentence for every variable that is not in the table and has our prefix, or all its words, switched on."""
+    """One sentence for every variable that looks like one of ours and is not in the table.
+
+    It looks like one with our prefix, or with all the words of it, switched on.
+    """
     known = [variable.name for variable in VARIABLES]
     sentences = []
     for name in sorted(environ):

@@ -1,4 +1,4 @@
-"""The rule under its own name. Megatron's step does not call it, since update.py moves all layers at once."""
+"""get_updated_expert_bias, for those who call it by name. The step does not: update.py moves all layers at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The balance update by a rule that somebody else has put in Megatron's place. Imported only where there is one."""
+"""The balance update by somebody else's rule in the place of Megatron's. Imported only where there is one."""
 
 from __future__ import annotations
 

@@ -53,8 +53,8 @@ def group_of(given: Any) -> Any:
 def exact_update(original: Callable[..., None]) -> Callable[..., None]:
     """_update_router_expert_bias: all layers at once, one collective for each number of experts.
 
-    Which routers take part, and where counters are zeroed, is upstream's rule, read off its code. Where somebody
-    else has put a rule of their own in the name that upstream calls, get_updated_expert_bias, theirs is called.
+    Which routers take part and where counters are zeroed differs between releases, and is read off upstream's code.
+    Where somebody else has replaced get_updated_expert_bias, the rule that upstream calls, theirs is called.
     """
     upstream = inspect.unwrap(original)
     names, code = upstream.__globals__, upstream.__code__
@@ -66,7 +66,7 @@ def exact_update(original: Callable[..., None]) -> Callable[..., None]:
 
     @replaces(original)
     def _update_router_expert_bias(model: Any, config: Any, tp_dp_cp_group: Any = None) -> None:
-        agree()  # a training that uses neither Megatron's DDP nor its optimizers has not been asked before
+        agree()  # ranks without Megatron's DDP and optimizers have not compared what they run before
         batches: dict[tuple[int, torch.dtype, torch.dtype, torch.device], list[Any]] = {}
         for module in modules_of(model):
             if not counted(module):

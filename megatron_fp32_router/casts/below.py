@@ -1,6 +1,6 @@
-"""A router tensor that is below fp32 in a training: whose it is, and what has changed it, as far as that can be known.
+"""A router tensor that is below fp32 in a training: which router has it, and what has changed it as far as is known.
 
-Imported only where there is something to say.
+Imported only where there is such a tensor.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from megatron_fp32_router.log import rank
 from megatron_fp32_router.patching.registry import mismatch, registry
 from megatron_fp32_router.settings import PREFIX
 
-#: Tensors' names and types that the user chose to be warned of, which happens once and not for each layer.
+#: Names and dtypes of tensors that were warned of: one warning each, and not one for every layer.
 _warned: Final[set[tuple[str, torch.dtype]]] = set()
 
 
 def place(router: Any, name: str = "") -> str:
-    """For example "layer 61, pipeline stage 3 (the first is 0), rank 24". `name`: if it was not wrapped yet."""
+    """For example "layer 61, pipeline stage 3 (the first is 0), rank 24".
+
+    `name`: the router's in its model, where that has not been wrapped yet.
+    """
     facts, state = [], sys.modules.get("megatron.core.parallel_state")
     layer = layer_of(router, name or wrapped.get(router, ("",))[0])
     if layer is not None:
@@ -51,7 +54,7 @@ def refuse(router: Any, name: str, moment: str) -> None:
 
 
 def refuse_handed(name: str, dtype: torch.dtype, attribute: str) -> None:
-    """Raise, or warn once: get_updated_expert_bias was given a tensor below fp32; whose it is can only be searched for.
+    """Raise, or warn once: get_updated_expert_bias was given a tensor below fp32. Which router has it must be searched.
 
     Raises:
         UnprotectedRouterError: under on_mismatch="raise".

@@ -20,7 +20,7 @@ from megatron_fp32_router.patching.registry import KEPT, registry, replaces
 #: Its companions `global_tokens_per_expert` and `ga_steps` stay fp32, because fused kernels take no float64.
 COUNTER: Final = "local_tokens_per_expert"
 
-#: Router -> its name in the model that was wrapped, and those of its tensors that were fp32 then.
+#: Router -> its name in the model that was wrapped, and its tensors that were fp32 then.
 wrapped: Final[weakref.WeakKeyDictionary[Any, tuple[str, dict[str, weakref.ref[torch.Tensor]]]]] = (
     weakref.WeakKeyDictionary()
 )
@@ -47,10 +47,10 @@ def is_router(module: Any) -> bool:
 
 
 def protects_parameters() -> bool:
-    """Whether weight and bias are ours to protect (protect="all").
+    """Whether weight and bias are protected (protect="all").
 
-    Not where gating could not be patched and the user chose to go on: upstream's own may take no fp32 weight beside
-    a bf16 input (0.11 and 0.12 do not).
+    They are not where gating could not be patched and the user chose to go on: upstream's own gating may not take an
+    fp32 weight beside a bf16 input (that of 0.11 and 0.12 does not).
     """
     return registry.settings.protect == "all" and "gating" not in registry.problems
 
@@ -101,7 +101,7 @@ def _guard(router: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Tensor]) 
 
 
 def mark_parameters(router: torch.nn.Module) -> None:
-    """Let optimizers know the parameters of `router` that are kept in fp32."""
+    """Mark the parameters of `router` that are kept in fp32, for optimizers, which do not see its module."""
     if protects_parameters():
         for parameter in router.parameters():
             if parameter.dtype == torch.float32:
@@ -152,6 +152,6 @@ def keep_fp32(original: Callable[..., torch.nn.Module]) -> Callable[..., torch.n
 
 
 def remember(name: str, router: torch.nn.Module) -> None:
-    """Keep what `router`, of that name in its model, is now."""
+    """Note the name of `router` in its model, and which of its tensors are not below fp32 now."""
     tensors = [*router.named_parameters(), *router.named_buffers()]
     wrapped[router] = (name, {key: weakref.ref(tensor) for key, tensor in tensors if not below_fp32(tensor.dtype)})

@@ -1,4 +1,4 @@
-"""Round where a serving engine rounds: MEGATRON_FP32_ROUTER_LIKE. Imported only where it is set.
+"""MEGATRON_FP32_ROUTER_LIKE: round where a serving engine rounds. Imported only where it is set.
 
 In reinforcement learning the experts that the rollout uses should be those that training uses. What an engine rounds is
 in its contract (serving/contracts); the forward does the same, and gradients pass each rounding straight through.

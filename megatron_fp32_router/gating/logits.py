@@ -24,7 +24,7 @@ _mirrors: Final[dict[str, Mirror]] = {}
 
 
 def mirrored() -> Mirror | None:
-    """The engine that this training rounds like; None: it rounds nothing, and nothing is imported for it.
+    """The engine that this training rounds like. None where it rounds like none, and then nothing is imported for it.
 
     Raises:
         NoContractError: nothing is known of the engine that was asked for.
@@ -50,7 +50,7 @@ def compute_in_fp32(original: Callable[..., torch.Tensor]) -> Callable[..., torc
 
     A model that trains in fp32 throughout has nothing to fix and keeps upstream's own gating, bit for bit.
     """
-    mirrored()  # an engine that nothing is known of is refused now, not in the first forward
+    mirrored()  # refuse an unknown engine now, and not in the first forward
 
     @replaces(original)
     def gating(self: Any, input: torch.Tensor) -> torch.Tensor:
@@ -83,8 +83,8 @@ def compute_in_fp32(original: Callable[..., torch.Tensor]) -> Callable[..., torc
 def hand_on_upstream_dtype(original: Callable[..., Any]) -> Callable[..., Any]:
     """TopKRouter.forward: choose experts in fp32, hand on the probabilities in the dtype upstream would.
 
-    With moe_router_dtype unset that is the input's. The input of the first forward is also where a router that
-    slipped through is noticed, before upstream quietly widens a bias that has lost its bits.
+    With moe_router_dtype unset that is the input's. A router that was not protected is noticed here too, in the first
+    forward, before upstream silently widens a bias that has lost its bits.
     """
 
     @replaces(original)

@@ -1,7 +1,7 @@
 """The file in which a project records which changes in its Megatron it has accepted, and on what grounds.
 
 `check --accept` writes it after a passing probe; the project commits it. It names fingerprints, so the next change in
-one of those functions is a drift again, and it counts for one version of the plugin, whose patches the probe tried.
+one of those functions is a drift again. It is valid for the version of the plugin whose patches the probe tried.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from megatron_fp32_router.errors import SettingsError
 from megatron_fp32_router.patching.judge import Target
 from megatron_fp32_router.version import __version__
 
-#: Where `check` writes and looks when nothing else is said. A training looks only where its variable points: its
-#: working folder is the launcher's affair, and a file that changes what is checked must not be found by accident.
+#: Where `check` writes and looks by default. A training looks only where its variable points: the launcher chooses its
+#: working folder, and a file that changes what is checked must not be picked up by accident.
 DEFAULT: Final = "megatron_fp32_router.accepted.json"
 
 

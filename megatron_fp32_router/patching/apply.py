@@ -1,4 +1,4 @@
-"""Putting patches in place: when Megatron's modules are imported, and for those that could not be patched at once."""
+"""Puts patches in place: when Megatron's modules are imported, and later where a module could not be patched then."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def settle() -> None:
 
 
 def _problem(patch: Patch, module: ModuleType, changed: str | None) -> Problem | None:
-    """What about the target is not as the patch expects, or None.
+    """What of the target is not as the patch expects, or None.
 
     Args:
-        changed: what the gate has against its source.
+        changed: what the gate found wrong with its source, or None.
     """
     class_name, _, name = patch.path.rpartition(".")
     owner = getattr(module, class_name, None) if class_name else module
@@ -102,9 +102,9 @@ def _apply(
 
 
 def _put_in_place(patch: Patch, module: ModuleType) -> None:
-    """Install what its factory makes, unless it is in place already.
+    """Install what its factory makes, unless the patch is in place already, possibly below somebody else's wrapper.
 
-    It may be, below somebody else's: the hook fired twice, or the name was imported from a module that is patched.
+    It is in place where the hook ran before, or where the name was imported from a module that is patched.
     """
     for entry in wrapper_chain(wrapt.resolve_path(module, patch.path)[2]):
         if is_ours(entry) and getattr(entry, MADE_BY, None) == patch.made_by:
@@ -115,7 +115,7 @@ def _put_in_place(patch: Patch, module: ModuleType) -> None:
 
 
 def _when_called(factory: Factory) -> Factory:
-    """`factory`, put off until the target is called: a job imports the repairs of what it uses, and no others."""
+    """`factory`, called when the target is first called: a job imports only the repairs of what it uses."""
 
     def put_off(original: Function) -> Function:
         made: Function | None = None
@@ -147,7 +147,7 @@ def _install(patch: Patch, module: ModuleType, path: str, factory: Factory, made
 
 
 def _remember(patch: Patch, replacement: Any) -> None:
-    """Keep what is in place for a patch; say so when it is another copy of the plugin that made it."""
+    """Note what is in place for a patch, and warn where another copy of the plugin has made it."""
     registry.replacements[patch.id] = replacement
     if home(replacement) != HOME:
         from megatron_fp32_router.patching import misfit

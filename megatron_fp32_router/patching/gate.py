@@ -18,8 +18,8 @@ from typing import Any, Final, cast
 from megatron_fp32_router.patching.megatron import Megatron
 from megatron_fp32_router.patching.record import Needless, Patch
 
-#: Of every module: which of its states each known file has; of every state: one fingerprint, and which patches are
-#: needless there. `beside`: of each patch, the further modules that it relies on.
+#: For every module: which state each known file is in (`files`), and of each state a fingerprint and the patches that
+#: are needless there (`states`). `beside`: for each patch, the other modules that it relies on.
 KNOWN_FILES: Final = files(__package__) / "known_files.json"
 
 
@@ -42,7 +42,7 @@ def state_of(root: Path, module: str) -> dict[str, Any] | None:
     try:
         content = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_bytes()
     except FileNotFoundError:
-        content = None  # as in some releases; where it is not, what follows says so
+        content = None  # some releases have no such file; where it ought to be there, drift.py says that it is missing
     except OSError:
         return None  # judge.py is asked next, and says that it cannot be read
     index = known["files"].get(file_hash(content))

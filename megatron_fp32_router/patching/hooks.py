@@ -1,8 +1,7 @@
-"""Arming: which Megatron module wakes which patches, whenever and however often it is imported.
+"""Arming: the patches of a Megatron module are applied whenever it is imported, however often that is.
 
-Which modules these are is read off the records. `on_import` is the entry point, in the group
-`megatron_fp32_router.hooks`, of each of them. Neither torch nor Megatron is imported here; a hook runs when the user's
-own program has imported the module.
+The records say which modules these are. Each has an entry point in the group `megatron_fp32_router.hooks`, which names
+`on_import`. Neither torch nor Megatron is imported here: a hook runs when the user's program has imported the module.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ MODULES: Final = tuple(dict.fromkeys(patch.module for patch in PATCHES))
 
 #: Hooks that wrapt holds and has not fired yet.
 _waiting: set[str] = set()
-#: True while hooks are being registered: one that fires now was handed a module as it is, maybe half imported.
+#: True while hooks are being registered. A hook that runs now gets a module that may be half imported.
 _arming = False
 
 
@@ -51,10 +50,10 @@ def _patch(module: ModuleType, name: str) -> None:
 
 
 class _Watcher:
-    """Sits first on sys.meta_path and finds nothing; it only sees what is about to be imported.
+    """A finder, first on sys.meta_path, that finds nothing: it only sees what is about to be imported.
 
-    wrapt fires a hook once. A module that is deleted and imported again, reloaded, or was half imported when the
-    plugin was armed would otherwise stay unpatched without anybody noticing.
+    wrapt runs a hook once. Without this, a module that is deleted and imported again, that is reloaded, or that was
+    half imported when the plugin was armed would stay unpatched, and nobody would notice.
     """
 
     def find_spec(
@@ -82,8 +81,8 @@ def _register(name: str) -> None:
 def _discover() -> None:
     """Register the hooks that the installed metadata names, once in a process.
 
-    Metadata is absent in a checkout on PYTHONPATH and stale after an edit in an editable install, so what it names
-    is compared with the records, and what is missing or stale is registered from there.
+    A checkout on PYTHONPATH has no metadata, and that of an editable install is stale after an edit. So arm() registers
+    the modules of the records for which nothing was found here.
     """
     if not hasattr(wrapt, "unwrap_object"):
         return  # before 2.4 it may ask setuptools, which takes long to import; the records name the same modules
@@ -121,7 +120,7 @@ def arm(settings: Settings) -> None:
                 _register(name)
     finally:
         _arming = False
-    # After wrapt's own finder exists, so that ours is asked before it and can register in time.
+    # Only now, when wrapt's own finder is there: ours has to be asked before it, to register in time.
     if _watcher not in sys.meta_path:
         sys.meta_path.insert(0, _watcher)
 

@@ -82,7 +82,8 @@ class Judge:
 
     Args:
         tree: the source files.
-        megatron: what `package_info.py` says of it. It decides nothing but the words: numbers of commits lie.
+        megatron: what `package_info.py` says of it. Only the words of messages depend on it: the version that a commit
+            between two releases names may be wrong.
         accepted: target -> the fingerprint that the project has accepted there.
     """
 
@@ -147,7 +148,7 @@ class Judge:
     def cut_short(self, targets: Sequence[Target]) -> list[str]:
         """Files that seem truncated: what they hold matches, and the rest is missing."""
         gone, drifted = (Counter(t.file for t in targets if t.state == state) for state in ("missing", "drifted"))
-        # One may have drifted: the function in which the file ends.
+        # One may have drifted: the function in the middle of which the file ends.
         return [file for file, number in gone.items() if number > 2 and drifted[file] < 2]
 
     def router_commit(self) -> str:

@@ -63,7 +63,7 @@ def of_module(module: ModuleType) -> Megatron:
 
 @functools.cache
 def _tree_around(file: str) -> Megatron:
-    """Kept: status() asks once for each patch, and what a process has imported stays what it is."""
+    """Cached: status() asks for each patch, and the Megatron that a process has imported stays the same."""
     for parent in Path(file).resolve().parents:
         if parent.name == "megatron":
             core = parent / "core"

@@ -1,7 +1,6 @@
-"""A patch that does not fit this Megatron, or that another copy of the plugin has made: what is said of it, and who is
-stopped.
+"""A patch that does not fit this Megatron, or that another copy of the plugin has made: messages, and what is stopped.
 
-Imported only where there is one.
+Imported only where there is such a patch.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ from megatron_fp32_router.settings import PREFIX
 
 
 def leave_out_what_does_harm_without(changed: dict[str, str], patches: Iterable[Patch]) -> None:
-    """Add to `changed` the patches that do harm without one that is in it.
+    """Also leave out the patches that are unsafe without one that is in `changed`: add them to it.
 
-    Only where that one is a patch of the router: others stop only what uses them.
+    Only where that one is a patch of the router. Any other one stops whatever uses its target.
     """
     core = {patch.id for patch in PATCHES if patch.area == "router"}
     waiting = [patch for patch in patches if patch.id not in changed]
@@ -42,7 +41,7 @@ def leave_out_what_does_harm_without(changed: dict[str, str], patches: Iterable[
 
 
 def warn_of_another_copy(replacement: Any, home: Path) -> None:
-    """Say once that what runs is another copy's, and not that of the plugin in `home`."""
+    """Warn once that another copy's functions run, and not those of the plugin in `home`."""
     say(
         logging.WARNING,
         f"{name_of(replacement)} patches this Megatron too, and its functions run, not those in {home}. "
@@ -52,7 +51,7 @@ def warn_of_another_copy(replacement: Any, home: Path) -> None:
 
 
 def refuse(patch: Patch, module: ModuleType, megatron: Megatron, problem: Problem) -> tuple[str, Factory] | None:
-    """Stop the program; or return a place in the module, and a factory for it that stops those who use the target.
+    """Stop the program; or return a place in the module and a factory for it, so that using the target stops it.
 
     Raises:
         TargetMissingError: a target that every job uses is missing or has another signature
@@ -60,7 +59,7 @@ def refuse(patch: Patch, module: ModuleType, megatron: Megatron, problem: Proble
         TargetChangedError: its source has changed (likewise).
     """
     if not patch.essential:
-        # Nothing is wrong without it: that is no reason to stop a training.
+        # A training is right without it: no reason to stop.
         say(
             logging.WARNING,
             f"{patch.target} {problem.says} in {megatron}; without the patch {patch.id!r} {patch.why}.",

@@ -6,11 +6,11 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any, Final
 
-#: Marks our replacements, so that a re-imported plugin recognises its own patches. The mark is
-#: the replacement itself: functools.wraps copies attributes, so somebody else's wrapper around ours carries it too.
+#: Marks our replacements, so that a re-imported plugin recognises its own patches. Its value is the replacement itself:
+#: functools.wraps copies attributes, so somebody else's wrapper around ours has the mark too, but is not its value.
 MARK: Final = "__megatron_fp32_router__"
 
-#: The name of its factory: two patches may share a target, and then lie one upon the other.
+#: The name of its factory: two patches may share a target, and then one wraps the other.
 MADE_BY: Final = "__megatron_fp32_router_factory__"
 
 #: Where a replacement sits in its module.

@@ -23,8 +23,8 @@ OPTIMIZERS: Final = "megatron.core.optimizer"
 OPTIMIZER: Final = f"{OPTIMIZERS}.optimizer"
 DISTRIBUTED_OPTIMIZER: Final = f"{OPTIMIZERS}.distrib_optimizer"
 
-#: What a job may use of Megatron, and what of it the plugin touches. `router` is what every job uses: it has to fit
-#: when Megatron is imported. Anything else that has changed stops only the job that uses it, when it does.
+#: What a job may use of Megatron, and what of it the plugin touches. Every job uses `router`: it has to fit when
+#: Megatron is imported. Where another area has changed, a job stops only when it uses what has changed.
 AREAS: Final = {
     "router": "casts, gating, the choice of experts, counting, the balance update, the look after wrapping",
     "schedules": "pipeline schedules",
@@ -40,7 +40,7 @@ AREAS: Final = {
     "monitor": "the monitor",
 }
 
-#: Why a patch is not for a Megatron: its function is not there, or upstream does by itself what the patch is for.
+#: Why a Megatron needs no such patch: it lacks the function, or upstream does by itself what the patch is for.
 Needless: TypeAlias = Literal["absent", "native"]
 
 #: What megatron.training uses unless its arguments say otherwise, and the distributed optimizer, which most jobs use.
@@ -86,14 +86,14 @@ class Patch:
         why: what goes wrong without it.
         issue: where upstream discusses it.
         remove_when: how to see that upstream made it needless.
-        repairs: the defects that it repairs, of docs/defects.md.
+        repairs: the defects that it repairs, of docs/numerics.md.
         goes_with: of a patch that repairs none: the patch with which it goes.
         area: what the patch is needed for, one of AREAS.
         since: the first release that has the function. This and the next two are for documentation: a commit between
             two releases may call itself either, so what decides is the code (`absent_where`, `native_where`).
         until: the first release that needs no such patch, None while there is none.
         gone: whether the function itself went with `until`; otherwise upstream does there what the patch was for.
-        absent_where: facts about the source (compat.source.Tree.holds), any of which makes it right that there is no
+        absent_where: facts about the source (source.Tree.holds), any of which makes it right that there is no
             such function.
         native_where: facts, any of which shows that upstream does by itself what the patch is for.
         whole: whether the patch replaces the function or relies on what is in it: then its body has to be a known one.
@@ -101,14 +101,13 @@ class Patch:
         uses: facts that all have to hold where `whole` is False.
         relies_on: what it relies on beside its target, each `module:name name …`, where a name is `name`, `Class` or
             `Class.method`. A change in any of it is a drift of this patch; of a class named alone the header counts:
-            its bases and decorators. Some names exist in no known release: a fork that adds one would go around the
-            patch.
+            its bases and decorators. Some names exist in no known release: a fork that adds one bypasses the patch.
         parameters: parameters of the target that the replacement relies on, in order.
         inherited: whether the target may come from a base class (torch's own method).
-        needs: ids of patches of the same module without which this one does harm: under on_mismatch="warn" it is
-            left out with them.
-        supersedes: whether the replacement works without the original. Somebody else's function in the target's place
-            is then left there, as it would be if it had come after ours.
+        needs: ids of patches of the same module without which this one is unsafe: under on_mismatch="warn" it is
+            left out where one of them is.
+        supersedes: whether the replacement does the target's work by itself. Somebody else's function that was put in
+            the target's place before us is then left there, as one that comes after us would be.
         monitor: installed only where MEGATRON_FP32_ROUTER_MONITOR asks for looks.
         essential: whether training without it is wrong. False: it is only slower.
     """
@@ -146,8 +145,8 @@ class Patch:
     def at_once(self) -> bool:
         """Whether the replacement is made when it is installed.
 
-        A forward goes through the router's module: torch.compile and a graph capture have to see what runs there. The
-        monitor that the plugin was turned on with begins at once.
+        A forward goes through the router's module: torch.compile and a graph capture have to see what runs there. A
+        monitor that is on from the start begins to look at once.
         """
         return self.module == ROUTER or self.monitor
 

@@ -1,7 +1,7 @@
-"""What is patched, and saying truthfully what state each patch is in.
+"""What is patched, and what state each patch is in.
 
-What is patched is asked of the modules as they are now, never remembered: somebody else may have replaced our
-function, or reloaded its module, since.
+The state is read off Megatron's modules as they are now, and not remembered: somebody else may have replaced our
+function since, or reloaded its module.
 """
 
 from __future__ import annotations
@@ -109,11 +109,12 @@ def mismatch(error: type[Fp32RouterError], message: str, speaker: int = 0) -> No
 
 
 def not_asked_for(patch: Patch) -> bool:
+    """Whether it is a patch of the monitor, which is off and has not been on."""
     return patch.monitor and not registry.settings.monitor and patch.id not in registry.replacements
 
 
 def position_of(patch: Patch, module: ModuleType) -> tuple[Literal["outermost", "below", "gone"], str]:
-    """Where our replacement sits now, and what is outermost there. Another one of this copy on it does not count."""
+    """Where our replacement is now, and what is outermost there. Patches of this copy that wrap it do not count."""
     replacement = registry.replacements[patch.id]
     try:
         current = wrapt.resolve_path(module, getattr(replacement, PLACE, patch.path))[2]
@@ -129,7 +130,7 @@ def position_of(patch: Patch, module: ModuleType) -> tuple[Literal["outermost", 
 
 
 def left_to_somebody_else(patch: Patch, module: ModuleType) -> bool:
-    """Whether we keep our hands off: the target had been replaced before the plugin could."""
+    """Whether to leave the target alone: somebody else had replaced it before the plugin could."""
     try:
         current = wrapt.resolve_path(module, patch.path)[2]
     except AttributeError:

@@ -89,10 +89,10 @@ class Tree:
 
     @contextlib.contextmanager
     def not_too_deep(self, target: str) -> Iterator[None]:
-        """Around what walks through syntax trees: what Python parses can be nested more deeply than it can walk.
+        """For code that walks through syntax trees: Python parses sources that are nested too deeply to be walked.
 
         Raises:
-            UnreadableSourceError: it is.
+            UnreadableSourceError: the source is nested too deeply.
         """
         module, _, path = target.partition(":")
         try:

@@ -1,7 +1,7 @@
 """Taking patches back: disable().
 
-Imported with the package: later, another copy of the plugin in this process could be what an import finds, and its
-patches would be taken back instead.
+Imported with the package. A later import could find another copy of the plugin that is in this process too, and would
+take back the patches of that one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def undo_all() -> None:
                 )
             if position == "outermost":
                 placed.append((patch, module))
-    # Backwards: of two that share a target, the later one lies on the other.
+    # Backwards: of two that share a target, the later one wraps the other.
     for patch, module in reversed(placed):
         replacement = registry.replacements[patch.id]
         unwrap(module, getattr(replacement, PLACE, patch.path), replacement)

@@ -41,7 +41,7 @@ from megatron_fp32_router.settings import PREFIX
 from megatron_fp32_router.version import __version__
 from megatron_fp32_router.wrapping.survey import protected_in, tensors_of
 
-#: Names in the store, beside a rank's number for what it says.
+#: Keys in the store, beside those of statements, which are numbers of ranks.
 _ROOM: Final = f"{__name__.partition('.')[0]}/agreement"
 _JUDGE, _VERDICT, _READ = "judge", "verdict", "read"
 
@@ -76,11 +76,11 @@ class _Agreed:
 
 
 def what_must_agree() -> dict[str, str]:
-    """What this rank says about itself, and every rank must say alike. One line is one thing that is compared.
+    """What every rank must say alike. Each entry is compared by itself.
 
-    How much is logged and how long is waited may differ. A patch that waits for its module is not named: a pipeline
-    stage need not import what another one does. One that somebody has wrapped still works: a profiler on rank 0, say.
-    The monitor's patches are not named where it is off: its interval, which always is, speaks for them.
+    What is logged and how long ranks wait may differ. A patch that waits for its module is left out: a pipeline stage
+    need not import what another one does. A patch that somebody has wrapped (a profiler on rank 0, say) still works,
+    and counts as applied. The monitor's patches are left out where it is off; its interval is always compared.
     """
     settings, megatron = registry.settings, of_module(sys.modules["megatron.core"])
     patches = {
@@ -92,7 +92,7 @@ def what_must_agree() -> dict[str, str]:
         "the plugin's version": __version__,
         f"{PREFIX}_PROTECT": settings.protect,
         f"{PREFIX}_ON_MISMATCH": settings.on_mismatch,
-        # Ranks meet in a look.
+        # In a look of the monitor the ranks wait for each other.
         f"{PREFIX}_MONITOR": str(settings.monitor or "off"),
         f"{PREFIX}_UNTESTED": settings.untested,
         f"{PREFIX}_PRODUCTS": settings.products,
@@ -132,7 +132,11 @@ def _statement(at_optimizer: bool) -> dict[str, Any]:
 
 
 def store(room: str | None = None) -> Any:
-    """A room of our own in the default process group's store; None where there is nobody to meet in it."""
+    """A part of the default process group's store for the plugin alone; None where there is no store or no other rank.
+
+    Args:
+        room: what the keys in it begin with.
+    """
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return None
@@ -140,7 +144,7 @@ def store(room: str | None = None) -> Any:
         return None  # a dry run: torch's fake process group has no other ranks
     from torch.distributed import distributed_c10d
 
-    # torch has no public name for it. It is where the group was set up, so reaching it needs no other rank.
+    # torch has no public name for it. The group was set up through it, so using it needs no answer of another rank.
     get = getattr(distributed_c10d, "_get_default_store", None)
     if get is None or distributed.get_backend() == "mpi":
         say(
@@ -232,9 +236,9 @@ def _say_who_is_awaited(rank: int, said: dict[int, dict[str, Any]], peers: int) 
 
 
 def _leave(store: Any, rank: int, found: dict[str, Any]) -> None:
-    """Leave the store as it was found, once this rank has read the verdict.
+    """Delete what this rank has in the store, once it has read the verdict.
 
-    A process group that is set up again may meet in the same store, and must not find an older agreement there.
+    A process group that is set up again may use the same store, and must not find an older agreement there.
     """
     _delete(store, str(rank), f"{_VERDICT}/{rank}")
     if found["problems"]:
@@ -301,7 +305,7 @@ def _agree(store: Any) -> None:
     ranks = int(found["ranks"], 16)
     _Agreed.ranks |= ranks
     _Agreed.speaker = found["speaker"]
-    # Where ranks differ, nothing was agreed that this one could differ from.
+    # Where ranks differ, nothing was agreed, and this one cannot differ from it.
     problems = found["problems"] or _own_difference(rank, found["says"])
     if problems:
         _Agreed.ranks = _EVERYBODY
@@ -322,7 +326,7 @@ def _agree(store: Any) -> None:
 
 
 def _own_difference(rank: int, agreed: dict[str, str]) -> list[str]:
-    """How this rank differs from what was agreed. The verdict came before it wrapped its last model."""
+    """How this rank differs by now from what was agreed: the verdict may come before it has wrapped its last model."""
     return [
         f"{label} is {value} on rank {rank} (host {socket.gethostname()}) by now, but {agreed[label]} was agreed"
         for label, value in what_must_agree().items()

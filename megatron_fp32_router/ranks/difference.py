@@ -1,4 +1,4 @@
-"""What is said where ranks are not alike, or not all there. Imported only then.
+"""The messages about ranks that differ or are missing. Imported only where there are any.
 
 No torch and no store, as in verdict.py.
 """
@@ -14,7 +14,7 @@ Statements = Mapping[int, Mapping[str, Any]]
 
 
 def awaited(timeout: float, silent: Sequence[int], building: Sequence[int]) -> str:
-    """Whom the others wait for: ranks that have said nothing, and those that have no optimizer yet."""
+    """Which ranks the others wait for: those that have said nothing, and those that have no optimizer yet."""
     parts = [f"a first word from {ranks_text(silent)}"] if silent else []
     parts += [f"the optimizer of {ranks_text(building)}"] if building else []
     return (
@@ -24,7 +24,7 @@ def awaited(timeout: float, silent: Sequence[int], building: Sequence[int]) -> s
 
 
 def missing(ranks: Sequence[int], statements: Statements, waited: float) -> list[str]:
-    """Who has said nothing, by host."""
+    """The ranks that have said nothing, by host."""
     # A rank that says nothing does not say where it is; its neighbours on the node do, under torchrun.
     nodes = {}
     for rank, statement in statements.items():
@@ -44,7 +44,7 @@ def missing(ranks: Sequence[int], statements: Statements, waited: float) -> list
 
 
 def differences(statements: Statements) -> list[str]:
-    """What is not alike. A thing that a rank does not mention is not compared: see what_must_agree()."""
+    """What is not alike. Only ranks that mention a thing are compared in it: see what_must_agree()."""
     labels = list(dict.fromkeys(label for statement in statements.values() for label in statement["says"]))
     found = []
     for label in labels:
@@ -62,7 +62,7 @@ def differences(statements: Statements) -> list[str]:
 
 
 def _places(label: str, statements: Statements, ranks: Sequence[int]) -> str:
-    """The hosts of these ranks, and where on them lies what the label is about, for what lies anywhere."""
+    """The hosts of these ranks and, for a label about files, the paths of those files there."""
     hosts = f"host {_few({str(statements[rank]['host']) for rank in ranks})}"
     # An earlier version of the plugin does not say where.
     paths = {str(path) for rank in ranks if (path := statements[rank].get("where", {}).get(label)) is not None}

@@ -30,8 +30,8 @@ def agree(anew: bool = False) -> None:
 def publish_when_wrapping(original: Callable[..., None]) -> Callable[..., None]:
     """DistributedDataParallel.__init__: this rank has a model now, whatever its precision, and says so.
 
-    With NCCL's user buffers the constructor warms up with collectives, one round for each buffer: there the ranks
-    agree first.
+    With NCCL's user buffers the constructor runs collectives, one for each buffer, to warm up. There the ranks agree
+    before it.
     """
 
     @replaces(original)

@@ -1,4 +1,4 @@
-"""The verdict about what all ranks have said: who is missing, and who differs from whom in what.
+"""The verdict about what all ranks have said: which ranks are missing, and which differ in what.
 
 No torch and no store: a statement is what agreement.py writes for one rank, as plain values.
 """
@@ -23,8 +23,8 @@ def verdict_on(ranks: Sequence[int], world: int, statements: Statements, waited:
         waited: for how many seconds the judge has waited.
 
     Returns:
-        `problems`: sentences, none when all agree. `line`: one that speaks for all ranks then. `says`: what was
-        agreed. `speaker`: the first rank that said anything. `present`: how many did.
+        `problems`: sentences, none when all agree. `line`: the line for the log when they do. `says`: what was
+        agreed. `speaker`: the first rank that said anything. `present`: how many ranks did.
     """
     counts = [int(statement["routers"]) for statement in statements.values()]
     tensors = sum(int(statement["tensors"]) for statement in statements.values())

@@ -14,9 +14,12 @@ from megatron_fp32_router.patching.registry import PatchStatus, registry
 
 
 def own_functions(router: torch.nn.Module, patched: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """(name, its full name) of what a subclass, or an attribute of this router, has in the place of a patched function.
+    """(name, full name) of each function that a subclass, or an attribute of this router, has instead of a patched one.
 
-    Not those that call super(): ours runs below them. What somebody put on Megatron's own class is status()'s matter.
+    Not those that call super(): ours runs below them. What somebody put on Megatron's own class is in status().
+
+    Args:
+        patched: names of the patched methods.
     """
     users = itertools.takewhile(lambda cls: cls.__module__.partition(".")[0] != "megatron", type(router).__mro__)
     places = [vars(router), *map(vars, users)]
@@ -31,7 +34,7 @@ def own_functions(router: torch.nn.Module, patched: Iterable[str]) -> Iterator[t
 
 
 def say_whose_functions_run(routers: Iterable[torch.nn.Module], owners: Mapping[int, Mapping[str, str]]) -> None:
-    """Once: routers of a class of the user's decide for themselves in what precision they compute.
+    """Warn once that routers of the user's own class decide themselves in what precision they compute.
 
     `owners`: id of a router -> its own_functions().
     """
@@ -48,7 +51,10 @@ def say_whose_functions_run(routers: Iterable[torch.nn.Module], owners: Mapping[
 
 
 def say_what_is_displaced(displaced: Iterable[PatchStatus]) -> None:
-    """Once, not on every chunk. Their functions get fp32 tensors and exact counters; what they do is theirs."""
+    """Warn once, and not for every model chunk, of patches that somebody else's functions have replaced.
+
+    Those functions get fp32 tensors and exact counters; what they compute with them is up to them.
+    """
     places = [f"{record.target} ({record.detail})" for record in displaced]
     if places:
         say(

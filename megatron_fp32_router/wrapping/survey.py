@@ -1,4 +1,4 @@
-"""The effect: what the router tensors of a built model really are, and one line in the log that says so."""
+"""What the router tensors of a model are after it was wrapped, and the line in the log that says so."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def survey(module: torch.nn.Module) -> Survey:
 
 
 def _report(module: torch.nn.Module, config: Any) -> None:
-    """Say what is there; raise or warn when it is not what was promised."""
+    """Log what is there; raise or warn where a tensor or a router is not protected."""
     found = survey(module)
     routers = protected_in(module)
     for name, router in routers:

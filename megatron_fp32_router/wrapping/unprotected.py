@@ -1,4 +1,4 @@
-"""What is said of a model whose routers are not all in fp32 after wrapping. Imported only then."""
+"""The errors about a wrapped model whose routers are not all in fp32. Imported only where there is one."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Communication of fp32 router parameters in groups of buckets that Megatron forms across dtypes.
 
 All chunks of a virtual pipeline but the first have one group of buckets for everything, and quantized parameters share
-one with the unquantized. torch coalesces the collectives of a group, and wants one dtype for that: an all-reduce of
-fp32 and bf16 gradients raises, and an all-gather of fp32 and bf16 parameters returns garbage (gloo). A group
-of their own costs one more collective a chunk, as the first chunk has it.
+one with the unquantized. torch coalesces the collectives of a group, and needs one dtype for that: an all-reduce of
+fp32 and bf16 gradients raises, and an all-gather of fp32 and bf16 parameters returns garbage (gloo). So fp32
+parameters get a group of their own. That costs one more collective for each chunk, as in the first chunk.
 """
 
 from __future__ import annotations

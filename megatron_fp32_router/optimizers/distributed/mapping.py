@@ -1,9 +1,9 @@
-"""Where the state of each parameter lies in a checkpoint that stores it by gradient buffer, whichever setting saved it.
+"""Where the state of each parameter lies in a checkpoint that stores it by gradient buffer, with the plugin on or off.
 
-A model chunk has one gradient buffer for each dtype. Whether router parameters are fp32 decides in which of them they
-lie, and with that where all that follow lie. The layout that the other setting would have had is computed here, from
-the same parameters in the same order, as Megatron computes its own. It is believed only if the same computation gives
-the buffers that this run really has.
+A model chunk has one gradient buffer for each dtype. Whether router parameters are fp32 decides in which buffer they
+lie, and so where all later parameters lie. The layout with the plugin's other setting is computed here, from the same
+parameters in the same order, as Megatron computes its own. It is used only if the same computation gives the buffers
+that this run really has.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from megatron_fp32_router.casts.router import below_fp32, is_router
 
 Dtypes: TypeAlias = tuple[torch.dtype, torch.dtype]
 
-#: Megatron pads where a parameter starts, and where a bucket ends to a multiple of both of its numbers and of the
-#: ranks. The larger one goes with --ddp-pad-buckets-for-high-nccl-busbw.
+#: Megatron pads the start of a parameter to a multiple of the first number, and the end of a bucket to a multiple of the
+#: second and of the ranks; with --ddp-pad-buckets-for-high-nccl-busbw, of the third too.
 _START, _END, _END_FOR_BUSBW = 64, 128, 2**16
 
 
@@ -95,7 +95,8 @@ def flipped(optimizer: Any) -> dict[Any, Dtypes]:
 def other(optimizer: Any) -> Layout | None:
     """The buffers that it would have with the plugin's other setting.
 
-    None where Megatron lays buffers out in another way than is known here: the ones that it has are not computed right.
+    None where Megatron lays buffers out in a way that is not known here: then the computation does not give the buffers
+    that it has.
     """
     now = {parameter: _dtypes(buffer) for buffer in optimizer.buffers for parameter in buffer.params}
     if _computed(optimizer, now) != present(optimizer):
@@ -165,7 +166,7 @@ def saved_gathered(state: dict[Any, Any]) -> dict[str, int]:
 
 
 def gathered_anew(state: dict[Any, Any], there: Layout, here: Layout) -> dict[Any, Any]:
-    """What a checkpoint holds in the layout `there`, in the layout `here`. It is used up: its tensors are large."""
+    """What a checkpoint holds in the layout `there`, in the layout `here`. Tensors, which are large, leave `state`."""
     home = {parameter: (index, place) for index, buffer in enumerate(there) for parameter, place in buffer.places()}
     result = {key: value for key, value in state.items() if not isinstance(key, int)}
     result |= {index: {buffer.dtypes: {"numel_unpadded": buffer.numel}} for index, buffer in enumerate(here)}

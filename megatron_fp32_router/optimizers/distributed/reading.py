@@ -1,4 +1,4 @@
-"""A distributed checkpoint that the other setting has saved: what to ask it for, and what to make of the answer."""
+"""A distributed checkpoint saved with the plugin's other setting: what to read from it, and what to make of that."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def at(tree: Any, path: Path) -> Any:
-    """What is there."""
+    """What is at `path`."""
     for key in path:
         tree = tree[key]
     return tree
 
 
 def put(tree: Any, path: Path, value: Any) -> None:
-    """Change what is there."""
+    """Change what is at `path`."""
     at(tree, path[:-1])[path[-1]] = value
 
 
 def _exchanged(tree: Any, path: Path, value: Any) -> Any:
-    """`tree` with `value` there; it is left as it is, and so is all of it that lies elsewhere."""
+    """A copy of `tree` with `value` at `path`. It shares everything else with `tree`, which is not changed."""
     if not path:
         return value
     copied = list(tree) if isinstance(tree, list | tuple) else dict(tree)
@@ -81,7 +81,7 @@ def plan(tree: Any, metadata: Callable[[], dict[str, Any]], misfit: Callable[...
     """Look at a sharded state dict and at what the checkpoint has.
 
     Args:
-        metadata: reads the checkpoint's, which is not done without need: key -> dtype and shape of each tensor.
+        metadata: reads the checkpoint's (key -> dtype and shape of each tensor); called only where it is needed.
         misfit: says why buffers fit neither setting: those that were saved, those here, those with the other setting.
     """
     result = Plan()
@@ -133,7 +133,7 @@ def plan(tree: Any, metadata: Callable[[], dict[str, Any]], misfit: Callable[...
 
 
 def _with_own_counts(path: Path, optimizer: Any) -> Callable[[Any], None]:
-    """Show Megatron, which compares them, the sizes of this run's buckets instead of those of the run that saved."""
+    """Put the sizes of this run's buckets in the place of the saved ones: Megatron compares them."""
 
     def step(state: Any) -> None:
         put(state, (*path, "per_bucket_numel_unpadded"), optimizer.per_bucket_numel_unpadded)

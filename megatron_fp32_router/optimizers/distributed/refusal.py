@@ -16,7 +16,7 @@ from megatron_fp32_router.settings import PREFIX
 def refuse_stale_numbering(original: Callable[..., Any]) -> Callable[..., Any]:
     """DistributedOptimizer's save and load entry points: an error before anything is written or overwritten.
 
-    The repair leaves nothing to refuse; an optimizer that was built before the plugin was turned on lacks it.
+    An optimizer that was built before the plugin was turned on has not been repaired. Any other has nothing to refuse.
     """
 
     @replaces(original)
@@ -36,7 +36,7 @@ def refuse_stale_numbering(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _trains_routers(optimizer: Any) -> bool:
-    """Whether the model has fp32 router parameters in training, be it in another optimizer of the chain."""
+    """Whether the model trains fp32 router parameters, in this optimizer or in another one of the chain."""
     parameters = (parameter for chunk in optimizer.model_chunks for parameter in chunk.parameters())
     return any(is_protected(parameter) and parameter.requires_grad for parameter in parameters)
 
@@ -56,7 +56,7 @@ def refuse_misplaced_state(original: Callable[..., Any]) -> Callable[..., Any]:
     Raises:
         CheckpointRefusedError: there is such a bucket. Loading a good checkpoint is not affected.
     """
-    # The repair counts the padding that was stripped; under another name for it, a save that works is refused.
+    # The repair in #5077 counts the padding that was stripped. If it is renamed, a save that works is refused.
     code = getattr(inspect.unwrap(original), "__code__", None)
     repaired = "cumulative_padding_stripped" in getattr(code, "co_varnames", ())
 

@@ -4,10 +4,10 @@ Float16OptimizerWithFloat16Params keeps a list of fp32 main copies beside the in
 by position, as if every parameter had such a copy. An fp32 parameter has none, nor has a frozen one, and shifts the
 pairs behind it: another parameter's state is saved, or the save fails (0.11 to 0.19; main repaired it in #5929).
 
-Here an fp32 router parameter stands in that list as its own main copy, while Megatron saves or loads. The numbers then
-agree, and the layout is the one of a run without the plugin, so it can be turned on or off between two runs: the main
-copy of a bf16 router weight is the fp32 router weight. Frozen parameters, and fp32 ones that are so without the plugin
-too, have no main copy in a checkpoint.
+Here, while Megatron saves or loads, an fp32 router parameter is in that list as its own main copy. The positions then
+agree, and the layout is that of a run without the plugin. So the plugin can be turned on or off between two runs: the
+main copy of a bf16 router weight is the fp32 router weight. Frozen parameters, and those that are fp32 without the
+plugin too, have no main copy in a checkpoint.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from megatron_fp32_router.settings import PREFIX
 
 
 def _own_main_copies(optimizer: Any) -> set[int]:
-    """The ids of the fp32 router parameters that it updates directly, and that are bf16 without the plugin."""
+    """The ids of fp32 router parameters that the optimizer updates directly, and that are bf16 without the plugin."""
     groups = getattr(optimizer, "fp32_from_fp32_groups", ())
-    # Megatron's own mark (#5929): fp32 with the plugin off as well, and then without a main copy.
+    # Megatron's own mark (#5929): such a parameter is fp32 with the plugin off too, and has no main copy then.
     return {id(p) for group in groups for p in group if is_protected(p) and not getattr(p, "keep_in_fp32", False)}
 
 
@@ -35,10 +35,10 @@ def _complete_groups(optimizer: Any, *, all_of_them: bool = False) -> Iterator[l
     """Show Megatron's methods lists that have the router parameters too, in the inner optimizer's order.
 
     Args:
-        all_of_them: with a pair for every parameter there is, for code that pairs by position.
+        all_of_them: have a pair for every parameter of the optimizer, for code that pairs by position.
 
     Yields:
-        For every group and parameter of the lists, whether it belongs into a checkpoint.
+        For every group and parameter of the lists, whether it belongs in a checkpoint.
     """
     names = ("float16_groups", "fp32_from_float16_groups", "fp32_from_fp32_groups")
     kept = {name: getattr(optimizer, name) for name in names}
@@ -65,7 +65,7 @@ def _complete_groups(optimizer: Any, *, all_of_them: bool = False) -> Iterator[l
 def state_with_every_main_copy(original: Callable[..., Any]) -> Callable[..., Any]:
     """Float16OptimizerWithFloat16Params.state_dict, of which the formats `torch` and `torch_dcp` (from 0.12) are made.
 
-    While loading torch_dcp, memory of their own for the main copies: see sharded_state_with_every_main_copy.
+    While torch_dcp is loaded, main copies have memory of their own: see sharded_state_with_every_main_copy.
     """
 
     @replaces(original)
@@ -128,8 +128,8 @@ def load_every_main_copy(original: Callable[..., None]) -> Callable[..., None]:
     def load_state_dict(self: Any, state_dict: Any) -> None:
         saved = [len(group) for group in state_dict.get("fp32_from_fp16_params", state_dict.get("fp32_from_fp16", ()))]
         if not _own_main_copies(self) or saved == [len(group) for group in self.float16_groups]:
-            # Without the fp32 parameters in the lists: saved by a Megatron that leaves them out. They come from the
-            # model's own entries, which hold them in fp32.
+            # A Megatron that leaves fp32 parameters out of the lists has saved it. They are loaded from the model's
+            # entries, which are fp32.
             original(self, state_dict)
             return
         with _complete_groups(self):

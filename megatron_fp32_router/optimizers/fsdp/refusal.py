@@ -1,4 +1,4 @@
-"""What of FSDP is refused before the first step: Megatron's before 0.16, and torch's where torch is too old."""
+"""What of FSDP is refused before the first step: of Megatron-FSDP, and torch FSDP2 where torch is too old."""
 
 from __future__ import annotations
 

@@ -58,8 +58,8 @@ def gather_by_dtype(original: Callable[..., None]) -> Callable[..., None]:
 def spread_loaded_weights(original: Callable[..., None]) -> Callable[..., None]:
     """LayerWiseDistributedOptimizer.load_state_dict and load_state_dict_from_file: gather fp32 parameters afterwards.
 
-    Their owner has them from the optimizer's main copies, the other ranks from the model's entries, which a run without
-    the plugin has rounded to bf16.
+    The rank that owns one has loaded it from the optimizer's main copy, the other ranks from the model's entry, which a
+    run without the plugin has rounded to bf16.
     """
 
     @replaces(original)

@@ -3,7 +3,7 @@
 It gives every bf16 parameter an fp32 copy and works on those copies. A parameter that is fp32 already has none, and
 is forgotten: upstream never hands its gradient on while it stays on the GPU, fails to load its state, and does not
 refresh its copy on the CPU when the model was loaded without optimizer state. All of this does nothing where there
-are no native fp32 parameters. That their shards can be taken at all (NVIDIA/Megatron-LM #6212) is the doing of
+are no native fp32 parameters. That HybridDeviceOptimizer takes their shards at all (NVIDIA/Megatron-LM #6212) is due to
 optimizers/distributed.
 """
 

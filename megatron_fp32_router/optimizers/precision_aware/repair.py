@@ -93,7 +93,7 @@ def _cannot_be_loaded(optimizer: Any, checkpoint_format: str) -> str | None:
         )
     setting = names("_set_main_param_and_optimizer_states")
     if getattr(optimizer.optimizer, "store_param_remainders", False):
-        # A repair would have to name either in one of these.
+        # A Megatron in which this is repaired would have to name one of these.
         repaired = {"int16", "store_param_remainders"}
         if checkpoint_format in _GATHERED and not repaired & (setting | names(_LOAD_FROM_DP_ZERO)):
             return "it makes fp32 numbers of the int16 remainders of main copies, and refuses those when it loads"
@@ -105,9 +105,9 @@ def _cannot_be_loaded(optimizer: Any, checkpoint_format: str) -> str | None:
 
 
 def warn_before_a_save_in_vain(original: Callable[..., Any]) -> Callable[..., Any]:
-    """DistributedOptimizer.sharded_state_dict and save_parameter_state: what Megatron cannot load, whatever we do.
+    """DistributedOptimizer.sharded_state_dict and save_parameter_state: warn of a save that Megatron cannot load.
 
-    It concerns every parameter, with the plugin off and on alike, so it is said and not refused.
+    That concerns every parameter, with the plugin off and on alike, so it is not refused.
     """
     parameters = inspect.signature(original)
 

@@ -3,9 +3,9 @@
 Megatron's refit sends bytes straight into the destination's tensor. Here the sender converts a router parameter to the
 receiver's dtype first: to bf16 rounded to nearest, to fp32 exactly. The receiver needs no plugin.
 
-No collective is added. Whoever plans knows the dtypes on both sides, since Megatron gathers them for the plan, but up
-to 0.18 that is the first rank only, which hands every rank its operations. So the receiver's dtype travels behind the
-parameter's name in the sender's operations, where the sender runs the plugin and is known to understand it.
+No collective is added. A rank that plans knows the dtypes on both sides, since Megatron gathers them for the plan. Up
+to 0.18 only the first rank plans, and sends every rank its operations. So in the sender's operations the receiver's
+dtype is written behind the parameter's name, where the sender is known to run the plugin, which reads it.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def convert(original: Callable[..., None]) -> Callable[..., None]:
         send_ops = []
         for op in plan.send_ops:
             name, named, dtype = op.param_name.partition(_AS)
-            if named:  # the first time: from now on the plan is as Megatron would have made it
+            if named:  # only the first time: then the plan is as Megatron would have made it
                 op.param_name = name
                 setattr(op, _SENT_AS, getattr(torch, dtype))
             sent_as, tensor = getattr(op, _SENT_AS, None), tensors.get(name)
