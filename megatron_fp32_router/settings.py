@@ -191,8 +191,8 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
     found = Settings(**{variable.field: variable.read(environ) for variable in VARIABLES if variable.field})
     if found.monitor_record and not found.monitor:
         raise SettingsError(
-            f"{PREFIX}_MONITOR_RECORD is {found.monitor_record}, and {PREFIX}_MONITOR is off: only a look records; set "
-            "both"
+            f"{PREFIX}_MONITOR_RECORD is {found.monitor_record}, and {PREFIX}_MONITOR is off: inputs are recorded only "
+            "when the monitor looks; set both"
         )
     return found
 

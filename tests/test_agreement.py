@@ -64,7 +64,7 @@ def test_all_ranks_agree_or_all_say_what_differs(release: str, tmp_path: Path) -
     assert ranks[0]["left in the store"] == ranks[1]["left in the store"] == ""
     assert "waiting up to 300 s for the optimizer of rank 1, to learn" in scenes["slow"]
     assert "waiting" not in scenes["all alike"]
-    assert scenes["nobody compares"].count("AGREE_TIMEOUT=0: nobody compares") == 1
+    assert scenes["nobody compares"].count("AGREE_TIMEOUT=0: the ranks do not compare") == 1
     assert " agree: " not in scenes["nobody compares"]
     assert " agree: " not in (tmp_path / "rank-1.log").read_text()
     for rank in ranks:

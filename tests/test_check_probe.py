@@ -238,7 +238,7 @@ def test_under_warn_what_is_unprotected_is_named_once_and_nothing_is_half_protec
     assert len(warnings) == 2
     for warning, name in zip(warnings, ("router-reset", "gating"), strict=True):
         assert f"the patch {name!r} was written for it" in warning
-        left_out = "is left alone, because its patch does harm without 'gating'" in warning
+        left_out = "is not patched, because its patch is unsafe without 'gating'" in warning
         assert left_out is (name != "gating")
 
 

@@ -253,5 +253,5 @@ def test_more_tokens_than_a_look_has_and_recording_without_looks_are_refused() -
     for value in ("513", "-1", "all"):
         with pytest.raises(SettingsError, match="accepted is a whole number of tokens, 0 to 512"):
             from_environment({"MEGATRON_FP32_ROUTER_MONITOR_RECORD": value})
-    with pytest.raises(SettingsError, match="MEGATRON_FP32_ROUTER_MONITOR is off: only a look records"):
+    with pytest.raises(SettingsError, match="MEGATRON_FP32_ROUTER_MONITOR is off: inputs are recorded only when"):
         from_environment({"MEGATRON_FP32_ROUTER_MONITOR_RECORD": "8"})

@@ -191,7 +191,7 @@ def test_of_two_copies_in_a_process_the_one_that_does_not_run_is_displaced(
     runs = next(index for index, copy in enumerate(copies) if file.startswith(str(copy)))
     here, there = (copies[index] / PACKAGE for index in (runs, 1 - runs))
     assert states[runs].startswith("('applied'"), done.stderr
-    assert states[1 - runs] == f"('displaced', 'what runs is of the copy of the plugin in {here}')"
+    assert states[1 - runs] == f"('displaced', 'what runs is from the copy of the plugin in {here}')"
     assert f"its functions run, not those in {there}" in done.stderr
     assert f"{environment.python} -m megatron_fp32_router doctor" in done.stderr
 

@@ -92,7 +92,7 @@ def _discover() -> None:
         say(
             logging.WARNING,
             f"the installed metadata of megatron-fp32-router is stale ({error}); its records are used instead. "
-            "Reinstall the package to be rid of this line.",
+            "Reinstall the package to get rid of this warning.",
         )
         return
     for entry in importlib.metadata.entry_points(group=GROUP):

@@ -36,7 +36,7 @@ def leave_out_what_does_harm_without(changed: dict[str, str], patches: Iterable[
     waiting = [patch for patch in patches if patch.id not in changed]
     while found := [(patch, needed) for patch in waiting for needed in patch.needs if needed in changed.keys() & core]:
         for patch, needed in found:
-            changed.setdefault(patch.id, f"is left alone, because its patch does harm without {needed!r},")
+            changed.setdefault(patch.id, f"is not patched, because its patch is unsafe without {needed!r},")
         waiting = [patch for patch in waiting if patch.id not in changed]
 
 

@@ -159,7 +159,7 @@ def _status(patch: Patch) -> tuple[State, str]:
         return "drifted", "was not applied"
     position, above = position_of(patch, module)
     if position == "outermost" and home(registry.replacements[patch.id]) != HOME:
-        return "displaced", f"what runs is of {name_of(registry.replacements[patch.id])}"
+        return "displaced", f"what runs is from {name_of(registry.replacements[patch.id])}"
     if position == "outermost":
         if patch.id in registry.needless:
             return "native", registry.needless[patch.id]

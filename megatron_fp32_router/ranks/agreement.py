@@ -150,7 +150,7 @@ def store(room: str | None = None) -> Any:
         say(
             logging.WARNING,
             f"the default process group has no key-value store (torch {torch.__version__}, "
-            f"{distributed.get_backend()}), so nobody has compared whether all ranks run the plugin alike",
+            f"{distributed.get_backend()}), so the ranks have not compared whether they all run the plugin alike",
             once=True,
         )
         return None
@@ -293,7 +293,7 @@ def _agree(store: Any) -> None:
         _Agreed.ranks = _EVERYBODY
         say(
             logging.INFO,
-            f"{PREFIX}_AGREE_TIMEOUT=0: nobody compares whether all ranks run the plugin alike",
+            f"{PREFIX}_AGREE_TIMEOUT=0: the ranks do not compare whether they all run the plugin alike",
             threshold=registry.settings.log,
         )
         return

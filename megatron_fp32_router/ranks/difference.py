@@ -15,7 +15,7 @@ Statements = Mapping[int, Mapping[str, Any]]
 
 def awaited(timeout: float, silent: Sequence[int], building: Sequence[int]) -> str:
     """Which ranks the others wait for: those that have said nothing, and those that have no optimizer yet."""
-    parts = [f"a first word from {ranks_text(silent)}"] if silent else []
+    parts = [f"a first message from {ranks_text(silent)}"] if silent else []
     parts += [f"the optimizer of {ranks_text(building)}"] if building else []
     return (
         f"waiting up to {timeout:g} s for {' and '.join(parts) or 'the verdict'}, to learn whether all ranks run the "

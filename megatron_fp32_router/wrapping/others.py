@@ -45,7 +45,7 @@ def say_whose_functions_run(routers: Iterable[torch.nn.Module], owners: Mapping[
         say(
             logging.WARNING,
             f"routers of this model have functions of their own: {', '.join(owner for _, owner in own)}. The plugin's "
-            "run only where these call super(); what they compute in is theirs to decide, on fp32 weights.",
+            "run only where these call super(). These get fp32 weights; in which dtype they compute is up to them.",
             once=True,
         )
 

@@ -20,8 +20,8 @@ from megatron_fp32_router.casts.router import below_fp32, is_router
 
 Dtypes: TypeAlias = tuple[torch.dtype, torch.dtype]
 
-#: Megatron pads the start of a parameter to a multiple of the first number, and the end of a bucket to a multiple of the
-#: second and of the ranks; with --ddp-pad-buckets-for-high-nccl-busbw, of the third too.
+#: Megatron pads the start of a parameter to a multiple of the first number, and the end of a bucket to one of the
+#: second and of the ranks. With --ddp-pad-buckets-for-high-nccl-busbw that is a multiple of the third too.
 _START, _END, _END_FOR_BUSBW = 64, 128, 2**16
 
 
