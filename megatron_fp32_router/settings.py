@@ -83,12 +83,12 @@ def _one_of(value: str, values: tuple[str, ...], name: str) -> Any:
     raise SettingsError(f"{name} has the value {value!r}; accepted are {listed}")
 
 
-def _text(value: str, values: tuple[str, ...], name: str) -> Any:
+def _text(value: str, name: str) -> Any:
     """A path. The code that uses it reports what is wrong with it."""
     return value
 
 
-def _seconds(value: str, values: tuple[str, ...], name: str) -> Any:
+def _seconds(value: str, name: str) -> Any:
     try:
         seconds = float(value)
     except ValueError:
@@ -98,7 +98,7 @@ def _seconds(value: str, values: tuple[str, ...], name: str) -> Any:
     return seconds
 
 
-def _steps(value: str, values: tuple[str, ...], name: str) -> Any:
+def _steps(value: str, name: str) -> Any:
     if value == "off":
         return 0
     if not (value.isascii() and value.isdigit() and int(value)):
@@ -108,13 +108,13 @@ def _steps(value: str, values: tuple[str, ...], name: str) -> Any:
     return int(value)
 
 
-def _tokens(value: str, values: tuple[str, ...], name: str) -> Any:
+def _tokens(value: str, name: str) -> Any:
     if not (value.isascii() and value.isdigit() and int(value) <= SAMPLE):
         raise SettingsError(f"{name} has the value {value!r}; accepted is a whole number of tokens, 0 to {SAMPLE}")
     return int(value)
 
 
-def _engine(value: str, values: tuple[str, ...], name: str) -> Any:
+def _engine(value: str, name: str) -> Any:
     """Checks the form only. The engine is looked up when Megatron's router is patched."""
     if value and not re.fullmatch(r"[\w-]+==[^/?\s]+/\w+(\?\w+=[^&\s]+(&\w+=[^&\s]+)*)?", value):
         raise SettingsError(
@@ -131,12 +131,12 @@ class Variable:
     Attributes:
         field: of Settings, "" for the switch.
         values: what is accepted, as documentation shows it, the default first.
-        parse: makes a setting of (the value, `values`, the name for the error).
+        parse: makes a setting of (the value, the name for the error); None: it is one of `values`.
     """
 
     field: str
     values: tuple[str, ...]
-    parse: Callable[[str, tuple[str, ...], str], Any] = _one_of
+    parse: Callable[[str, str], Any] | None = None
 
     @property
     def name(self) -> str:
@@ -149,7 +149,8 @@ class Variable:
         Raises:
             SettingsError: the value is not accepted.
         """
-        return self.parse(environ.get(self.name, "").strip() or self.values[0], self.values, self.name)
+        value = environ.get(self.name, "").strip() or self.values[0]
+        return self.parse(value, self.name) if self.parse else _one_of(value, self.values, self.name)
 
 
 #: The one table. README's table is generated from it (scripts/docs), and unknown_names() compares against it.

@@ -13,15 +13,13 @@ from megatron_fp32_router.errors import SettingsError
 from megatron_fp32_router.patching.registry import registry
 from megatron_fp32_router.settings import PREFIX
 
-SPLIT: Final = "split bf16 products"
-
 #: Why a CPU's products are plain ones, unless emulation is asked for.
 _EMULATED: Final = "cpu has no bf16 product with fp32 output"
 
 
 def in_words(reason: str) -> str:
     """What products are used when split ones are not, because of `reason`; "" when they are."""
-    return f"plain products: {reason}" if reason else SPLIT
+    return f"plain products: {reason}" if reason else "split bf16 products"
 
 
 def why_not(device: torch.device, activations: torch.dtype, weight: torch.Tensor, dtype: torch.dtype) -> str:

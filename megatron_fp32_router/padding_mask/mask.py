@@ -18,11 +18,7 @@ def mask_padding_per_token(original: Callable[..., None]) -> Callable[..., None]
 
     @replaces(original)
     def _apply_expert_bias(
-        self: Any,
-        routing_map: torch.Tensor,
-        padding_mask: torch.Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
+        self: Any, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None, *args: Any, **kwargs: Any
     ) -> None:
         if padding_mask is not None and routing_map.dtype == torch.bool and padding_mask.dim() < routing_map.dim():
             routing_map = routing_map & ~padding_mask.unsqueeze(-1)

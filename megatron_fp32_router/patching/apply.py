@@ -39,7 +39,7 @@ def apply_all(module: ModuleType, name: str) -> None:
     if changed and registry.settings.on_mismatch == "warn":
         from megatron_fp32_router.patching import misfit
 
-        misfit.leave_out_what_does_harm_without(changed, patches)
+        misfit.leave_out_what_is_unsafe_without(changed, patches)
     for patch in patches:
         _, needless = found[patch.id]
         _apply(patch, module, megatron, changed.get(patch.id), needless)

@@ -27,7 +27,7 @@ from megatron_fp32_router.patching.registry import KEPT, Problem, mismatch, regi
 from megatron_fp32_router.settings import PREFIX
 
 
-def leave_out_what_does_harm_without(changed: dict[str, str], patches: Iterable[Patch]) -> None:
+def leave_out_what_is_unsafe_without(changed: dict[str, str], patches: Iterable[Patch]) -> None:
     """Also leave out the patches that are unsafe without one that is in `changed`: add them to it.
 
     Only where that one is a patch of the router. Any other one stops whatever uses its target.

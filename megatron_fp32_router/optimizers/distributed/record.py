@@ -14,14 +14,6 @@ else:
 
 _DIST_CHECKPOINTING: Final = "megatron.core.dist_checkpointing"
 
-#: model_param_group_index_map numbers parameters in gradient-buffer order, groups hold fp32 ones first.
-_NUMBERING: Final = (
-    f"{DISTRIBUTED_OPTIMIZER}:DistributedOptimizer._build_model_and_main_param_groups "
-    "DistributedOptimizer._build_optimizer_group_ranges "
-    "DistributedOptimizer._get_main_param_and_optimizer_states "
-    "DistributedOptimizer._set_main_param_and_optimizer_states"
-)
-
 _patch: Final = partial(
     Patch, module=DISTRIBUTED_OPTIMIZER, issue=f"{UPSTREAM}/issues/2777", goes_with="router-casts", area="distributed"
 )
@@ -33,7 +25,13 @@ _checkpoint: Final = partial(
     remove_when="the index map follows the groups (#5835)",
     whole=False,
     parameters=("self",),
-    relies_on=(_NUMBERING,),
+    relies_on=(
+        # model_param_group_index_map numbers parameters in gradient-buffer order, groups hold fp32 ones first.
+        f"{DISTRIBUTED_OPTIMIZER}:DistributedOptimizer._build_model_and_main_param_groups "
+        "DistributedOptimizer._build_optimizer_group_ranges "
+        "DistributedOptimizer._get_main_param_and_optimizer_states "
+        "DistributedOptimizer._set_main_param_and_optimizer_states",
+    ),
 )
 
 _load: Final = partial(

@@ -97,9 +97,9 @@ def sharded_state_with_every_main_copy(original: Callable[..., Any]) -> Callable
     def sharded_state_dict(
         self: Any, model_sharded_state_dict: Any, is_loading: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
-        if not _own_main_copies(self):
-            return original(self, model_sharded_state_dict, is_loading, *args, **kwargs)
         own = _own_main_copies(self)
+        if not own:
+            return original(self, model_sharded_state_dict, is_loading, *args, **kwargs)
         with _complete_groups(self, all_of_them=True) as wanted:
             state = original(self, model_sharded_state_dict, is_loading, *args, **kwargs)
         if is_loading:
