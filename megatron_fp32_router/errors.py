@@ -36,7 +36,7 @@ class RanksDisagreeError(Fp32RouterError):
 
 
 class DisplacedPatchError(Fp32RouterError):
-    """disable() was called while somebody else's patch sits on top of ours, so ours cannot be lifted out."""
+    """disable() was called while somebody else's patch wraps one of ours, so ours cannot be taken off."""
 
 
 class CheckpointRefusedError(Fp32RouterError):

@@ -32,7 +32,7 @@ def capturing() -> bool:
 
 @contextmanager
 def one_step() -> Iterator[None]:
-    """Weights do not change inside: splits are kept, and let go at the end."""
+    """Weights do not change inside: splits are kept, and freed at the end."""
     step = Step(capturing())
     running.append(step)
     try:

@@ -1,6 +1,6 @@
 """One split of a router's weight for all micro-batches of a step, and never a stale one.
 
-Why it is kept can be counted. A split is five kernels that read and write 34 bytes for each element of the weight. The
+What this saves can be counted. A split is five kernels that read and write 34 bytes for each element of the weight. The
 product that uses it reads 2 bytes for each element of the tokens, and the 6 of the parts: with 256 experts and 4,096
 tokens in a micro-batch, splitting each time would move 0.9 times as many bytes again, in forward and in backward.
 Keeping the parts with each forward's graph instead would hold them once for every micro-batch in flight.
@@ -9,17 +9,17 @@ Nothing that torch can be asked tells whether a weight has changed: fused optimi
 the pointer, without a trace in `_version`. So a split is kept only where the weight cannot change: inside one call
 of Megatron's own schedule, which runs all micro-batches of a step, forward and backward, and returns before the
 optimizer, a parameter gather, a load or anything of the user's comes. (A gather that overlaps with the first
-forward ends before the router that reads its weight runs.) When the call returns, what was kept is let go.
+forward ends before the router that reads its weight runs.) When the call returns, what was kept is freed.
 Everywhere else, in a schedule that the plugin does not know, in evaluation and inference outside of it, the weight
-is split anew each time. Two things could still find an old split, and nobody is known to do either: a schedule inside
-which a fused optimizer steps, and a thread that trains without a schedule while another one is in one.
+is split anew each time. An old split could still be found in two cases, which no known program has: a schedule inside
+which a fused optimizer steps, and a thread that trains without a schedule while another thread is in one.
 
 Backward takes what forward kept and keeps nothing itself: hooks on saved tensors (non-reentrant checkpointing,
 save_on_cpu) hand it a new tensor object each time, and one split for each of those would be kept.
 
 What is kept takes 6 bytes an element of every router weight of the model chunks on the device, until the step ends.
 
-Inside, a change that shows in the tensor is respected all the same: another storage, another `_version`. A CUDA graph
+Inside a call, a change that shows in the tensor is still noticed: another storage, another `_version`. A CUDA graph
 that captures one layer splits inside the graph, each time it is replayed; one that captures the whole schedule
 splits once in it.
 """

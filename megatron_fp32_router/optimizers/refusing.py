@@ -1,7 +1,7 @@
-"""Combinations that fp32 router parameters do not survive, or that nobody has tried: stopped before the first step.
+"""Combinations that do not work with fp32 router parameters, or that no test has run: stopped before the first step.
 
-Two kinds. *Broken*: known to fail or to train wrongly. *Untested*: needs a GPU that no test of ours has, and is
-let through by MEGATRON_FP32_ROUTER_UNTESTED=allow. Both look at the tensors: a job that trains no fp32 router
+There are two kinds. *Broken*: known to fail or to train wrongly. *Untested*: needs a GPU, which our tests do not have;
+MEGATRON_FP32_ROUTER_UNTESTED=allow lets it through. Both depend on the tensors: a job that trains no fp32 router
 parameters beside bf16 or fp16 ones (PROTECT=buffers, frozen routers, no mixture of experts) is never stopped.
 """
 
@@ -25,9 +25,9 @@ def refuse(parameters: Iterable[Any], found: str, why: str, instead: str, *, unt
 
     Args:
         found: the configuration, as a noun.
-        why: what would go wrong; a sentence's second half.
-        instead: which flag to change; a sentence's beginning.
-        untested: MEGATRON_FP32_ROUTER_UNTESTED=allow lets it through.
+        why: what would go wrong; the end of a sentence.
+        instead: which flag to change; the beginning of a sentence.
+        untested: whether MEGATRON_FP32_ROUTER_UNTESTED=allow lets it through.
 
     Raises:
         CombinationRefusedError: there are such parameters (under on_mismatch="raise").

@@ -62,5 +62,5 @@ def _lines(module: str, tree: Tree) -> Iterator[str]:
         try:
             found = str(tree.body(name).digest) if tree.has(module) else "no such module"
         except UnreadableSourceError:
-            found = "unreadable"  # the gate has told whoever imports it why
+            found = "unreadable"  # importing it says why: the gate
         yield f"{name} {found}\n"

@@ -7,8 +7,8 @@ wraps its model. Before the first Megatron collective that a difference could ha
 for the verdict.
 
 Who is compared: each rank names the ranks it shares a process group of Megatron's with, those are asked whom they
-name, and so on. A rank that trains with them is named by somebody, whether it has the plugin or not. One that is in
-the same job for something else (rollouts, rewards, data) is named by nobody and not waited for.
+name, and so on. A rank that trains with them is named by another rank, whether it has the plugin or not. A rank that is
+in the same job for something else (rollouts, rewards, data) is not named, and not waited for.
 
 What it costs, once: a few store operations a rank and up to a second of polling; one rank reads what all have
 said (1 to 2 KiB each) and writes the verdict for each. Afterwards: one comparison when an optimizer is built, and one
@@ -113,7 +113,7 @@ def _totals(models: Iterable[torch.nn.Module]) -> tuple[int, int]:
 def _statement(at_optimizer: bool) -> dict[str, Any]:
     """What this rank writes: what must agree, which other ranks to ask, and how many tensors it has."""
     routers, tensors = _totals(registry.models - _told)
-    # Those it has agreed with have nothing to add. Without any group of Megatron's, whoever is there may train with it.
+    # Ranks that it has agreed with are not asked again. Without any group of Megatron's, all ranks may train with it.
     peers = _Agreed.peers & ~_Agreed.ranks or (1 << torch.distributed.get_world_size()) - 1
     return {
         "peers": hex(peers | 1 << torch.distributed.get_rank()),
@@ -215,7 +215,7 @@ def _wait(store: Any, rank: int, peers: int) -> dict[str, Any]:
 
 
 def _give_verdict(store: Any, rank: int, said: dict[int, dict[str, Any]], peers: int, waited: float) -> None:
-    """Write the verdict for all that train together, one rank at a time, unless somebody has."""
+    """Write the verdict for all that train together, unless another rank has. One rank at a time does so."""
     if store.compare_set(_JUDGE, "", str(rank)) != str(rank).encode():
         return
     if not store.check([f"{_VERDICT}/{rank}"]):

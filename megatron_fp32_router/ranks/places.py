@@ -1,6 +1,6 @@
 """Where ranks compare what they run: before any collective that a difference could hang.
 
-A process that trains alone has nobody to compare with, and imports no more than this.
+A process that trains alone has no other rank to compare with, and imports only this file.
 """
 
 from __future__ import annotations

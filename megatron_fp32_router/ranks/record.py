@@ -26,7 +26,7 @@ PATCHES: Final = (
         module=DDP,
         path="DistributedDataParallel.__init__",
         factory=places.publish_when_wrapping,
-        why="a rank without the plugin would be noticed by nobody",
+        why="nobody would notice a rank without the plugin",
         parameters=("self", "config", "ddp_config", "module"),
     ),
     _compare(

@@ -60,6 +60,6 @@ def say_what_is_displaced(displaced: Iterable[PatchStatus]) -> None:
         say(
             logging.WARNING,
             "not in effect, because somebody else's function is in its place: " + "; ".join(places) + ". Router "
-            "tensors are fp32 and token counters exact all the same.",
+            "tensors are still fp32, and token counters exact.",
             once=True,
         )

@@ -47,7 +47,7 @@ def _detach(shards: list[Any], installed: list[Any]) -> bool:
     """Replace the fp32 `shards` of a group, here and among its `installed` parameters; whether one had to be.
 
     A detached shard shares the parameter's memory as the view did, so the inner optimizer's step still lands in the
-    model. What Megatron noted on the shard (its tensor-parallel attributes) goes along.
+    model. The attributes that Megatron has set on the shard (about tensor parallelism) are copied.
     """
     changed = False
     for place, shard in enumerate(shards):
@@ -74,7 +74,8 @@ def repair_mixed_groups(original: Callable[..., None]) -> Callable[..., None]:
             nonlocal undetached
             groups = build(gbuf_ranges, param_map, opt_group_ranges, config, *rest)
             for shards, group in zip(groups[_SHARD_FP32_GROUPS], opt_group_ranges, strict=True):
-                # fp32 training is not ours. A group of its own (another learning rate) may hold the router only.
+                # The plugin does nothing in fp32 training. Groups of fp32 alone count too: a group with a learning rate
+                # of its own may hold the router only.
                 if config.bf16 or config.fp16:
                     undetached |= _detach(shards, group["orig_group"]["params"])
             return groups

@@ -17,7 +17,7 @@ _patch: Final = partial(Patch, module=DISTRIBUTED_OPTIMIZER, goes_with="router-c
 _formats: Final = partial(
     _patch,
     factory=repair.warn_before_a_save_in_vain,
-    why="Megatron saves a precision-aware optimizer in formats that it cannot load, and nobody is told",
+    why="Megatron saves a precision-aware optimizer in formats that it cannot load, without a warning",
     issue="not reported upstream",
     remove_when="every format that can be saved can be loaded",
     whole=False,

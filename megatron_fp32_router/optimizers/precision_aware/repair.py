@@ -1,7 +1,7 @@
 """The precision-aware optimizer's checkpoints with fp32 router parameters.
 
-There FusedAdam holds the main copies. It updates an fp32 parameter in place and gives it a main copy all the same,
-which it never touches again; that dead copy is what Megatron saves, and what it loads into (NVIDIA/Megatron-LM #7338).
+There FusedAdam holds the main copies. It updates an fp32 parameter in place. It makes a main copy of it too, which it
+never updates; that stale copy is what Megatron saves, and what it loads into (NVIDIA/Megatron-LM #7338).
 Here an fp32 parameter is its own main copy, as it is in the other optimizers.
 """
 
