@@ -8,7 +8,7 @@ gradients, which half of its loaders write to outside no_grad. Groups of one dty
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Final
 
 from megatron_fp32_router.patching.registry import registry, replaces
@@ -20,19 +20,13 @@ REPAIR: Final = "optimizer-mixed-groups"
 _SHARD_FP32_GROUPS: Final = 3
 
 
-def _mixed_groups(optimizer: Any) -> Iterator[tuple[int, list[Any], list[Any]]]:
-    """(index, fp32 parameters, bf16 parameters) of every group that has both."""
-    groups = zip(optimizer.model_fp32_groups, optimizer.model_float16_groups, strict=True)
-    for index, (fp32, float16) in enumerate(groups):
-        if fp32 and float16:
-            yield index, fp32, float16
-
-
 def _true_numbering(optimizer: Any) -> dict[Any, tuple[int, int]]:
-    """parameter -> (group, place in it) as the mixed groups are installed: fp32 ones first."""
+    """parameter -> (group, place in it), of groups with both fp32 and bf16 ones, which Megatron installs in this order."""
+    groups = zip(optimizer.model_fp32_groups, optimizer.model_float16_groups, strict=True)
     return {
         parameter: (index, place)
-        for index, fp32, float16 in _mixed_groups(optimizer)
+        for index, (fp32, float16) in enumerate(groups)
+        if fp32 and float16
         for place, parameter in enumerate([*fp32, *float16])
     }
 
