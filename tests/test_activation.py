@@ -101,6 +101,28 @@ def test_a_half_imported_module_is_patched_when_its_import_has_ended(tmp_path: P
     assert done.stdout.splitlines() == ["the module is half imported", "[] True"]
 
 
+def test_a_module_whose_import_fails_halfway_is_patched_when_it_is_imported_again(tmp_path: Path) -> None:
+    program = """
+    import importlib.abc, sys
+
+    class Interrupting(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path=None, target=None):
+            if name == "megatron.core.transformer.moe.moe_utils" and "megatron_fp32_router" not in sys.modules:
+                assert "megatron.core.transformer.moe.router" in sys.modules
+                import megatron_fp32_router
+                raise ImportError("interrupted")
+
+    sys.meta_path.insert(0, Interrupting())
+    try:
+        import megatron.core.transformer.moe.router
+    except ImportError as error:
+        print(error)
+    """
+    done = run(textwrap.dedent(program) + IMPORTS + VERDICT, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["interrupted", "[] True"]
+
+
 def test_children_are_patched_too(tmp_path: Path) -> None:
     program = """
     import multiprocessing

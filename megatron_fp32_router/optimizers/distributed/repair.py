@@ -21,7 +21,7 @@ _SHARD_FP32_GROUPS: Final = 3
 
 
 def _true_numbering(optimizer: Any) -> dict[Any, tuple[int, int]]:
-    """parameter -> (group, place in it), of groups with both fp32 and bf16 ones, which Megatron installs in this order."""
+    """parameter -> (group, place in it), of groups with both dtypes, in which Megatron installs fp32 ones first."""
     groups = zip(optimizer.model_fp32_groups, optimizer.model_float16_groups, strict=True)
     return {
         parameter: (index, place)
