@@ -158,14 +158,13 @@ def _status(patch: Patch) -> tuple[State, str]:
             return "displaced", f"replaced by {name} before the plugin was active"
         return "drifted", "was not applied"
     position, above = position_of(patch, module)
-    if position == "outermost" and home(registry.replacements[patch.id]) != HOME:
+    if position != "outermost":
+        return "displaced", f"{'wrapped' if position == 'below' else 'replaced'} by {above}"
+    if home(registry.replacements[patch.id]) != HOME:
         return "displaced", f"what runs is from {name_of(registry.replacements[patch.id])}"
-    if position == "outermost":
-        if patch.id in registry.needless:
-            return "native", registry.needless[patch.id]
-        return "applied", "; ".join(sorted(registry.notes.get(patch.id, ())))
-    verb = "wrapped" if position == "below" else "replaced"
-    return "displaced", f"{verb} by {above}"
+    if patch.id in registry.needless:
+        return "native", registry.needless[patch.id]
+    return "applied", "; ".join(sorted(registry.notes.get(patch.id, ())))
 
 
 def runs(patch_id: str) -> bool:
