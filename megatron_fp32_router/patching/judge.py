@@ -279,18 +279,18 @@ class Judge:
         return "does not exist"
 
     def _functions(self, module: str, owner: str) -> list[ast.FunctionDef]:
+        """The functions of a module, or of its class `owner`."""
         body = self.tree.parsed(module).body
         if owner:
-            body = [
-                item for node in body if isinstance(node, ast.ClassDef) and node.name == owner for item in node.body
-            ]
+            body = [item for node in self._classes(module, owner) for item in node.body]
         return [node for node in body if isinstance(node, ast.FunctionDef)]
 
     def _parsed_line(self, module: str, path: str) -> int:
         """Where the class of a missing method begins; 1 for what is missing from the module."""
-        owner = path.rpartition(".")[0]
-        lines = (n.lineno for n in self.tree.parsed(module).body if isinstance(n, ast.ClassDef) and n.name == owner)
-        return next(lines, 1)
+        return next((node.lineno for node in self._classes(module, path.rpartition(".")[0])), 1)
+
+    def _classes(self, module: str, name: str) -> list[ast.ClassDef]:
+        return [node for node in self.tree.parsed(module).body if isinstance(node, ast.ClassDef) and node.name == name]
 
 
 def _likeness(one: list[str], other: list[str]) -> float:
