@@ -44,8 +44,8 @@ class Settings:
             `vllm==0.33.0/deepseek_v3`. An engine, version or architecture without a contract is an error.
         monitor: A number of steps: every N-th step the routers are looked at (docs/monitor.md).
         monitor_dir: The folder that the monitor's `monitor.jsonl` goes to; rank 0 makes it.
-        monitor_record: A number of tokens, at most 512: every look also writes so many inputs of each router to a file
-            beside `monitor.jsonl`, for `parity` (docs/serving.md). The newest four looks are kept.
+        monitor_record: A number of tokens, at most 512: every look also writes that many inputs of each router to a
+            file beside `monitor.jsonl`, for `parity` (docs/serving.md). The newest four looks are kept.
         log: The least severe message that is shown.
     """
 
