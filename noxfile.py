@@ -16,6 +16,7 @@ import nox
 ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
+import browser  # noqa: E402
 from bootstrap import (  # noqa: E402 - neither folder is a package
     LAST_OF_LINE,
     MIDDLE,
@@ -78,6 +79,10 @@ def independent(session: nox.Session) -> None:
     session.log(f"Not found here, so not tried: {', '.join(missing) or 'none'}")
     if importlib.util.find_spec("ray") is None:
         session.log("Ray is not installed here (pip install ray), so examples/ray is not run")
+    without = []
+    if browser.found() is None:
+        session.log(f"{browser.MISSING}: tests/test_pages.py is run in part")
+        without = ["-m", "not in_browser"]
     ledger = ROOT / "results" / "independent.json"
     where = [
         "tests",
@@ -93,6 +98,7 @@ def independent(session: nox.Session) -> None:
         "tests/gpu",
         "--ledger",
         str(ledger),
+        *without,
     ]
     session.run(sys.executable, *PYTEST, *where, *session.posargs, success_codes=_good_codes(session))
 

@@ -29,6 +29,9 @@ _OPTIONS: Final = (
     "--remote-debugging-pipe",
 )
 
+#: Said where there is none.
+MISSING: Final = "There is no Chromium here (apt-get install chromium), so no page is looked at in a browser"
+
 
 def found() -> str | None:
     """The Chromium of this machine, if it has one."""

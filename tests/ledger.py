@@ -34,6 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "on_lines(*lines): collected on these release lines only")
     config.addinivalue_line("markers", "since(release): what this is about came with that release")
     config.addinivalue_line("markers", "whole: collected with --whole only, which scripts/test gives to few")
+    config.addinivalue_line("markers", "in_browser: needs a Chromium; left out by scripts/test where there is none")
     path = config.getoption("--ledger")
     if path and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Ledger(Path(path), config.getoption("--megatron")))

@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import browser
 import docs_resume
 import pytest
 from bootstrap import LAST_OF_LINE, TREES_IN_WHOLE
@@ -58,9 +59,11 @@ if RUN is not None:
     def test_something_was_tested() -> None:
         assert sum(len(read(part)["tests"]) for part in PARTS) > 0
 
-    def test_checkouts_that_could_not_be_had_are_named() -> None:
+    def test_what_could_not_be_run_here_is_named() -> None:
         for why in RUN["not_run"].values():
             warnings.warn(f"not tested on a checkout: {why}", stacklevel=1)
+        if RUN["independent"] and browser.found() is None:
+            warnings.warn(browser.MISSING, stacklevel=1)
 
 
 if RUN is not None and RUN["middle"]:

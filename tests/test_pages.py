@@ -152,12 +152,13 @@ def test_uplot_is_as_it_was_released() -> None:
 def chromium() -> Iterator[browser.Browser]:
     program = browser.found()
     if program is None:
-        pytest.skip(f"there is no {' or '.join(browser.NAMES)} here, so pages are not looked at in a browser")
+        pytest.skip(browser.MISSING)
     with browser.Browser(program) as running:
         running.before_every_page(RECORDER)
         yield running
 
 
+@pytest.mark.in_browser
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)], ids=["1280 light", "390 dark"])
 @pytest.mark.parametrize("name", ["monitor", "audit", "demo"])
 def test_every_letter_can_be_read_and_the_page_does_not_scroll_sideways(
@@ -182,6 +183,7 @@ def _drag(chromium: browser.Browser, box: dict[str, float]) -> None:
         chromium.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1, clickCount=1)
 
 
+@pytest.mark.in_browser
 def test_a_chart_tells_values_to_pointer_and_keys_and_zooms(
     written: dict[str, Path], chromium: browser.Browser
 ) -> None:
