@@ -76,8 +76,7 @@ def scenes(layout: str, folder: Path) -> list[dict[str, Any]]:
     add({}, CAST, 1, settings=["warn"])
     for recipe in (AUX, {}):
         for fault, rank in [key for key in (*FAULTS, *VALUES) if key != (CAST, 1)]:
-            # With expert biases only the rank that speaks for its stage listens.
-            if not (fault == "hook" and layout == "data" and not recipe) and not ("expert_bias" in fault and recipe):
+            if not ("expert_bias" in fault and recipe):
                 add(recipe, fault, rank)
     if layout == "pipeline":
         add({}, "none", 0, dense_stage=True)

@@ -49,14 +49,13 @@ def layers_of(model: Any) -> dict[Layer, tuple[str, Any]]:
 class Listener:
     """What a forward hook notes about one router during one step."""
 
-    def __init__(self, router: Any, samples: bool, counts: bool) -> None:
+    def __init__(self, router: Any, samples: bool) -> None:
         self.sample: stability.Sample | None = None
         self.counts_E: torch.Tensor | None = None
-        self.input_dtype: torch.dtype | None = None
         self.scores_dtype: torch.dtype | None = None
         #: An error in the hook. It must not reach the training.
         self.error: Exception | None = None
-        self._samples, self._counts = samples, counts
+        self._samples = samples and stability.obstacle(router) is None
         # Not the router itself: own_loop's weak dictionary from routers to listeners would then never let it go.
         self._id = id(router)
         self._handle = router.register_forward_hook(self._hook, with_kwargs=True)
@@ -86,8 +85,7 @@ class Listener:
         hidden = (args[0] if args else kwargs["input"]).detach()
         chosen_TE = output[1].detach()
         is_map = chosen_TE.dtype == torch.bool
-        self.input_dtype = hidden.dtype
-        if self._counts and is_map:
+        if is_map and getattr(router, COUNTER, None) is None:
             counts_E = chosen_TE.sum(dim=0)
             self.counts_E = counts_E if self.counts_E is None else self.counts_E + counts_E
         if self._samples and self.sample is None:
@@ -100,19 +98,13 @@ class Listener:
 
 
 def listen(layers: Mapping[Layer, tuple[str, Any]], samples: bool) -> dict[Layer, Listener]:
-    """Hooks on all routers that a look can learn something from.
+    """Put a hook on every router.
 
     Args:
         layers: as layers_of() has them.
         samples: whether this rank computes routing stability.
     """
-    found = {}
-    for layer, (_, router) in layers.items():
-        counts = getattr(router, COUNTER, None) is None
-        wanted = samples and stability.obstacle(router) is None
-        if counts or wanted:
-            found[layer] = Listener(router, wanted, counts)
-    return found
+    return {layer: Listener(router, samples) for layer, (_, router) in layers.items()}
 
 
 @dataclass
@@ -160,10 +152,10 @@ def see(name: str, router: Any, listener: Listener | None, samples: bool, memory
         seen.counts_E = counter.to(torch.int64)
     elif listener is not None:
         seen.counts_E = listener.counts_E
-    dtype = listener.input_dtype if listener is not None else None
+    heard = listener.sample if listener is not None else None
+    dtype = _input_dtype(router.config) if heard is None else heard.hidden_TH.dtype
     seen.numbers = {f"{NOT_FINITE}{name}": count for name, count in precision.not_finite(router).items()}
-    measured = precision.probe(router, dtype or _input_dtype(router.config))
-    if measured is not None:
+    if (measured := precision.probe(router, dtype)) is not None:
         seen.dtypes["logits"], seen.numbers["arithmetic"] = measured
     if listener is not None and listener.scores_dtype is not None:
         seen.dtypes["scores"] = listener.scores_dtype

@@ -152,9 +152,6 @@ def promised(router: Any, name: str) -> bool:
         return mixed and not (name == "arithmetic" and registry.settings.like)
     derived = name.partition("_")[2]
     # Main copies and moments below fp32 are the user's own choice with a precision-aware optimizer.
-    return registry.settings.protect == "all" and (derived in ("", "grad") or not _moments_are_chosen())
-
-
-def _moments_are_chosen() -> bool:
-    configs = (getattr(optimizer, "config", None) for optimizer in _optimizers)
-    return any(getattr(config, "use_precision_aware_optimizer", False) for config in configs)
+    configs = [getattr(optimizer, "config", None) for optimizer in _optimizers]
+    chosen = any(getattr(config, "use_precision_aware_optimizer", False) for config in configs)
+    return registry.settings.protect == "all" and (derived in ("", "grad") or not chosen)

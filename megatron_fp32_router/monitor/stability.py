@@ -57,11 +57,9 @@ def obstacle(router: Any) -> str | None:
         return "sinkhorn does not choose by scores alone"
     if router.score_function not in _SCORES:
         return f"the score function {router.score_function!r} is not known to the monitor"
-    for option in ("moe_router_force_load_balancing", "moe_enable_routing_replay"):
-        if getattr(config, option, False):
+    for option in ("moe_router_force_load_balancing", "moe_enable_routing_replay", "moe_router_force_biased"):
+        if getattr(config, option, None) not in (None, False):
             return f"{option} is on"
-    if getattr(config, "moe_router_force_biased", None) is not None:
-        return "moe_router_force_biased is on"
     if sharded(router.weight):
         return "the weight is sharded over ranks"
     return "every token goes to every expert" if router.topk >= router.weight.shape[0] else None
@@ -69,10 +67,8 @@ def obstacle(router: Any) -> str | None:
 
 def comparable(router: Any) -> bool:
     """Whether the router's own map holds exactly what its scores chose."""
-    config = router.config
-    noise = getattr(config, "moe_input_jitter_eps", None)
-    dropped = getattr(config, "moe_expert_capacity_factor", None)
-    return noise is None and dropped is None
+    changing = ("moe_input_jitter_eps", "moe_expert_capacity_factor")
+    return all(getattr(router.config, option, None) is None for option in changing)
 
 
 def tf32(tensor: torch.Tensor) -> torch.Tensor:

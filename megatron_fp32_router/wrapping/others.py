@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 
 from megatron_fp32_router.log import say
-from megatron_fp32_router.patching.registry import PatchStatus, registry
+from megatron_fp32_router.patching.registry import PatchStatus, registry, runs, status
 
 
 def own_functions(router: torch.nn.Module, patched: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -31,6 +31,22 @@ def own_functions(router: torch.nn.Module, patched: Iterable[str]) -> Iterator[t
         if code is None or not {"super", name} <= set(code.co_names):
             module = getattr(function, "__module__", type(function).__module__)
             yield name, f"{module}.{getattr(function, '__qualname__', type(function).__name__)}"
+
+
+def products(
+    routers: Iterable[torch.nn.Module], owners: Mapping[int, Mapping[str, str]], ours: Callable[[torch.nn.Module], str]
+) -> set[str]:
+    """Whose products the routers use. `owners`: as below. `ours`: says which of the plugin's a router uses."""
+    if not runs("gating"):
+        gating = next(record for record in status() if record.id == "gating")
+        return {f"the products of others: {gating.detail or gating.state}"}
+    found = set()
+    for router in routers:
+        kind, owner = type(router), owners[id(router)].get("gating")
+        if isinstance(router, tuple(registry.router_classes)):
+            owner = f"{kind.__module__}.{kind.__qualname__}"
+        found.add(f"the products of {owner}" if owner else ours(router))
+    return found
 
 
 def say_whose_functions_run(routers: Iterable[torch.nn.Module], owners: Mapping[int, Mapping[str, str]]) -> None:

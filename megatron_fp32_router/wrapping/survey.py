@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -118,17 +119,20 @@ def _report(module: torch.nn.Module, config: Any) -> None:
 
 def _say_what_is_there(found: str, chunk: str, routers: list[Any], config: Any) -> None:
     owners: dict[int, dict[str, str]] = {}
+    ours = functools.partial(_products, config)
+    gating = set(map(ours, routers))
     displaced = [record for record in status() if record.state == "displaced"]
-    if displaced or not all(map(_is_as_megatron_made_it, routers)):
+    if displaced or not runs("gating") or not all(map(_is_as_megatron_made_it, routers)):
         from megatron_fp32_router.wrapping import others
 
         owners = {id(router): dict(others.own_functions(router, PATCHED)) for router in routers}
+        gating = others.products(routers, owners, ours)
     protected = "all" if protects_parameters() else "buffers"
     like = f", rounded like {registry.settings.like}" if registry.settings.like else ""
     say(
         logging.INFO,
         f"megatron-fp32-router {__version__} on {of_module(sys.modules['megatron.core'])}{chunk}: {found} "
-        f"(protect={protected}); gating in {_products(routers, owners, config)}{like}",
+        f"(protect={protected}); gating in {'; '.join(sorted(gating))}{like}",
         threshold=registry.settings.log,
     )
     if (mirror := mirrored()) is not None:
@@ -143,25 +147,13 @@ def _is_as_megatron_made_it(router: torch.nn.Module) -> bool:
     return type(router).__module__.startswith("megatron.") and not vars(router).keys() & set(PATCHED)
 
 
-def _products(routers: Iterable[Any], owners: dict[int, dict[str, str]], config: Any) -> str:
-    """How these routers will multiply, as far as can be told before the first forward. `owners`: own_functions()."""
-    if not runs("gating"):
-        gating = next(record for record in status() if record.id == "gating")
-        return f"the products of others: {gating.detail or gating.state}"
+def _products(config: Any, router: Any) -> str:
+    """How the plugin's gating will multiply for a router, as far as can be told before its first forward."""
+    device = router.weight.device
+    if device.type == "meta" or (device.type == "cpu" and torch.cuda.is_available()):
+        return f"products chosen at the first forward (the weight is still on {device.type})"
     activations = torch.float16 if getattr(config, "fp16", False) else torch.bfloat16
-    ways = set()
-    for router in routers:
-        kind, owner = type(router), owners.get(id(router), {}).get("gating")
-        if isinstance(router, tuple(registry.router_classes)):
-            ways.add(f"the products of {kind.__module__}.{kind.__qualname__}")
-        elif owner:
-            ways.add(f"the products of {owner}")
-        elif router.weight.is_meta or (router.weight.device.type == "cpu" and torch.cuda.is_available()):
-            ways.add(f"products chosen at the first forward (the weight is still on {router.weight.device.type})")
-        else:
-            dtype = compute_dtype(config, router.weight)
-            ways.add(choose.in_words(choose.why_not(router.weight.device, activations, router.weight, dtype)))
-    return "; ".join(sorted(ways))
+    return choose.in_words(choose.why_not(device, activations, router.weight, compute_dtype(config, router.weight)))
 
 
 def look_after_wrapping(original: Callable[..., None]) -> Callable[..., None]:
