@@ -7,7 +7,6 @@ torch_dist.
 
 from __future__ import annotations
 
-import contextlib
 import re
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +19,7 @@ from megatron_fp32_router.lab import compat
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
     from megatron_fp32_router.lab.train import Lab
 
@@ -155,22 +155,14 @@ def _load_legacy(room: Lab, folder: Path) -> None:
         room.optimizer.load_parameter_state(str(folder / f"optimizer-{dist.get_rank()}.pt"))
 
 
-@contextlib.contextmanager
-def _step_kept_in_groups(room: Lab) -> Iterator[None]:
+def _step_kept_in_groups(room: Lab) -> AbstractContextManager[None]:
     """Tell the distributed optimizer's checkpoint code that its Adam is one that keeps `step` in the group.
 
     It asks whether TransformerEngine could be imported, not what Adam it holds.
     """
     module = import_module(_DISTRIBUTED)
     flags = ("HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER") if room.recipe.fused_adam else ()
-    kept = {flag: getattr(module, flag) for flag in flags if hasattr(module, flag)}
-    try:
-        for flag in kept:
-            setattr(module, flag, True)
-        yield
-    finally:
-        for flag, value in kept.items():
-            setattr(module, flag, value)
+    return compat.replaced([(module, flag, True) for flag in flags if hasattr(module, flag)])
 
 
 # Looking at it --------------------------------------------------------------------------------------------------------

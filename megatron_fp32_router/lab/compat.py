@@ -6,6 +6,7 @@ name back that it lost; no behaviour is changed, other than that memory nobody w
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.abc
 import importlib.machinery
@@ -15,7 +16,9 @@ import types
 import typing
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 import wrapt
@@ -24,8 +27,7 @@ from packaging.version import Version
 from megatron_fp32_router.lab.recipe import LabError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 
 _CHECKPOINTS = "megatron.core.dist_checkpointing"
@@ -83,6 +85,19 @@ def signature_kwargs(function: Callable[..., Any], **candidates: Any) -> dict[st
     """Those of `candidates` that `function` names among its parameters."""
     known = inspect.signature(function).parameters
     return {name: value for name, value in candidates.items() if name in known}
+
+
+@contextlib.contextmanager
+def replaced(changes: Iterable[tuple[Any, str, Any]], *, create: bool = False) -> Iterator[None]:
+    """Set attributes, given as (owner, name, value), while this is open.
+
+    Raises:
+        AttributeError: an owner has no attribute of that name, and `create` is off.
+    """
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in changes:
+            stack.enter_context(mock.patch.object(owner, name, value, create=create))
+        yield
 
 
 def _minor() -> int:
@@ -253,7 +268,7 @@ class _TritonStub(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def _needs_triton(tree: Path | None) -> bool:
-    for root in [tree] if tree is not None else map(_as_path, sys.path):
+    for root in [tree] if tree is not None else map(Path, sys.path):
         core = root / "megatron" / "core"
         converter = core / "fusions" / "fused_indices_converter.py"
         # Main of spring 2025 has kernels that are decorated whether it is there or not.
@@ -274,12 +289,6 @@ def _triton_stub() -> None:
         # Inductor, which any torch.compile imports, looks into triton: let it find that there is none.
         import_module("torch._inductor.codecache")
         sys.meta_path.append(_TritonStub())
-
-
-def _as_path(entry: str) -> Path:
-    from pathlib import Path
-
-    return Path(entry or ".")
 
 
 def check_release(recipe_router_dtype: str | None) -> None:

@@ -87,7 +87,6 @@ def pretend(compile: bool = False) -> None:
     _devices()
     _streams()
     _random_numbers()
-    logging.getLogger(_RNG_LOGGER).addFilter(_expected)
     _tensors()
     for owner, name, value in cpu_gloo.replacements():
         replace(owner, name, value)
@@ -110,7 +109,6 @@ def _no_toolkit(module: Any) -> None:
 
 def undo() -> None:
     """Put every original back, newest first. Names that Megatron bound at its import keep what they hold."""
-    logging.getLogger(_RNG_LOGGER).removeFilter(_expected)
     _undo_to(0)
 
 
@@ -121,6 +119,16 @@ def _undo_to(length: int) -> None:
             delattr(owner, name)
         else:
             setattr(owner, name, original)
+
+
+@contextlib.contextmanager
+def undone_after() -> Iterator[None]:
+    """Undo, on leaving, every `replace` that was called inside."""
+    start = len(_replaced)
+    try:
+        yield
+    finally:
+        _undo_to(start)
 
 
 def replace(owner: Any, name: str, value: Any) -> None:
@@ -235,14 +243,6 @@ class _Generators:
 
     def __len__(self) -> int:
         return 1
-
-
-_RNG_LOGGER = "megatron.core.tensor_parallel.random"
-
-
-def _expected(record: logging.LogRecord) -> bool:
-    """Drop Megatron's warning that the CPU's generator moved where only CUDA's should have: here they are one."""
-    return "CPU RNG state changed" not in record.getMessage()
 
 
 def _random_numbers() -> None:
@@ -370,22 +370,16 @@ def offloading() -> Iterator[None]:
 
     @functools.wraps(real)
     def split(self: Any, *args: Any) -> Any:
-        start = len(_replaced)
-        replace(torch.Tensor, "is_cuda", property(lambda tensor: not isinstance(tensor, _Host)))
-        replace(torch.Tensor, "cpu", lambda tensor: tensor.as_subclass(_Host))
-        replace(torch.Tensor, "pin_memory", lambda tensor: tensor)
-        try:
+        with undone_after():
+            replace(torch.Tensor, "is_cuda", property(lambda tensor: not isinstance(tensor, _Host)))
+            replace(torch.Tensor, "cpu", lambda tensor: tensor.as_subclass(_Host))
+            replace(torch.Tensor, "pin_memory", lambda tensor: tensor)
             groups = real(self, *args)
-        finally:
-            _undo_to(start)
         for group in groups[0]:
             for param in group["params"]:
                 param.__class__ = torch.Tensor
         return groups
 
-    start = len(_replaced)
-    replace(hybrid, "_get_sub_optimizer_param_groups", split)
-    try:
+    with undone_after():
+        replace(hybrid, "_get_sub_optimizer_param_groups", split)
         yield
-    finally:
-        _undo_to(start)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from megatron_fp32_router.lab import cpu
+from megatron_fp32_router.lab.cpu_gloo import Done
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -17,34 +18,25 @@ if TYPE_CHECKING:
 BUFFERS: Final = "megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer"
 
 
-class _Done:
-    """Collectives that have ended."""
-
-    def wait(self) -> None: ...
-
-
-def _at_once(collective: Callable[..., Any]) -> Callable[..., _Done]:
-    def call(*args: Any, async_op: bool = False, **kwargs: Any) -> _Done:
+def _at_once(collective: Callable[..., Any]) -> Callable[..., Done]:
+    def call(*args: Any, async_op: bool = False, **kwargs: Any) -> Done:
         collective(*args, **kwargs)
-        return _Done()
+        return Done()
 
     return call
 
 
 @contextlib.contextmanager
-def _one_by_one(*args: Any, **kwargs: Any) -> Iterator[_Done]:
+def _one_by_one(*args: Any, **kwargs: Any) -> Iterator[Done]:
     """Stand in for torch's _coalescing_manager, in which Megatron-FSDP gathers and reduces the groups of a unit.
 
     NCCL takes each tensor of such a call by its own dtype (torch's ProcessGroupNCCL.cpp). Gloo takes all of them by
     one: with fp32 router parameters among bf16 ones it hands out other bits, without an error.
     """
-    start = len(cpu._replaced)
-    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
-        cpu.replace(torch.distributed, name, _at_once(getattr(torch.distributed, name)))
-    try:
-        yield _Done()
-    finally:
-        cpu._undo_to(start)
+    with cpu.undone_after():
+        for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+            cpu.replace(torch.distributed, name, _at_once(getattr(torch.distributed, name)))
+        yield Done()
 
 
 def collectives_one_by_one(buffers: Any) -> None:
@@ -55,11 +47,8 @@ def collectives_one_by_one(buffers: Any) -> None:
 @contextlib.contextmanager
 def megatron_fsdp() -> Iterator[None]:
     """Let Megatron-FSDP (0.15 and later; torch 2.13 lacks what 0.14 needs) build and train, while this is open."""
-    start = len(cpu._replaced)
-    # A number: it makes a torch.device("cuda:…") of it.
-    cpu.replace(torch.cuda, "current_device", lambda: 0)
-    collectives_one_by_one(import_module(BUFFERS))
-    try:
+    with cpu.undone_after():
+        # A number: it makes a torch.device("cuda:…") of it.
+        cpu.replace(torch.cuda, "current_device", lambda: 0)
+        collectives_one_by_one(import_module(BUFFERS))
         yield
-    finally:
-        cpu._undo_to(start)

@@ -61,7 +61,7 @@ def _all_to_all_with_lists(real: Callable[..., Any]) -> Callable[..., Any]:
     return all_to_all_single
 
 
-class _Done:
+class Done:
     """A collective that has ended."""
 
     def wait(self) -> None: ...
@@ -77,6 +77,6 @@ def _all_gather_of_unequal_sizes(real: Callable[..., Any]) -> Callable[..., Any]
         for rank, part in enumerate(tensor_list):
             if part.numel():
                 dist.broadcast(part, group=group, group_src=rank)
-        return _Done() if async_op else None
+        return Done() if async_op else None
 
     return all_gather

@@ -242,14 +242,8 @@ def _optimizer(recipe: Recipe, config: Any, chunks: list[Any]) -> Any:
     # 0.15 and later take torch's own where neither TransformerEngine nor apex is there, whatever Adam is.
     if hasattr(optimizer, "USING_PYTORCH_OPTIMIZER"):
         changes.append((optimizer, "USING_PYTORCH_OPTIMIZER", False))
-    originals = [(module, name, getattr(module, name)) for module, name, _ in changes]
-    try:
-        for module, name, value in changes:
-            setattr(module, name, value)
+    with compat.replaced(changes):
         return optimizer.get_megatron_optimizer(settings, chunks)
-    finally:
-        for module, name, value in originals:
-            setattr(module, name, value)
 
 
 def _connect(lab: Lab) -> None:

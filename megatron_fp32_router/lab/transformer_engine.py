@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from packaging.version import Version
 
-from megatron_fp32_router.lab import kernels
+from megatron_fp32_router.lab import compat, kernels
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -150,14 +150,8 @@ def in_use(tree: Path, version: str = "") -> Iterator[Any]:
         (sys.modules[__name__], "FusedAdam", optimizers.FusedAdam),
         (optimizers.FusedAdam, "__module__", __name__),
     ]
-    originals = [(home, name, getattr(home, name)) for home, name, _ in changes]
-    try:
-        for home, name, value in changes:
-            setattr(home, name, value)
+    with compat.replaced(changes):
         yield optimizers
-    finally:
-        for home, name, value in originals:
-            setattr(home, name, value)
 
 
 @contextlib.contextmanager
@@ -190,14 +184,8 @@ def router_in_use(tree: Path, version: str = "") -> Iterator[Any]:
     }
     home = import_module("megatron.core.transformer.moe.moe_utils")
     # Up to 0.17 names that could not be imported are not there at all.
-    before = dict(vars(home))
-    vars(home).update(names)
-    try:
+    with compat.replaced([(home, name, value) for name, value in names.items()], create=True):
         yield router
-    finally:
-        for name in names:
-            del vars(home)[name]
-        vars(home).update({name: before[name] for name in names if name in before})
 
 
 def _forget() -> None:
