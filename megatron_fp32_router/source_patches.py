@@ -42,19 +42,6 @@ class DirtyTreeError(Fp32RouterError):
 
 
 @dataclass(frozen=True)
-class TouchedFile:
-    """A file that a line's patches change.
-
-    Attributes:
-        path: below the root of the tree.
-        released: sha256 -> sha256: as a release of the line has it, and what the patches make of that.
-    """
-
-    path: str
-    released: dict[str, str]
-
-
-@dataclass(frozen=True)
 class Line:
     """The patches for one line of releases.
 
@@ -62,13 +49,14 @@ class Line:
         name: for example core_v0.19.
         home: the folder with the patches of all lines.
         patches: their names there, in the order in which they go in. Lines whose code is alike share them.
-        files: what they change.
+        files: what they change: path below the root of the tree -> sha256 as a release of the line has the file ->
+            sha256 of what the patches make of it.
     """
 
     name: str
     home: Traversable
     patches: tuple[str, ...]
-    files: tuple[TouchedFile, ...]
+    files: dict[str, dict[str, str]]
 
 
 def lines() -> list[Line]:
@@ -92,7 +80,7 @@ def _line(home: Traversable, name: str) -> Line:
         if row and not row.startswith("#"):
             released, patched, path, *_ = row.split()
             changed.setdefault(path, {})[released] = patched
-    return Line(name, home, tuple(patches), tuple(TouchedFile(path, shas) for path, shas in sorted(changed.items())))
+    return Line(name, home, tuple(patches), dict(sorted(changed.items())))
 
 
 def title(line: Line, patch: str) -> str:
@@ -134,14 +122,14 @@ def state(root: Path, line: Line) -> State:
         DirtyTreeError: one of them is something else; the message names it.
     """
     found, strange = set(), []
-    for file in line.files:
-        sha = sha256(_read(root / file.path))
-        if sha in file.released:
+    for path, released in line.files.items():
+        sha = sha256(_read(root / path))
+        if sha in released:
             found.add("released")
-        elif sha in file.released.values():
+        elif sha in released.values():
             found.add("patched")
         else:
-            strange.append(file.path)
+            strange.append(path)
     if strange:
         raise DirtyTreeError(
             f"{root} is neither {line.name} as released nor as patched: {', '.join(strange)} "
@@ -172,14 +160,14 @@ def change(root: Path, line: Line, *, reverse: bool = False) -> list[str]:
             which files could neither be replaced nor put back.
     """
     state(root, line)
-    before = {file.path: _read(root / file.path) for file in line.files}
+    contents = {path: _read(root / path) for path in line.files}
     goals: dict[str, str] = {}
-    for file in line.files:
-        steps = {patched: released for released, patched in file.released.items()} if reverse else file.released
-        goal = steps.get(sha256(before[file.path]))
+    for path, released in line.files.items():
+        steps = {after: before for before, after in released.items()} if reverse else released
+        goal = steps.get(sha256(contents[path]))
         if goal is not None:
-            goals[file.path] = goal
-    after = _patched({path: before[path] for path in goals}, line, reverse) if goals else {}
+            goals[path] = goal
+    after = _patched({path: contents[path] for path in goals}, line, reverse) if goals else {}
     wrong = [path for path, goal in goals.items() if sha256(after[path]) != goal]
     if wrong:
         raise UnknownTreeError(f"the patches of {line.name} made something else of {', '.join(wrong)} than recorded")

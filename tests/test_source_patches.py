@@ -26,7 +26,7 @@ def line_of(release: str) -> source_patches.Line:
 
 def checkout(release: str, root: Path) -> Path:
     """What matters of a release: the files that the patches touch, and the one that says which release it is."""
-    for file in [*(file.path for file in line_of(release).files), "megatron/core/package_info.py"]:
+    for file in [*line_of(release).files, "megatron/core/package_info.py"]:
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ensure_release(release) / file, root / file)
     return root
@@ -58,7 +58,7 @@ def test_patches_go_in_and_come_out_of_every_release_without_a_trace(release: st
     assert content(root) == before
     assert patch(root) == 0
     patched = content(root)
-    assert {path for path in before if patched[path] != before[path]} == {f.path for f in line_of(release).files}
+    assert {path for path in before if patched[path] != before[path]} == line_of(release).files.keys()
     assert patched.keys() == before.keys()
     assert patch(root, "--check") == 0
     assert patch(root) == 0
@@ -191,7 +191,7 @@ def test_replaced_files_are_restored_by_renames_and_others_are_not_touched(
     tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = content(tree)
-    untouched = [tree / file.path for file in line_of(RELEASES[-1]).files[2:]]
+    untouched = [tree / path for path in list(line_of(RELEASES[-1]).files)[2:]]
     inodes = [path.stat().st_ino for path in untouched]
     failing_renames(monkeypatch, 3)
     assert patch(tree) == 2
@@ -204,7 +204,7 @@ def test_files_that_cannot_be_restored_are_named_and_the_command_can_finish_late
     tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = content(tree)
-    first = line_of(RELEASES[-1]).files[0].path
+    first = next(iter(line_of(RELEASES[-1]).files))
     with monkeypatch.context() as broken:
         # The third file cannot be replaced, and then the first one cannot be put back.
         failing_renames(broken, 3, 4)
