@@ -44,10 +44,6 @@ def _demo(arguments: argparse.Namespace) -> int:
     return code
 
 
-def _audit(arguments: argparse.Namespace) -> int:
-    return audit_command.main(arguments)
-
-
 def _predict(arguments: argparse.Namespace) -> int:
     from megatron_fp32_router.serving import command
 
@@ -66,18 +62,6 @@ def _patch(arguments: argparse.Namespace) -> int:
     from megatron_fp32_router import source_patches
 
     return source_patches.main(Path(arguments.megatron), check=arguments.check, reverse=arguments.reverse)
-
-
-def _report(arguments: argparse.Namespace) -> int:
-    return monitor_report.main(arguments)
-
-
-def _check(arguments: argparse.Namespace) -> int:
-    return compat_check.main(arguments)
-
-
-def _doctor(arguments: argparse.Namespace) -> int:
-    return compat_doctor.main(arguments)
 
 
 #: What the help of each command says beside its first line.
@@ -128,7 +112,7 @@ def _parser(with_demo: bool, with_serving: bool = False) -> argparse.ArgumentPar
     run.add_argument("program", nargs=argparse.REMAINDER, help="the script or module, and its own arguments")
     audit = add(
         "audit",
-        _audit,
+        audit_command.main,
         "say what a checkpoint on disk tells about its routers",
         "0 good, 1 a problem was found, 2 could not tell or bad input",
         "audit checkpoints/iter_0010000 --against checkpoints/iter_0005000",
@@ -147,7 +131,7 @@ def _parser(with_demo: bool, with_serving: bool = False) -> argparse.ArgumentPar
     patch.add_argument("--check", action="store_true", help="change nothing; say whether the tree is patched")
     report = add(
         "report",
-        _report,
+        monitor_report.main,
         "turn the monitor's file into a page",
         "0 written, 2 bad input, or the page could not be written",
         "report fp32_router_monitor",
@@ -155,7 +139,7 @@ def _parser(with_demo: bool, with_serving: bool = False) -> argparse.ArgumentPar
     monitor_report.add_arguments(report)
     check = add(
         "check",
-        _check,
+        compat_check.main,
         "say whether the plugin is right for a Megatron",
         "0 it fits, 1 it does not, 2 could not tell or bad input",
         "check --megatron path/to/Megatron-LM",
@@ -163,7 +147,7 @@ def _parser(with_demo: bool, with_serving: bool = False) -> argparse.ArgumentPar
     compat_check.add_arguments(check)
     doctor = add(
         "doctor",
-        _doctor,
+        compat_doctor.main,
         "say everything about this environment on one screen",
         "0 nothing stands in the way, 1 something does, 2 there is no Megatron to look at, or, with\n"
         "  --device, no GPU",
