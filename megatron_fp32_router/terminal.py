@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from typing import Final
 
 PROGRAM: Final = "megatron-fp32-router"
@@ -29,6 +32,24 @@ def refuse(command: str, why: str) -> int:
     """Say why a command could not do it, and return the exit code for that."""
     tell(command, why)
     return 2
+
+
+@contextlib.contextmanager
+def repeating(action: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Call `action` every so many seconds, in a thread of its own, while this is open."""
+    finished = threading.Event()
+
+    def repeat() -> None:
+        while not finished.wait(seconds):
+            action()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        thread.join()
 
 
 def lacking(name: str | None, *packages: str) -> str:

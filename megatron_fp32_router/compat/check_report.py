@@ -90,7 +90,5 @@ class Report:
                 }
                 for t in self.targets
             ],
-            "probe": None
-            if self.probe is None
-            else [{"name": p.name, "holds": p.holds, "detail": p.detail} for p in self.probe.proofs],
+            "probe": None if self.probe is None else [vars(proof) for proof in self.probe.proofs],
         }

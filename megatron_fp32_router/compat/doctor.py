@@ -188,7 +188,7 @@ def _look_at_libraries(found: Diagnosis) -> None:
 
 def _look_at_megatron(found: Diagnosis, given: str | None) -> None:
     installed = find.installed()
-    for patcher, place in environment.patchers(installed):
+    for patcher, place in environment.patchers():
         found.add("note", "other patcher", f"{patcher.name} ({place}): {patcher.displaces}")
     try:
         root = find.root(given)

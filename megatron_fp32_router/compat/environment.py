@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -164,21 +165,16 @@ def switched() -> bool | None:
 
 def libraries() -> Iterator[Library]:
     """wrapt, packaging, torch and TransformerEngine."""
-    yield _library("wrapt", "wrapt", "wrapt")
-    yield _library("packaging", "packaging", "packaging")
-    yield _library("torch", "torch", "torch")
+    for name in ("wrapt", "packaging", "torch"):
+        yield _library(name, name, name)
     yield _library("TransformerEngine", "transformer_engine", "transformer-engine", "transformer-engine-torch")
 
 
 def _library(name: str, module: str, *distributions: str) -> Library:
-    version = None
     for distribution in distributions:
-        try:
-            version = importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        break
-    return Library(name, version, _place(module))
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return Library(name, importlib.metadata.version(distribution), _place(module))
+    return Library(name, None, _place(module))
 
 
 def _place(module: str) -> str | None:
@@ -192,7 +188,7 @@ def _place(module: str) -> str | None:
     return spec.origin or next(iter(spec.submodule_search_locations or ()), None)
 
 
-def patchers(megatrons: list[Path]) -> list[tuple[Patcher, str]]:
+def patchers() -> list[tuple[Patcher, str]]:
     """The known patchers that are here, and where."""
     found = []
     for patcher in PATCHERS:

@@ -7,12 +7,12 @@ optimizers, checkpoints and schedules (probe_areas.py), each only where it belon
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import tempfile
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -22,7 +22,7 @@ from megatron_fp32_router.patching import accepted
 from megatron_fp32_router.patching.judge import Target
 from megatron_fp32_router.patching.record import USUAL
 from megatron_fp32_router.settings import PREFIX
-from megatron_fp32_router.terminal import lacking, tell
+from megatron_fp32_router.terminal import lacking, repeating, tell
 
 #: Areas of which nothing is tried, and why.
 _NOT_TRIED: Final = {
@@ -109,7 +109,7 @@ def run(
             "transformer_engine": transformer_engine,
         }
         env = {f"{PREFIX}_ACCEPTED": str(allowed), f"{PREFIX}_ON_MISMATCH": "raise", f"{PREFIX}_PROTECT": "all"}
-        with _Shown(progress):
+        with _shown(progress):
             for module, its_areas in ((probe_run, probe_run.PROMISES.keys()), (probe_areas, probe_areas.AREAS)):
                 if not its_areas & set(areas):
                     continue
@@ -154,26 +154,18 @@ def _ran(target: Target, functions: list[tuple[str, int]]) -> bool:
     return any(name == last and first_line <= line <= last_line for name, line in functions)
 
 
-class _Shown:
-    """Prints on standard error what the probe is doing: it takes many seconds."""
+@contextlib.contextmanager
+def _shown(progress: Path) -> Iterator[None]:
+    """Print on standard error what the probe is doing: it takes many seconds."""
+    shown, start = 0, time.monotonic()
 
-    def __init__(self, progress: Path) -> None:
-        self._progress = progress
-        self._finished = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+    def look() -> None:
+        nonlocal shown
+        stages = _lines(progress)
+        for stage in stages[shown:]:
+            tell("check", f"probe, {time.monotonic() - start:.0f} s: {stage} …")
+        shown = len(stages)
 
-    def __enter__(self) -> None:
-        tell("check", "the probe is starting Megatron; it takes a minute or two …")
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._finished.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        shown, start = 0, time.monotonic()
-        while not self._finished.wait(0.2):
-            stages = _lines(self._progress)
-            for stage in stages[shown:]:
-                tell("check", f"probe, {time.monotonic() - start:.0f} s: {stage} …")
-            shown = len(stages)
+    tell("check", "the probe is starting Megatron; it takes a minute or two …")
+    with repeating(look, seconds=0.2):
+        yield

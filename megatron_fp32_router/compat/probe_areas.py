@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_fp32_router import disable, enable
-from megatron_fp32_router.compat.probe_proving import Failed, LeftOut, Promise, prove_each
+from megatron_fp32_router.compat.probe_proving import RESUMED, STEPS, Failed, LeftOut, Promise, prove_each, same
 from megatron_fp32_router.compat.probe_run import update
 from megatron_fp32_router.lab import (
     Lab,
@@ -47,8 +47,6 @@ RECIPE: Final = Recipe(
 AREAS: Final = frozenset(
     {"data_parallel", "optimizer", "distributed", "torch_dist", "layer_wise", "schedules", "refit"}
 )
-_STEPS: Final = 3
-
 _PLAIN: Final[dict[str, Any]] = {"fused_adam": True}
 _DISTRIBUTED: Final[dict[str, Any]] = {"optimizer": "distributed", "fused_adam": True}
 
@@ -134,13 +132,7 @@ def _train(room: Lab, first: int = 0) -> list[float]:
     batches = text_batches(room.recipe, seed=7)
     for _ in range(first * room.recipe.micro_batches):
         next(batches)
-    return [room.step(batches) for _ in range(_STEPS)]
-
-
-def _same(what: str, one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    different = checkpoint.differences(one, other)
-    if different:
-        raise Failed(f"{what}: {len(different)} of {len(one)} tensors differ, first {different[0]}")
+    return [room.step(batches) for _ in range(STEPS)]
 
 
 def _parameters(room: Lab) -> dict[str, torch.Tensor]:
@@ -150,16 +142,18 @@ def _parameters(room: Lab) -> dict[str, torch.Tensor]:
     return {name: value for name, value in held.items() if not name.endswith(ends)}
 
 
+def _end(recipe: Recipe) -> dict[str, torch.Tensor]:
+    """Parameters and buffers after a training in a layout of its own."""
+    with layout(recipe):
+        room = _build(recipe)
+        _train(room)
+        return _parameters(room)
+
+
 def _buckets(recipe: Recipe) -> str:
-    ends = []
-    for overlap in (True, False):
-        this = dataclasses.replace(recipe, **_PLAIN, overlap=overlap)
-        with layout(this):
-            room = _build(this)
-            _train(room)
-            ends.append(_parameters(room))
-    _same("with and without overlap", *ends)
-    return f"{_STEPS} steps of 2 ranks end on the same bits with overlapped reduction and without"
+    ends = [_end(dataclasses.replace(recipe, **_PLAIN, overlap=overlap)) for overlap in (True, False)]
+    same("with and without overlap", *ends)
+    return f"{STEPS} steps of 2 ranks end on the same bits with overlapped reduction and without"
 
 
 def _updates(recipe: Recipe) -> str:
@@ -171,7 +165,7 @@ def _updates(recipe: Recipe) -> str:
         alone = {name: router.weight.detach().double().requires_grad_() for name, router in routers.items()}
         adam = torch.optim.AdamW(alone.values(), lr=this.lr, weight_decay=0.0)
         batches = text_batches(this, seed=7)
-        for _ in range(_STEPS):
+        for _ in range(STEPS):
             room.step_without_optimizer(batches)
             for name, router in routers.items():
                 alone[name].grad = router.weight.main_grad.detach().double()
@@ -182,19 +176,13 @@ def _updates(recipe: Recipe) -> str:
             away = float((router.weight.detach().double() - alone[name]).abs().max())
             if router.weight.dtype != torch.float32 or away > 5e-8:
                 raise Failed(f"{name}.weight is {router.weight.dtype}, and {away:.1e} from where Adam moves it in fp64")
-    return f"{_STEPS} steps move fp32 router weights as Adam does in fp64"
+    return f"{STEPS} steps move fp32 router weights as Adam does in fp64"
 
 
 def _distributed_updates(recipe: Recipe) -> str:
-    ends = []
-    for fields in (_PLAIN, _DISTRIBUTED):
-        this = dataclasses.replace(recipe, **fields)
-        with layout(this):
-            room = _build(this)
-            _train(room)
-            ends.append(_parameters(room))
-    _same("the distributed optimizer and one that is not", *ends)
-    return f"{_STEPS} steps of 2 ranks end on the bits of ranks that update everything"
+    ends = [_end(dataclasses.replace(recipe, **fields)) for fields in (_PLAIN, _DISTRIBUTED)]
+    same("the distributed optimizer and one that is not", *ends)
+    return f"{STEPS} steps of 2 ranks end on the bits of ranks that update everything"
 
 
 def _layer_wise_updates(recipe: Recipe) -> str:
@@ -207,8 +195,8 @@ def _layer_wise_updates(recipe: Recipe) -> str:
             _train(room)
             ends.append(layer_wise.parameters(room))
     for mode, end in zip(modes, ends[1:], strict=True):
-        _same(mode, ends[0], end)
-    return f"{_STEPS} steps of 2 ranks end on the bits of ranks that update everything ({', '.join(modes)})"
+        same(mode, ends[0], end)
+    return f"{STEPS} steps of 2 ranks end on the bits of ranks that update everything ({', '.join(modes)})"
 
 
 def _layer_wise_modes() -> list[str]:
@@ -224,7 +212,7 @@ def _layer_wise_resume(recipe: Recipe) -> str:
     for mode in modes:
         with layout(this):
             _resumed(lambda mode=mode: layer_wise.build(this, mode), "torch_dist")  # type: ignore[misc]
-    return f"{_RESUMED} ({', '.join(modes)})"
+    return f"{RESUMED} ({', '.join(modes)})"
 
 
 def _schedule(recipe: Recipe, fields: dict[str, Any]) -> str:
@@ -270,8 +258,6 @@ def _protecting(setting: str) -> Iterator[None]:
 
 # Checkpoints ------------------------------------------------------------------------------------------------------
 
-_RESUMED: Final = f"{_STEPS} steps, save, load and {_STEPS} more end on the bits of {2 * _STEPS}"
-
 
 def _resume(
     recipe: Recipe, *, fields: dict[str, Any], name: str, from_off: bool, engine: tuple[Path, str] | None = None
@@ -287,10 +273,10 @@ def _resume(
             raise Failed(failure)
         raise LeftOut(f"this Megatron cannot save or load it without the plugin either: {upstreams}")
     if not from_off:
-        return _RESUMED
+        return RESUMED
     with _laid_out(without_bias, engine):
         _from_off(without_bias, name)
-    return f"{_RESUMED}; a run without the plugin is resumed with its main copies and moments"
+    return f"{RESUMED}; a run without the plugin is resumed with its main copies and moments"
 
 
 def _failure(action: Callable[[], object]) -> str:
@@ -337,10 +323,10 @@ def _resumed(build: Callable[[], Lab], name: str) -> None:
         checkpoint.save(room, folder, name)
         checkpoint.load(other, folder, name)
     loaded = checkpoint.snapshot(other)
-    losses = [_train(one, _STEPS) for one in (room, other)]
+    losses = [_train(one, STEPS) for one in (room, other)]
     ends = [checkpoint.snapshot(one) for one in (room, other)]
-    _same("saved and loaded", middle, loaded)
-    _same(f"{_STEPS} steps after the load", *ends)
+    same("saved and loaded", middle, loaded)
+    same(f"{STEPS} steps after the load", *ends)
     if losses[0] != losses[1]:
         raise Failed(f"the loaded run has the losses {losses[1]}, and the saved one {losses[0]}")
 
@@ -356,7 +342,7 @@ def _from_off(recipe: Recipe, name: str) -> None:
         other = _build(recipe)
         checkpoint.load(other, folder, name)
         loaded = _whole(other)
-    _same("saved without the plugin, loaded with it", saved, loaded)
+    same("saved without the plugin, loaded with it", saved, loaded)
     for router_name, router in other.routers():
         (main,) = (value for key, value in loaded.items() if key.endswith(f"{_short(router_name)}.weight.main"))
         if not torch.equal(router.weight.detach().view(-1), main):

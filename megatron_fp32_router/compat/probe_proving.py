@@ -7,9 +7,15 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
-from megatron_fp32_router.lab import Recipe
+import torch
+
+from megatron_fp32_router.lab import Recipe, checkpoint
+
+#: How many steps a training of the probe takes before a save, and after it.
+STEPS: Final = 3
+RESUMED: Final = f"{STEPS} steps, save, load and {STEPS} more end on the bits of {2 * STEPS}"
 
 
 class Failed(Exception):
@@ -21,6 +27,13 @@ class LeftOut(Exception):
 
 
 Promise: TypeAlias = Callable[[Recipe], str]
+
+
+def same(what: str, one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """Raise Failed where two snapshots differ; `what` says when they were taken."""
+    different = checkpoint.differences(one, other)
+    if different:
+        raise Failed(f"{what}: {len(different)} of {len(one)} tensors differ, first {different[0]}")
 
 
 def prove_each(

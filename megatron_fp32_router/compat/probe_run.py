@@ -18,15 +18,14 @@ import torch
 
 from megatron_fp32_router import disable, enable
 from megatron_fp32_router.compat.probe_offload import offload
-from megatron_fp32_router.compat.probe_proving import Failed, LeftOut, Promise, prove_each
-from megatron_fp32_router.lab import Lab, Recipe, Routing, build, make_config, make_router, text_batches
+from megatron_fp32_router.compat.probe_proving import STEPS, Failed, LeftOut, Promise, prove_each
+from megatron_fp32_router.lab import Lab, Recipe, Routing, build, make_config, make_router, seed, text_batches
 from megatron_fp32_router.lab.model import default_groups
 from megatron_fp32_router.patching.records import PATCHES
 from megatron_fp32_router.patching.registry import status
 
 #: About 500 tokens an expert and step, which bf16 cannot count; a bias at 0.75 swallows a bf16 step whole.
 RECIPE: Final = Recipe(seq_length=256, micro_batch=4, micro_batches=2, bias_start=0.75)
-_STEPS: Final = 3
 
 #: Neither bf16 nor fp16 can hold it.
 _EXACT: Final = 6.9012345
@@ -160,7 +159,7 @@ def update(recipe: Recipe) -> str:
     batches = text_batches(recipe, seed=1)
     wrong: list[str] = []
     with room.record_routing(add):
-        for step in range(1, _STEPS + 1):
+        for step in range(1, STEPS + 1):
             true.clear()
             counted.clear()
             room.step(batches)
@@ -169,7 +168,9 @@ def update(recipe: Recipe) -> str:
                 if said_E is None or (said_E != counts_E).any():
                     wrong.append(f"step {step}: tokens are counted as {said_E}, and are {counts_E}")
                 total_E = torch.from_numpy(counts_E)
-                torch.distributed.all_reduce(total_E, group=data_parallel_group())
+                # Those that route other tokens through the same routers; no tensor or context parallelism here.
+                group = import_module("megatron.core.parallel_state").get_data_parallel_group()
+                torch.distributed.all_reduce(total_E, group=group)
                 total = total_E.numpy()
                 sign_E = np.sign(total.sum() - total.size * total).astype(np.float32)
                 biases[name] = biases[name] + sign_E * rate
@@ -180,12 +181,7 @@ def update(recipe: Recipe) -> str:
                     wrong.append(f"step {step}: local_tokens_per_expert is not zeroed")
     if wrong:
         raise Failed(wrong[0])
-    return f"{_STEPS} steps: counts and expert_bias have the bits of an integer computation"
-
-
-def data_parallel_group() -> Any:
-    """Those that route other tokens through the same routers; no tensor or context parallelism here."""
-    return import_module("megatron.core.parallel_state").get_data_parallel_group()
+    return f"{STEPS} steps: counts and expert_bias have the bits of an integer computation"
 
 
 def _inference(recipe: Recipe) -> str:
@@ -213,18 +209,17 @@ def _upstream(recipe: Recipe) -> str:
     trained = []
     for on in (False, True):
         (enable if on else disable)()
-        torch.manual_seed(recipe.seed)
-        import_module("megatron.core.tensor_parallel.random").model_parallel_cuda_manual_seed(recipe.seed)
+        seed(recipe.seed)
         room = build(fp32)
         batches = text_batches(fp32, seed=1)
-        losses = [room.step(batches) for _ in range(_STEPS)]
+        losses = [room.step(batches) for _ in range(STEPS)]
         trained.append((losses, [router.expert_bias.clone() for _, router in room.routers()]))
     (off, without), (on_, with_) = trained
     if off != on_:
         raise Failed(f"training in fp32 has the losses {on_}, and {off} without the plugin")
     if not all(torch.equal(one, other) for one, other in zip(without, with_, strict=True)):
         raise Failed("training in fp32 moves expert_bias otherwise than without the plugin")
-    return f"{done}; {_STEPS} steps in fp32 have the losses and biases of a training without the plugin"
+    return f"{done}; {STEPS} steps in fp32 have the losses and biases of a training without the plugin"
 
 
 def _gating_of_upstream(recipe: Recipe) -> str:

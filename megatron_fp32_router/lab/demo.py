@@ -10,7 +10,6 @@ import contextlib
 import json
 import platform
 import tempfile
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +20,7 @@ from megatron_fp32_router.lab import demo_page as drawn
 from megatron_fp32_router.lab import demo_report as report
 from megatron_fp32_router.lab.recipe import LabError, Recipe
 from megatron_fp32_router.patching.megatron import read_version
-from megatron_fp32_router.terminal import tell
+from megatron_fp32_router.terminal import refuse, repeating, tell
 from megatron_fp32_router.version import __version__
 
 if TYPE_CHECKING:
@@ -97,11 +96,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="the folder that holds megatron/; repeat it to see several side by side",
     )
-    add_shared_arguments(parser)
-
-
-def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that scripts/demo hands on as they are."""
     parser.add_argument("--steps", default=str(STEPS), metavar="N", help=f"training steps a run (default {STEPS})")
     parser.add_argument("--seeds", default=str(SEEDS), metavar="N", help=f"repetitions of each run (default {SEEDS})")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
@@ -119,25 +113,21 @@ def main(arguments: argparse.Namespace) -> int:
     try:
         trees, steps, seeds, out = _checked(arguments)
     except LabError as error:
-        return _refuse(str(error))
+        return refuse("demo", str(error))
     try:
         data = _collect(trees, steps, seeds)
     except Fp32RouterError as error:
-        return _refuse(str(error), code=1)
+        tell("demo", str(error))
+        return 1
     try:
         written = _write(data, out, arguments.picture)
     except OSError as error:
-        return _refuse(f"cannot write: {error}")
+        return refuse("demo", f"cannot write: {error}")
     if arguments.json:
         print(json.dumps(_figures(data)))
     else:
         _print(data, written)
     return 0 if report.protected(data) else 1
-
-
-def _refuse(reason: str, code: int = 2) -> int:
-    tell("demo", reason)
-    return code
 
 
 def _checked(arguments: argparse.Namespace) -> tuple[dict[str, Path], int, int, Path]:
@@ -212,7 +202,6 @@ def _shown(files: Mapping[str, Path], steps: int) -> Iterator[None]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    finished = threading.Event()
     with Progress(*columns, TextColumn("{task.fields[loss]}"), console=Console(stderr=True)) as bars:
         tasks = {label: bars.add_task(label, total=steps, loss="starting") for label in files}
 
@@ -222,17 +211,10 @@ def _shown(files: Mapping[str, Path], steps: int) -> Iterator[None]:
                 if lines:
                     bars.update(tasks[label], completed=len(lines), loss=f"loss {lines[-1]}")
 
-        def watch() -> None:
-            while not finished.wait(0.25):
-                look()
-
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
         try:
-            yield
+            with repeating(look, seconds=0.25):
+                yield
         finally:
-            finished.set()
-            watcher.join()
             look()
 
 

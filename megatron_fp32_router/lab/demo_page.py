@@ -23,17 +23,11 @@ _LOOKS: Final = {"exact": "exactly", "wrong_size": "short", "reversed": "reverse
 _STEP: Final = "training step"
 
 
-def _over_seeds(runs: list[dict[str, Any]], key: str) -> list[tuple[float, float, float]]:
-    """(smallest, mean, largest) over seeds, for each step."""
-    columns = zip(*(run["series"][key] for run in runs), strict=True)
-    return [(min(values), sum(values) / len(values), max(values)) for values in columns]
-
-
 def _banded(data: dict[str, Any], release: dict[str, Any], key: str, title: str, label: str, caption: str) -> str:
     """Off and on: the mean of the seeds, and a band from the smallest to the largest."""
     lines, bands, said = [], [], []
     for name in RUNS:
-        low, mean, high = zip(*_over_seeds(release[name], key), strict=True)
+        low, mean, high = zip(*report.over_seeds(release[name], key), strict=True)
         lines.append(Line(f"plugin {name}", mean, name, name, _DASHES[name], _MARKERS[name]))
         if len(release[name]) > 1:
             lines += [

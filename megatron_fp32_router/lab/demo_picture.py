@@ -65,11 +65,10 @@ def _draw_bias(axis: Any, release: dict[str, Any]) -> str:
 def _draw_counter(axis: Any, release: dict[str, Any]) -> str:
     """The counter's error: the mean of the seeds, and a band from the smallest to the largest."""
     for name in RUNS:
-        columns = list(zip(*(run["series"]["count_error"] for run in release[name]), strict=True))
-        steps, often = range(1, len(columns) + 1), max(1, len(columns) // 8)
-        means = [sum(values) / len(values) for values in columns]
-        axis.fill_between(steps, list(map(min, columns)), list(map(max, columns)), color=COLOURS[name], alpha=0.2, lw=0)
-        axis.plot(steps, means, color=COLOURS[name], label=f"plugin {name}", markevery=often, **_SHAPES[name])
+        low, mean, high = zip(*report.over_seeds(release[name], "count_error"), strict=True)
+        steps, often = range(1, len(mean) + 1), max(1, len(mean) // 8)
+        axis.fill_between(steps, low, high, color=COLOURS[name], alpha=0.2, lw=0)
+        axis.plot(steps, mean, color=COLOURS[name], label=f"plugin {name}", markevery=often, **_SHAPES[name])
     top = report.span(release["off"], "count_error")[1]
     axis.set_ylabel("counting error, tokens (worst expert)")
     axis.set_ylim(-0.03 * max(1.0, top), 1.3 * max(1.0, top))

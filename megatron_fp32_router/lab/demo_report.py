@@ -17,6 +17,7 @@ with one RUN for each seed:
 
 from __future__ import annotations
 
+import statistics
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -85,6 +86,12 @@ def span(runs: list[dict[str, Any]], key: str) -> tuple[float, float]:
     return min(values), max(values)
 
 
+def over_seeds(runs: list[dict[str, Any]], key: str) -> list[tuple[float, float, float]]:
+    """(smallest, mean, largest) over seeds of one of `series`, for each step."""
+    columns = zip(*(run["series"][key] for run in runs), strict=True)
+    return [(min(values), sum(values) / len(values), max(values)) for values in columns]
+
+
 def overlaps(release: dict[str, Any], key: str) -> bool:
     """Whether a figure with the plugin lies among those without it, as far as these seeds tell."""
     (low, high), (other_low, other_high) = (span(release[name], key) for name in RUNS)
@@ -125,8 +132,7 @@ def rows(data: dict[str, Any]) -> list[list[str]]:
 
 def usual_step(runs: list[dict[str, Any]]) -> float:
     """The median step of an update that went the right way; 0 if none did."""
-    steps = sorted(run["step"] for run in runs)
-    return float(steps[len(steps) // 2])
+    return float(statistics.median_high(run["step"] for run in runs))
 
 
 def _dtype(kinds: list[str] | None) -> str:

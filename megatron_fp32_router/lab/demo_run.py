@@ -43,17 +43,11 @@ def _best_weight(lab: Lab, weight: torch.Tensor) -> tuple[torch.Tensor, str]:
 
     if weight.dtype not in (torch.bfloat16, torch.float16):
         return weight.detach().double().clone(), "the fp32 weight"
-    for optimizer in getattr(lab.optimizer, "chained_optimizers", [lab.optimizer]):
-        groups = zip(
-            getattr(optimizer, "float16_groups", []),
-            getattr(optimizer, "fp32_from_float16_groups", []),
-            strict=True,
-        )
-        for low, main in groups:
-            for parameter, copy in zip(low, main, strict=True):
-                if parameter is weight:
-                    return copy.detach().double().clone(), "the optimizer's fp32 copy of the weight"
-    return weight.detach().double().clone(), "the model's bf16 weight (no fp32 copy is reachable)"
+    main = lab.main_weight(weight)
+    what = "the optimizer's fp32 copy of the weight"
+    if main.dtype == weight.dtype:
+        what = "the model's bf16 weight (no fp32 copy is reachable)"
+    return main.double().clone(), what
 
 
 def _expert_sets(hidden_TH: torch.Tensor, router: Any, weight_EH: torch.Tensor, bias_E: torch.Tensor) -> torch.Tensor:
@@ -71,9 +65,8 @@ def _expert_sets(hidden_TH: torch.Tensor, router: Any, weight_EH: torch.Tensor, 
 class _Observer:
     """Watches a Lab step by step and keeps what the comparison needs."""
 
-    def __init__(self, lab: Lab, last_step: int) -> None:
-        self.lab, self.last_step = lab, last_step
-        self.step = 0
+    def __init__(self, lab: Lab, steps: int) -> None:
+        self.lab, self.steps = lab, steps
         self.names = [name for name, _ in lab.routers()]
         self.routings: list[Routing] = []
         #: One entry a step, [L, E]: true counts int64; what the counter held and the biases, before the
@@ -99,7 +92,7 @@ class _Observer:
         self.counts.append(np.stack([counts[name] for name in self.names]))
         self.counters.append(self._stacked("local_tokens_per_expert"))
         self.biases.append(self._stacked("expert_bias"))
-        if self.step == self.last_step:
+        if len(self.counts) == self.steps:
             self._compare()  # before the optimizer changes the weights that made these decisions
         self.routings.clear()
 
@@ -111,10 +104,6 @@ class _Observer:
             sets_TE = _expert_sets(hidden_TH, routing.router, weight_EH, bias_E)
             self.differing += int((sets_TE != routing.routing_map).any(dim=-1).sum())
             self.compared += sets_TE.shape[0]
-
-    def after_step(self) -> None:
-        """Called after every step."""
-        self.step += 1
 
     def result(self) -> dict[str, Any]:
         """The part of a RUN (see demo_report.py) that was watched."""
@@ -202,7 +191,7 @@ def _train(recipe: Recipe, arguments: Mapping[str, Any]) -> dict[str, Any]:
     laboratory.seed(recipe.seed)
     lab = laboratory.build(recipe)
     wrapped = _dtypes(lab)
-    observer = _Observer(lab, last_step=steps - 1)
+    observer = _Observer(lab, steps)
     lab.on_counts.append(observer.look)
     batches = laboratory.text_batches(recipe, recipe.seed)
     started = time.process_time()
@@ -210,7 +199,6 @@ def _train(recipe: Recipe, arguments: Mapping[str, Any]) -> dict[str, Any]:
     with lab.record_routing(observer.routings.append), open(arguments["progress"], "a", encoding="utf-8") as lines:
         for _ in range(steps):
             losses.append(float(lab.step(batches)))
-            observer.after_step()
             print(f"{losses[-1]:.4f}", file=lines, flush=True)
     trained = _dtypes(lab)
     result = observer.result()

@@ -60,22 +60,12 @@ def _write(tensor: torch.Tensor, values: torch.Tensor) -> None:
         _memory(tensor, values.dtype).copy_(values.reshape(-1).view(torch.uint8))
 
 
-def adam(
-    chunk_size: int,
-    noop_flag: torch.Tensor,
-    tensor_lists: Lists,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    epsilon: float,
-    step: int,
-    mode: int,
-    bias_correction: int,
-    weight_decay: float,
-) -> None:
-    """One step of Adam. Lists: gradients, parameters, both moments, and main copies where there are any."""
+def adam(chunk_size: int, noop_flag: torch.Tensor, tensor_lists: Lists, *hyper: Any) -> None:
+    """One step of Adam. Lists: gradients, parameters, both moments, and main copies where there are any.
+
+    `hyper`: the last parameters of `_moved`, in that order.
+    """
     _check(tensor_lists, torch.float32)
-    hyper = (lr, beta1, beta2, epsilon, step, mode, bias_correction, weight_decay)
     for grad, param, first, second, *main in zip(*tensor_lists, strict=True):
         moved = _moved(main[0] if main else param, grad, first, second, *hyper)
         for target in (param, *main):

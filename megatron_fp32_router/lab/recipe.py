@@ -124,8 +124,7 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """As plain values; the `extra` fields must hold only what JSON can."""
-        further = {name: dict(getattr(self, name)) for name in ("extra", "optimizer_extra", "ddp_extra")}
-        return {**asdict(self), **further}
+        return asdict(self)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Recipe:

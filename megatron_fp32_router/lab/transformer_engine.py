@@ -24,7 +24,7 @@ from packaging.version import Version
 from megatron_fp32_router.lab import compat, kernels
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 #: Packages of which only parts are imported.
 _WITHOUT_INIT: Final = tuple(
@@ -117,7 +117,6 @@ def in_use(tree: Path, version: str = "") -> Iterator[Any]:
         tree: the folder into which the wheel `transformer-engine` is unpacked, which holds Python only.
         version: what Megatron is told, which asks for it before it uses a feature; by default the truth.
     """
-    told = Version(version or next(tree.glob("transformer_engine-*.dist-info")).stem.partition("-")[2])
     modules = _imported(tree, "optimizers")
     optimizers = modules["transformer_engine.pytorch.optimizers"]
     names = {
@@ -125,7 +124,7 @@ def in_use(tree: Path, version: str = "") -> Iterator[Any]:
         "USING_PYTORCH_OPTIMIZER": False,
         "HAVE_APEX_OR_TE": True,
         "USING_TE_OPTIMIZER": True,
-        "is_te_min_version": lambda least, *_, **__: told >= Version(least),
+        "is_te_min_version": _is_te_min_version(tree, version),
         # Called through Megatron's own local_multi_tensor_applier, which hands on what TransformerEngine's does.
         "l2_norm_impl": kernels.l2norm,
         "multi_tensor_scale_impl": kernels.scale,
@@ -165,7 +164,6 @@ def router_in_use(tree: Path, version: str = "") -> Iterator[Any]:
     Yields:
         The module `transformer_engine.pytorch.router`.
     """
-    told = Version(version or next(tree.glob("transformer_engine-*.dist-info")).stem.partition("-")[2])
     modules = _imported(tree, "router", "cpp_extensions.gemm")
     router, product = (modules[f"transformer_engine.pytorch.{name}"] for name in ("router", "cpp_extensions.gemm"))
     # It asks the GPU how much room cuBLAS wants.
@@ -179,13 +177,19 @@ def router_in_use(tree: Path, version: str = "") -> Iterator[Any]:
     names = {
         "HAVE_TE": True,
         "te_general_gemm": te_general_gemm,
-        "is_te_min_version": lambda least, *_, **__: told >= Version(least),
+        "is_te_min_version": _is_te_min_version(tree, version),
         **{name: getattr(router, name) for name in fused},
     }
     home = import_module("megatron.core.transformer.moe.moe_utils")
     # Up to 0.17 names that could not be imported are not there at all.
     with compat.replaced([(home, name, value) for name, value in names.items()], create=True):
         yield router
+
+
+def _is_te_min_version(tree: Path, version: str) -> Callable[..., bool]:
+    """Megatron's function of that name, for TransformerEngine below `tree`. `version`: as for `in_use`."""
+    told = Version(version or next(tree.glob("transformer_engine-*.dist-info")).stem.partition("-")[2])
+    return lambda least, *_, **__: told >= Version(least)
 
 
 def _forget() -> None:
