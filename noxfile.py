@@ -84,22 +84,8 @@ def independent(session: nox.Session) -> None:
         session.log(f"{browser.MISSING}: tests/test_pages.py is run in part")
         without = ["-m", "not in_browser"]
     ledger = ROOT / "results" / "independent.json"
-    where = [
-        "tests",
-        "--ignore",
-        "tests/megatron",
-        "--ignore",
-        "tests/trees",
-        "--ignore",
-        "tests/downstream",
-        "--ignore",
-        "tests/test_matrix.py",
-        "--ignore",
-        "tests/gpu",
-        "--ledger",
-        str(ledger),
-        *without,
-    ]
+    others = ("megatron", "trees", "downstream", "test_matrix.py", "gpu")
+    where = ["tests", *(f"--ignore=tests/{name}" for name in others), "--ledger", str(ledger), *without]
     session.run(sys.executable, *PYTEST, *where, *session.posargs, success_codes=_good_codes(session))
 
 

@@ -91,6 +91,21 @@ def say(text: str) -> None:
     sys.stderr.flush()
 
 
+def environment_without_plugin(**variables: str) -> dict[str, str]:
+    """The caller's environment without the plugin's variables, and with *variables*."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MEGATRON_FP32_ROUTER")}
+    return kept | variables
+
+
+def run_package(python: str, name: str, arguments: list[str], **variables: str) -> int:
+    """Run a package of this folder with an interpreter, and return the exit code."""
+    paths = [str(ROOT), str(ROOT / "scripts"), os.environ.get("PYTHONPATH", "")]
+    # With the plugin's messages, every model would add a line.
+    variables |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "MEGATRON_FP32_ROUTER_LOG": "warning"}
+    command = [python, "-W", "ignore", "-m", name, *arguments]
+    return subprocess.run(command, env=environment_without_plugin(**variables), check=False).returncode
+
+
 def ensure_environment(extra: str) -> Path:
     """Make `.venv` with this Python, install the package with *extra* into it, and return its interpreter.
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import itertools
 import json
 import re
 import sys
@@ -49,10 +50,7 @@ def line_of(release: str) -> str:
 
 def lines() -> dict[str, list[str]]:
     """Line -> its releases, oldest first."""
-    found: dict[str, list[str]] = {}
-    for release in RELEASES:
-        found.setdefault(line_of(release), []).append(release)
-    return found
+    return {line: list(releases) for line, releases in itertools.groupby(RELEASES, line_of)}
 
 
 def digest(tree: Path) -> str:

@@ -127,7 +127,7 @@ def measure(shape: Shape, device: torch.device, turns: int = 7) -> dict[str, Any
     exact = {"logits": (x, w.t()), "gradient of the weight": (g.t(), x), "gradient of the input": (g, w)}
     references = {name: (a @ b, (a.abs() @ b.abs()).clamp_min(1e-300)) for name, (a, b) in exact.items()}
     del x, w, g
-    chosen = _chosen(references["logits"][0])
+    chosen = chosen_experts(references["logits"][0])
     row: dict[str, Any] = dict(zip(("tokens", "hidden", "experts"), shape, strict=True)) | {"ways": {}}
     reason = choose.unfit(device, torch.bfloat16, o.w, torch.float32)
     row["auto"] = choose.in_words(reason)
@@ -144,7 +144,7 @@ def measure(shape: Shape, device: torch.device, turns: int = 7) -> dict[str, Any
                 assert result is not None
                 error = (result.double() - reference).abs() / unit
                 found[product] = {"max": float(error.max()), "mean": float(error.mean())}
-            others = float((_chosen(logits) != chosen).any(dim=1).double().mean())
+            others = float((chosen_experts(logits) != chosen).any(dim=1).double().mean())
             row["ways"][name] = {"errors": found, "other_experts": others, "forward_ms": None, "backward_ms": None}
         row["splitting_ms"] = None
         if device.type == "cuda":
@@ -162,7 +162,7 @@ def measure(shape: Shape, device: torch.device, turns: int = 7) -> dict[str, Any
     return row
 
 
-def _chosen(logits: torch.Tensor) -> torch.Tensor:
+def chosen_experts(logits: torch.Tensor) -> torch.Tensor:
     """bool [T, E]: the experts with the eight largest logits, as scores that grow with them choose."""
     best = logits.topk(min(8, logits.shape[1]), dim=1).indices
     return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, best, True)

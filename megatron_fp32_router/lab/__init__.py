@@ -32,26 +32,14 @@ if TYPE_CHECKING:
     from megatron_fp32_router.lab.text import text_batches
     from megatron_fp32_router.lab.train import Lab, Routing, build, build_model, wrap
 
-_HOMES = {
-    "Lab": "train",
-    "LabError": "recipe",
-    "RankFailedError": "launch",
-    "RanksTimedOutError": "launch",
-    "Recipe": "recipe",
-    "Routing": "train",
-    "build": "train",
-    "build_model": "train",
-    "layout": "groups",
-    "leave_layout": "groups",
-    "make_config": "model",
-    "make_router": "model",
-    "megatron_version": "compat",
-    "parallel": "groups",
-    "prepare": "groups",
-    "run_ranks": "launch",
-    "seed": "groups",
-    "text_batches": "text",
-    "wrap": "train",
+_NAMES = {
+    "compat": ("megatron_version",),
+    "groups": ("layout", "leave_layout", "parallel", "prepare", "seed"),
+    "launch": ("RankFailedError", "RanksTimedOutError", "run_ranks"),
+    "model": ("make_config", "make_router"),
+    "recipe": ("LabError", "Recipe"),
+    "text": ("text_batches",),
+    "train": ("Lab", "Routing", "build", "build_model", "wrap"),
 }
 
 __all__ = [
@@ -79,8 +67,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Fetch a public name from the file it lives in, on first use."""
-    if name not in _HOMES:
+    home = next((home for home, names in _NAMES.items() if name in names), None)
+    if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = getattr(import_module(f"{__name__}.{home}"), name)
     globals()[name] = value
     return value

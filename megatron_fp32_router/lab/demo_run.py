@@ -62,11 +62,12 @@ def _expert_sets(hidden_TH: torch.Tensor, router: Any, weight_EH: torch.Tensor, 
     return torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(1, chosen, True)
 
 
-class _Observer:
-    """Watches a Lab step by step and keeps what the comparison needs."""
+class Observer:
+    """Watches a Lab step by step and keeps what the comparison needs. scripts/studies uses it too."""
 
-    def __init__(self, lab: Lab, steps: int) -> None:
-        self.lab, self.steps = lab, steps
+    def __init__(self, lab: Lab, compare_at: int | None = None) -> None:
+        """`compare_at`: the step, from 1, whose routing is compared with fp64."""
+        self.lab, self.compare_at = lab, compare_at
         self.names = [name for name, _ in lab.routers()]
         self.routings: list[Routing] = []
         #: One entry a step, [L, E]: true counts int64; what the counter held and the biases, before the
@@ -92,7 +93,7 @@ class _Observer:
         self.counts.append(np.stack([counts[name] for name in self.names]))
         self.counters.append(self._stacked("local_tokens_per_expert"))
         self.biases.append(self._stacked("expert_bias"))
-        if len(self.counts) == self.steps:
+        if len(self.counts) == self.compare_at:
             self._compare()  # before the optimizer changes the weights that made these decisions
         self.routings.clear()
 
@@ -105,13 +106,18 @@ class _Observer:
             self.differing += int((sets_TE != routing.routing_map).any(dim=-1).sum())
             self.compared += sets_TE.shape[0]
 
+    def recorded(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Biases before the first and after every update [S + 1, L, E]; true counts and counters, both [S, L, E]."""
+        import numpy as np
+
+        return np.stack([*self.biases, self._stacked("expert_bias")]), np.stack(self.counts), np.stack(self.counters)
+
     def result(self) -> dict[str, Any]:
         """The part of a RUN (see demo_report.py) that was watched."""
         import numpy as np
 
         recipe = self.lab.recipe
-        bias_SLE = np.stack([*self.biases, self._stacked("expert_bias")])
-        counts_SLE, counters_SLE = np.stack(self.counts), np.stack(self.counters)
+        bias_SLE, counts_SLE, counters_SLE = self.recorded()
         result = compared(bias_SLE, counts_SLE, recipe.bias_rate)
         errors_SLE = np.abs(counters_SLE - counts_SLE)
         violation_SL = counts_SLE.max(axis=-1) / counts_SLE.mean(axis=-1) - 1
@@ -191,7 +197,7 @@ def _train(recipe: Recipe, arguments: Mapping[str, Any]) -> dict[str, Any]:
     laboratory.seed(recipe.seed)
     lab = laboratory.build(recipe)
     wrapped = _dtypes(lab)
-    observer = _Observer(lab, steps)
+    observer = Observer(lab, compare_at=steps)
     lab.on_counts.append(observer.look)
     batches = laboratory.text_batches(recipe, recipe.seed)
     started = time.process_time()

@@ -60,9 +60,8 @@ class Lab:
     #: Whether the last optimizer step was taken; fp16 skips one on overflow.
     stepped: bool = True
     grad_norm: float | None = None
-    #: Router name -> bool maps [tokens, experts] of this step's micro-batches, after `record_routing(True)`.
+    #: Router name -> bool maps [tokens, experts] of this step's micro-batches, after `record_routing()`.
     routing_maps: dict[str, list[torch.Tensor]] = field(default_factory=dict)
-    _recording: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False)
 
     def routers(self) -> list[tuple[str, Any]]:
         """(qualified name, TopKRouter) of every router on this rank; "chunkN." leads when there are several."""
@@ -108,22 +107,18 @@ class Lab:
         )
         return mean_over_ranks([float(item["loss"]) for item in losses])
 
-    def record_routing(self, into: Callable[[Routing], None] | bool = True) -> contextlib.ExitStack:
+    def record_routing(self, into: Callable[[Routing], None] | None = None) -> contextlib.ExitStack:
         """Record every routing decision, from now until the returned context is left or closed.
 
         Args:
-            into: called with each Routing; True: bool maps are kept in `routing_maps`, emptied at the start of
-                every step; False: stop keeping them.
+            into: called with each Routing. By default bool maps are kept in `routing_maps`, which is emptied at the
+                start of every step.
         """
-        if isinstance(into, bool):
-            self._recording.close()
-            if not into:
-                return self._recording
 
         def keep(routing: Routing) -> None:
             self.routing_maps.setdefault(routing.name, []).append(routing.routing_map)
 
-        receive = keep if isinstance(into, bool) else into
+        receive = into or keep
 
         def hook_for(name: str) -> Callable[..., None]:
             def hook(router: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -133,7 +128,7 @@ class Lab:
 
             return hook
 
-        stack = self._recording if isinstance(into, bool) else contextlib.ExitStack()
+        stack = contextlib.ExitStack()
         for name, router in self.routers():
             stack.callback(router.register_forward_hook(hook_for(name)).remove)
         return stack

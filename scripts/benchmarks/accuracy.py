@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 
-from megatron_fp32_router.compat.device import Operands
+from megatron_fp32_router.compat.device import Operands, chosen_experts
 from megatron_fp32_router.gating import split
 from megatron_fp32_router.gating.matmul import mm, tf32
 
 WAYS = ("fp32", "split", "TF32", "bf16")
-TOPK = 8
 
 
 def synthetic(tokens: int = 1024, hidden: int = 1024, experts: int = 64, seed: int = 6) -> dict[str, Operands]:
@@ -57,7 +56,7 @@ def real(steps: int = 20, **fields: Any) -> Operands:
     import megatron_fp32_router
     from megatron_fp32_router import lab
 
-    recipe = lab.Recipe(**{"hidden": 256, "experts": 32, "topk": TOPK, "seq_length": 256, **fields})
+    recipe = lab.Recipe(**{"hidden": 256, "experts": 32, "topk": 8, "seq_length": 256, **fields})
     seen: list[torch.Tensor] = []
     megatron_fp32_router.enable()
     with lab.parallel(recipe):
@@ -121,11 +120,6 @@ def all_ways(o: Operands) -> dict[str, dict[str, torch.Tensor]]:
     }
 
 
-def _chosen(logits: torch.Tensor) -> torch.Tensor:
-    """bool [T, E]: the experts with the top-k logits, as scores that grow with them choose."""
-    return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, logits.topk(TOPK, dim=1).indices, True)
-
-
 def errors(o: Operands) -> dict[str, Any]:
     """Maximum and mean error of every way and product, each relative to the sum of its absolute terms, sum |a b|.
 
@@ -142,8 +136,8 @@ def errors(o: Operands) -> dict[str, Any]:
             # An expert that no token chose has no terms at all, and no error.
             error = (results[way][name].double() - reference).abs() / units[name].clamp_min(1e-300)
             table[name][way] = {"max": float(error.max()), "mean": float(error.mean())}
-    best = _chosen(exact["logits"])
+    best = chosen_experts(exact["logits"])
     table["tokens that get other experts"] = {
-        way: float((_chosen(results[way]["logits"]) != best).any(dim=1).double().mean()) for way in WAYS
+        way: float((chosen_experts(results[way]["logits"]) != best).any(dim=1).double().mean()) for way in WAYS
     }
     return table

@@ -85,7 +85,8 @@ def _machine(machine: dict[str, Any]) -> str:
     )
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table in Markdown; all columns but the first are aligned to the right."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
 
@@ -116,7 +117,7 @@ def _startup(found: dict[str, Any]) -> str:
     ]
     return (
         f"## Interpreter start\n\nMilliseconds of `python -c pass`, {found['starts']} starts of each kind in turn.\n\n"
-        + _table(("", "start", "more than without"), rows)
+        + markdown_table(("", "start", "more than without"), rows)
     )
 
 
@@ -129,7 +130,7 @@ def _construction(found: dict[str, Any]) -> str:
         "## Building a model\n\n"
         f"The laboratory's {found['size']} model, with DDP and its optimizer; {found['pairs']} pairs. Peak memory is "
         "what building it adds to a process of its own.\n\n"
-        + _table(
+        + markdown_table(
             ("", "off", "on", "on/off"),
             [
                 ("time, ms", _ms(found["off_ms"]), _ms(found["on_ms"]), _ratio(found)),
@@ -147,7 +148,7 @@ def _step(rows: list[dict[str, Any]]) -> str:
     return (
         "## A training step\n\nThe laboratory's model on a CPU in bf16, two micro-batches; forward to optimizer."
         "\n\n"
-        + _table(
+        + markdown_table(
             ("model", "hidden", "layers", "experts", "tokens", "off, ms", "on, ms", "pairs", "on/off"),
             [
                 (
@@ -174,7 +175,7 @@ def _optimizers(rows: list[dict[str, Any]]) -> str:
         "kernels are emulated on a CPU, off and on alike; Muon is Megatron's. With either, the optimizer's step waits "
         "for the device no more often and copies no bf16 parameter more than without the plugin "
         "(`tests/megatron/test_optimizer_step.py`).\n\n"
-        + _table(
+        + markdown_table(
             ("optimizer", "off, ms", "on, ms", "pairs", "on/off"),
             [(row["optimizer"], _ms(row["off_ms"]), _ms(row["on_ms"]), row["pairs"], _ratio(row)) for row in rows],
         )
@@ -185,7 +186,7 @@ def _balance(rows: list[dict[str, Any]]) -> str:
     return (
         "## The balance update\n\nOnce a step, all layers, zeroing included, one rank. Operations are counted "
         "(what torch dispatches), not timed.\n\n"
-        + _table(
+        + markdown_table(
             ("layers", "experts", "upstream, ms", "plugin, ms", "on/off", "operations", "upstream's", "share"),
             [
                 (
@@ -212,7 +213,7 @@ def _monitor(found: dict[str, Any]) -> str:
         f"## Monitor\n\nThe laboratory's {found['size']} model under the plugin, in one run that looks at every "
         f"second step; {found['pairs']} pairs of a step that is looked at and the one before it. Operations are "
         f"counted in one step, of {off:,} without the monitor. What N=100 costs is a hundredth of a look.\n\n"
-        + _table(
+        + markdown_table(
             ("MEGATRON_FP32_ROUTER_MONITOR", "more operations in a step", "time over a step without a look"),
             [
                 ("off", 0, ""),
@@ -243,7 +244,7 @@ def _gating(results: dict[str, Any]) -> str:
                 )
             )
     head = ("tokens x hidden x experts", "arithmetic", "forward, ms", "over bf16", "backward, ms", share)
-    text = _table(head, rows)
+    text = markdown_table(head, rows)
     if cpu:
         return (
             "bf16 is what upstream multiplies in while `moe_router_dtype` is unset, fp32 what the plugin does on a "
@@ -262,7 +263,7 @@ def _not_measured() -> str:
         (f"{model} ({t} x {h} x {e})", *(f"{bound_ms(way, t, h, e, PEAKS['H100']):.3f}" for way in ways))
         for model, (t, h, e) in SHAPES.items()
     ]
-    return NO_GPU + "\n" + _table(("tokens x hidden x experts", *ways), rows)
+    return NO_GPU + "\n" + markdown_table(("tokens x hidden x experts", *ways), rows)
 
 
 def _accuracy(cases: dict[str, Any]) -> str:
@@ -280,7 +281,7 @@ def _accuracy(cases: dict[str, Any]) -> str:
                 rows.append((product, *(f"{found[way]:.2%}" for way in ways)))
             else:
                 rows.append((product, *(f"{found[way]['max']:.1e} / {found[way]['mean']:.1e}" for way in ways)))
-        parts.append(f"{name}:\n\n" + _table(("", *ways), rows))
+        parts.append(f"{name}:\n\n" + markdown_table(("", *ways), rows))
     return "\n".join(parts)
 
 
@@ -298,7 +299,7 @@ def _growth(cpu: dict[str, Any]) -> str:
         "Bytes that one rank hands to the update's all-reduce, counted; and KiB that it sends in a ring of 8 and of "
         "4,096 ranks, 2 (N - 1) / N times that. Integers are four times as wide as upstream's bf16 counts; they go in "
         "one collective a step, as upstream's do, and at these sizes its latency is what counts.\n\n"
-        + _table(
+        + markdown_table(
             ("layers", "experts", "upstream, B", "plugin, B", "8 ranks: off", "on", "4,096 ranks: off", "on"), rows
         )
         + "\n"

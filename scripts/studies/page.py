@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import statistics
 import textwrap
 from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, Final
+
+from benchmarks.page import markdown_table
 
 from studies import pictures, simulation, training
 
@@ -99,9 +102,7 @@ def _differences(trainings: list[dict[str, Any]], name: str) -> list[tuple[str, 
 
 def _interval(values: Sequence[float], t: float) -> tuple[float, float]:
     """Mean, and half the width of its interval."""
-    mean = sum(values) / len(values)
-    deviation = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
-    return mean, t * deviation / len(values) ** 0.5
+    return statistics.mean(values), t * statistics.stdev(values) / len(values) ** 0.5
 
 
 def _summary(trainings: list[dict[str, Any]], simulations: list[dict[str, Any]]) -> str:
@@ -224,7 +225,7 @@ spacing. *Counter*: the largest error of a token counter, in tokens.
                 f"{max(run['count_error'] for run in runs):.0f}",
             ]
         )
-    text += _table(head, rows)
+    text += markdown_table(head, rows)
     text += f"""
 ### Load violation and loss
 
@@ -238,7 +239,7 @@ interval of 95 % for that one comparison, and in brackets the one that holds for
             mean, one = _interval(pairs, _T_ONE)
             rows.append([release, f"{start:g}", f"{before:.4f}", f"{before + mean:.4f}"])
             rows[-1].append(f"{mean:+.4f} ± {one:.4f} (± {_interval(pairs, _T_ALL)[1]:.4f})")
-        text += _table([what, "biases from", "off", "on", "difference"], rows) + "\n"
+        text += markdown_table([what, "biases from", "off", "on", "difference"], rows) + "\n"
     return (
         text
         + """\
@@ -314,7 +315,7 @@ among experts whose load is more than 1 % from the mean, for whom the update mat
             )
     return (
         text
-        + _table(head, rows)
+        + markdown_table(head, rows)
         + """
 In a ring the sum soon is so large that a rank's count is less than half of its spacing, and is lost: the sum stands
 still, often at the same number for all experts, which then look balanced (100 %). Where it stands depends on the
@@ -331,8 +332,3 @@ def _share(found: list[float] | None) -> str:
         return "none there"
     mean, width = found
     return "0" if mean == 0 else f"{mean:.2%} ± {width:.2%}"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "".join("| " + " | ".join(str(cell) for cell in line) + " |\n" for line in lines)

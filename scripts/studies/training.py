@@ -129,32 +129,20 @@ def _one(recipe: Recipe, run: Run, steps: int) -> dict[str, Any]:
     import numpy as np
 
     from megatron_fp32_router import lab as laboratory
+    from megatron_fp32_router.lab.demo_run import Observer
 
     recipe = replace(recipe, seed=run.seed, bias_start=run.start)
     laboratory.seed(run.seed)
     lab = laboratory.build(recipe)
-    lab.record_routing(True)
-    counts: list[np.ndarray[Any, Any]] = []
-    counters: list[np.ndarray[Any, Any]] = []
-    biases: list[np.ndarray[Any, Any]] = []
-
-    def stacked(name: str) -> np.ndarray[Any, Any]:
-        return np.stack([getattr(router, name).detach().double().numpy() for _, router in lab.routers()])
-
-    def look(_: object) -> None:
-        maps = [lab.routing_maps[name] for name, _ in lab.routers()]
-        counts.append(np.stack([sum(np.asarray(m).sum(axis=0, dtype=np.int64) for m in several) for several in maps]))
-        counters.append(stacked("local_tokens_per_expert"))
-        biases.append(stacked("expert_bias"))
-
-    lab.on_counts.append(look)
+    observer = Observer(lab)
+    lab.on_counts.append(observer.look)
     batches = laboratory.text_batches(recipe, run.seed)
     started = time.process_time()
-    losses = [lab.step(batches) for _ in range(steps)]
+    with lab.record_routing(observer.routings.append):
+        losses = [lab.step(batches) for _ in range(steps)]
     seconds = time.process_time() - started
-    lab.record_routing(False)
-    counts_SLE = np.stack(counts)
-    found = compared_with_rule(np.stack([*biases, stacked("expert_bias")]), counts_SLE, recipe.bias_rate)
+    bias_SLE, counts_SLE, counters_SLE = observer.recorded()
+    found = compared_with_rule(bias_SLE, counts_SLE, recipe.bias_rate)
     violation_S = (counts_SLE.max(axis=-1) / counts_SLE.mean(axis=-1) - 1).mean(axis=-1)
     return {
         "release": run.release,
@@ -165,7 +153,7 @@ def _one(recipe: Recipe, run: Run, steps: int) -> dict[str, Any]:
         "settings": settings_name(),
         **{name: value for name, value in found.items() if name != "wrong_at"},
         "wrong_at": _thinned(found["wrong_at"]),
-        "count_error": float(np.abs(np.stack(counters) - counts_SLE).max()),
+        "count_error": float(np.abs(counters_SLE - counts_SLE).max()),
         "max_vio": _thinned(violation_S.tolist()),
         "max_vio_end": _mean(violation_S.tolist()[-LAST:]),
         "loss": _thinned(losses),

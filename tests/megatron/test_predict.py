@@ -59,7 +59,7 @@ def test_a_training_of_five_steps_ends_at_the_biases_that_its_counts_predict(bui
     room.step(batches)  # after the first forward, expert_bias has the dtype it trains in
     for _, router in room.routers():
         router.expert_bias.fill_(0.75)
-    room.record_routing(True)
+    room.record_routing()
     run = Run(release=str(release))
     expected = {name: as_array(router.expert_bias) for name, router in room.routers()}
     wrong = updates = 0
