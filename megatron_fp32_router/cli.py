@@ -163,7 +163,7 @@ def _parser(with_demo: bool, with_serving: bool = False) -> argparse.ArgumentPar
         "demo --megatron path/to/Megatron-LM",
     )
     if with_demo:
-        # Its options live in the laboratory, which a training job never loads.
+        # Its options are in the laboratory, which a training never imports.
         from megatron_fp32_router.lab import demo as laboratory_demo
 
         laboratory_demo.add_arguments(demo)
@@ -182,7 +182,7 @@ def _parser(with_demo: bool, with_serving: bool = False) -> argparse.ArgumentPar
         "parity fp32_router_monitor --for vllm==0.33.0 --config export/config.json",
     )
     if with_serving:
-        # Nor what is about serving.
+        # Theirs are in serving/, which the other commands do not need.
         from megatron_fp32_router.serving import command as serving_command
         from megatron_fp32_router.serving import parity_command
 
@@ -197,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser(given[:1] == ["demo"], given[:1] in (["predict"], ["parity"])).parse_args(given)
     action: Callable[[argparse.Namespace], int] = arguments.action
     if action is _run:
-        return _run(arguments)  # its streams are the user's program's
+        return _run(arguments)  # the user's program decides about its own streams
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A log in ASCII gets "?" for a table's lines, not a traceback.
@@ -206,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = action(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read this, `head` say, has enough; what is still to be written goes nowhere.
+        # The reader, `head` for example, has closed the pipe: discard what is still to be written.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 2
     return code

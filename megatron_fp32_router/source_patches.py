@@ -1,8 +1,8 @@
 """Applying patches/ to a Megatron tree that cannot be patched while it runs: `megatron-fp32-router patch`.
 
-What a tree is, is decided by the content of the files that the patches touch, not by its version or its history:
-`LINE.files` beside `LINE.series` has their sha256, as released and as patched. Everything happens on copies; the
-files of the tree are replaced at the end, one rename each, and put back if one of those fails.
+Whether a tree is released or patched is decided by the content of the files that the patches touch, not by its version
+or its history: `LINE.files` beside `LINE.series` has their sha256, as released and as patched. Patches are applied to
+copies. At the end these replace the files of the tree, one rename each; if a rename fails, all files are put back.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _PACKAGE: Any = files("megatron_fp32_router")  # a Path, or a zipfile.Path; both have a parent
 
-#: Inside the package where it is installed, beside it in a checkout. Either may lie in a zip.
+#: Inside the package where it is installed, beside it in a checkout. Either may be in a zip.
 HOMES: tuple[Traversable, ...] = (_PACKAGE / "patches", _PACKAGE.parent / "patches")
 
 State = Literal["released", "patched", "half patched"]
@@ -149,15 +149,15 @@ def _read(path: Path) -> bytes:
 
 
 def change(root: Path, line: Line, *, reverse: bool = False) -> list[str]:
-    """Apply the patches of `line` to the tree at `root`, or take them back. A tree in between is completed.
+    """Apply the patches of `line` to the tree at `root`, or take them back. A half patched tree is completed.
 
     Returns:
         The files that were changed, none where nothing was left to do.
 
     Raises:
         UnknownTreeError: see `state`; also when git is missing or the files cannot be written.
-        DirtyTreeError: see `state`. Nothing has been changed then, nor after any other error, unless the message says
-            which files could neither be replaced nor put back.
+        DirtyTreeError: see `state`. After an error nothing has changed, unless the message names files that could not
+            be put back.
     """
     state(root, line)
     contents = {path: _read(root / path) for path in line.files}
@@ -176,7 +176,7 @@ def change(root: Path, line: Line, *, reverse: bool = False) -> list[str]:
 
 
 def _patched(contents: dict[str, bytes], line: Line, reverse: bool) -> dict[str, bytes]:
-    """What the patches make of `contents`, in a folder of their own: git apply skips what lies above its folder."""
+    """What the patches make of `contents`, in a new folder: git apply skips what is above its folder."""
     with tempfile.TemporaryDirectory(prefix="fp32-router-patch-") as name:
         work = Path(name).resolve()
         for path, content in contents.items():
@@ -192,7 +192,7 @@ def run_patches(folder: Path, line: Line, only: list[str], *, reverse: bool = Fa
     Raises:
         UnknownTreeError: git is missing, or a patch does not apply; its own message is included.
     """
-    # Neither a repository around the folder nor the user's settings (autocrlf, whitespace) play a part.
+    # Leave out a repository around the folder, and the user's settings (autocrlf, whitespace).
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     environment |= {
         "GIT_CEILING_DIRECTORIES": str(folder.parent),
@@ -212,10 +212,10 @@ def run_patches(folder: Path, line: Line, only: list[str], *, reverse: bool = Fa
 
 
 def _install(root: Path, after: dict[str, bytes]) -> None:
-    """Replace the files, all or none. Anything may fail before the first rename without a trace.
+    """Replace the files, all or none. A failure before the first rename leaves no trace.
 
-    Each file that is replaced leaves a copy beside it until all are. Should a later one fail, those copies take the
-    places of the replaced ones again, by renames: files that were not replaced are not touched at all.
+    A copy of each file is kept beside it until all are replaced. If one cannot be replaced, the copies of those that
+    were are renamed back; files that were not replaced are not touched at all.
     """
     new = {path: (root / path).with_name(f".{Path(path).name}.fp32-router") for path in after}
     kept = {path: (root / path).with_name(f".{Path(path).name}.fp32-router-kept") for path in after}
@@ -228,7 +228,8 @@ def _install(root: Path, after: dict[str, bytes]) -> None:
             for path, beside in new.items():
                 beside.replace(root / path)
         except BaseException as error:
-            # What is no longer beside its goal has been renamed. os.path, which never raises: unseen counts as renamed.
+            # New content that is not beside its file has been renamed. os.path.exists never raises: a file that cannot
+            # be seen counts as renamed.
             renamed = [path for path, beside in new.items() if not os.path.exists(beside)]
             stuck = _put_back(root, {path: kept[path] for path in renamed})
             if stuck:
@@ -242,12 +243,12 @@ def _install(root: Path, after: dict[str, bytes]) -> None:
         raise UnknownTreeError(f"nothing was changed: cannot write below {root}: {error}") from error
     finally:
         for beside in (*new.values(), *kept.values()):
-            with contextlib.suppress(OSError):  # renamed, never written, or where nothing can be written any more
+            with contextlib.suppress(OSError):  # it was renamed or never written, or nothing can be written any more
                 beside.unlink()
 
 
 def _put_back(root: Path, kept: dict[str, Path]) -> list[str]:
-    """Give files their former content; those with which that fails are returned."""
+    """Give files their former content; return those where that fails."""
     stuck = []
     for path, copy in kept.items():
         try:
@@ -258,7 +259,7 @@ def _put_back(root: Path, kept: dict[str, Path]) -> list[str]:
 
 
 def main(root: Path, *, check: bool, reverse: bool) -> int:
-    """The command. Prints what it did or found, and on standard error why it did nothing; returns the exit code."""
+    """Run the command, print what it did or found, or on standard error why it did nothing; return the exit code."""
     try:
         line = find_line(root)
         now = state(root, line)

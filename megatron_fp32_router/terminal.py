@@ -1,4 +1,4 @@
-"""How every command speaks: one prefix for what goes to standard error, colour only where somebody looks."""
+"""What all commands print with: one prefix for standard error, and colours on a terminal only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ AUDIT: Final = ("numpy", "ml_dtypes", "safetensors")
 
 
 def printable(text: str) -> str:
-    """Without control characters: names in a file may hold what a terminal obeys."""
+    """`text` without control characters, which names in a file may hold and a terminal would obey."""
     return "".join(char if char.isprintable() else "?" for char in text)
 
 
@@ -29,7 +29,7 @@ def tell(command: str, what: str) -> None:
 
 
 def refuse(command: str, why: str) -> int:
-    """Say why a command could not do it, and return the exit code for that."""
+    """Print why a command could not do its work, and return the exit code for that."""
     tell(command, why)
     return 2
 
@@ -53,7 +53,7 @@ def repeating(action: Callable[[], None], seconds: float) -> Iterator[None]:
 
 
 def lacking(name: str | None, *packages: str) -> str:
-    """That a package is missing, and how this interpreter gets it. By their own names: an index may not have ours."""
+    """Say that a package is missing, and how to install it: by its own name, as an index may not have this package."""
     return f"{name} is not installed: {sys.executable} -m pip install {' '.join(packages)}"
 
 

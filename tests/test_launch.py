@@ -44,7 +44,7 @@ def test_only_ranks_that_never_met_are_started_once_more(
         with pytest.raises(lab.RankFailedError):
             lab.run_ranks("a:b", lab.Recipe(), plugin=False)
     assert len(tried) == tries
-    assert ("starting them anew" in capsys.readouterr().err) == (tries == 2)
+    assert ("starting them again" in capsys.readouterr().err) == (tries == 2)
 
 
 #: A group in a circle, and a process that is forked with it and then makes enough objects for a collection.

@@ -173,7 +173,7 @@ def _accepted_path(arguments: argparse.Namespace) -> Path:
 
 
 def _require_writable(path: Path) -> None:
-    """The probe takes many seconds: what cannot be written after it is said before it."""
+    """Refuse before the probe, which takes a minute, what could not be written after it."""
     if not path.parent.is_dir():
         raise Fp32RouterError(f"{path} cannot be written: there is no folder {path.parent}")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
@@ -182,7 +182,7 @@ def _require_writable(path: Path) -> None:
 
 def _accepted_file(arguments: argparse.Namespace) -> Accepted:
     path = _accepted_path(arguments)
-    # A file that somebody named has to be there, except the one that is to be written.
+    # A file that the user named has to be there, unless it is to be written.
     if not path.exists() and (arguments.accept is not None or str(path) == accepting.DEFAULT):
         return Accepted()
     return accepting.read(path)
@@ -209,7 +209,7 @@ def _probe(report: Report, arguments: argparse.Namespace) -> None:
         found = [t for t in unproven if bool(t.areas & set(report.areas)) == asked]
         areas = ",".join(sorted({area for t in found for area in t.areas}))
         way_out = "which you vouch for" if report.vouched else "read the diff; --unproven vouches for it"
-        way_out = way_out if asked else f"for it was not asked; add {areas} to --for"
+        way_out = way_out if asked else f"which --for did not ask for; add {areas} to it"
         if found:
             names = ", ".join(sorted(t.dotted for t in found))
             report.notes.append(f"has drifted and did not run in the probe, {way_out}: {names}")
@@ -220,7 +220,7 @@ def _accept(report: Report, arguments: argparse.Namespace) -> None:
     if report.verdict != "fits" or report.probe is None:
         report.notes.append("nothing is accepted: only a passing probe can be recorded")
         return
-    # What an earlier file accepts, and this probe did not run, holds as it did.
+    # What an earlier file accepts and this probe did not run stays accepted.
     accepted = [target for target in report.targets if target.accepted or target in report.proven]
     if not accepted:
         report.notes.append("nothing has drifted, so there is nothing to accept, and no file is needed")

@@ -12,7 +12,7 @@ from megatron_fp32_router.compat.show import table
 from megatron_fp32_router.patching.record import AREAS
 from megatron_fp32_router.terminal import painted, tell
 
-#: So many lines of a diff are shown in a terminal; --json has all of them.
+#: How many lines of a diff are shown in a terminal; --json has all of them.
 _DIFF_LINES: Final = 40
 
 
@@ -48,7 +48,7 @@ def _print_table(report: Report) -> None:
     rows = [
         ("accepted" if t.accepted else t.state, t.dotted.removeprefix("megatron."), t.detail)
         for t in report.targets
-        # Of a version that is no known release, nothing better than "known" can be said of any function.
+        # In a version that is no known release, no function can be better than "known".
         if t.state not in ("match", "known") or (t.state == "known" and report.known_release)
     ]
     print(report.root)

@@ -28,7 +28,7 @@ class Report:
     targets: list[Target] = field(default_factory=list)
     #: What the job uses, of patching.record.AREAS.
     areas: tuple[str, ...] = USUAL
-    #: Sentences that stand against it, beside the targets that do not fit.
+    #: Other reasons why the plugin does not fit, beside the targets.
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     probe: Outcome | None = None
@@ -42,7 +42,7 @@ class Report:
         return [t for t in self.targets if not t.fits and t not in self.proven and t.areas & set(self.areas)]
 
     def area(self, name: str) -> str:
-        """A word about an area: whether it fits, or what comes of it."""
+        """Whether an area fits, and if not, what a training does about it."""
         drifted = [t for t in self.targets if not t.fits and name in t.areas]
         if all(t in self.proven for t in drifted):
             return "fits, proven by the probe" if drifted and not self.vouched else "fits"
@@ -61,7 +61,7 @@ class Report:
 
     @property
     def verdict(self) -> Verdict:
-        """The one word."""
+        """Whether the plugin fits."""
         if self.unknown:
             return "unknown"
         failed = self.probe is not None and not self.probe.passed

@@ -1,7 +1,7 @@
 """`doctor --device`: how exact and fast the router's products are on this GPU, and whether a graph can capture them.
 
-Everything runs with TF32 allowed, as in NVIDIA's containers: if it reaches a product that it must not reach, it shows.
-Without a GPU split products and TF32 are emulated: errors mean something then, times do not and are left out.
+Everything runs with TF32 allowed, as in NVIDIA's containers, so that errors show a product that wrongly uses it.
+Without a GPU, split products and TF32 are emulated. Their errors are right; their times mean nothing and are left out.
 
 Shapes: T tokens, H hidden size, E experts.
 """
@@ -25,14 +25,14 @@ from megatron_fp32_router.settings import PREFIX
 
 Shape = tuple[int, int, int]
 
-#: Of the environment: what TF32 is before a program says anything.
+#: Variables of torch and of NVIDIA that turn TF32 on or off.
 TF32_VARIABLES: Final = ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE")
 
 #: DeepSeek-V3's router, one micro-batch of one sequence; and what a CPU emulates in seconds.
 ON_A_GPU: Final[Shape] = (4096, 7168, 256)
 ON_A_CPU: Final[Shape] = (1024, 1024, 64)
 
-#: Split products may be so much less exact than plain ones, on average: as in the tests.
+#: How many times as large as that of plain products the mean error of split ones may be; the same as in the tests.
 TOLERANCE: Final = 1.5
 
 #: fp32's mean error is below 1e-7 at all sizes in use, TF32's above 1e-6.
@@ -48,12 +48,12 @@ class Operands(NamedTuple):
 
 
 Gradients = tuple[torch.Tensor | None, torch.Tensor | None]
-#: forward and backward: the logits, and the gradients of input and weight. What is cast in every call is cast in it.
+#: forward and backward: the logits, and the gradients of input and weight. Both include the casts of every step.
 Way = tuple[Callable[[], torch.Tensor], Callable[[], Gradients]]
 
 
 def operands(shape: Shape, device: torch.device) -> Operands:
-    """Of the sizes that a trained model has."""
+    """Random operands, of the magnitudes that a trained model has."""
     random = torch.Generator().manual_seed(6)
     (tokens, hidden, experts) = shape
     x = torch.randn(tokens, hidden, generator=random).bfloat16()
@@ -80,10 +80,10 @@ def _tf32_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def ways(o: Operands) -> dict[str, Way]:
-    """The arithmetics that routers are computed in.
+    """The ways to compute a router's products, by name.
 
     bf16: upstream's with moe_router_dtype unset. TF32: upstream's gradients with TransformerEngine. fp32 and split: the
-    plugin's. The weight is split before: that is done once a step.
+    plugin's. The weight is split beforehand, since that is done once a step.
     """
     x, w, g = o
     low, parts = w.bfloat16(), split.split_weight(w)
@@ -110,7 +110,7 @@ def ways(o: Operands) -> dict[str, Way]:
 
 
 def milliseconds(action: Callable[[], object], calls: int = 20) -> float:
-    """Of one call on CUDA: the device's own time, over enough calls to fill its queue."""
+    """Time of one call on CUDA: the device's own, over enough calls to fill its queue."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     for _ in range(calls):
@@ -245,7 +245,7 @@ def _transformer_engine() -> dict[str, Any]:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "transformer_engine":
             found["detail"] = f"cannot be imported: {error}"
-    except Exception as error:  # a library that does not load raises whatever it likes; it is what is asked here
+    except Exception as error:  # a library that does not load may raise anything, which is reported
         found["detail"] = f"cannot be imported: {type(error).__name__}: {str(error).splitlines()[0]}"
     else:
         named = ("transformer_engine", "transformer_engine_torch", "transformer_engine.pytorch.router")

@@ -132,7 +132,7 @@ def main(arguments: argparse.Namespace) -> int:
     for about, look in looks.items():
         try:
             look()
-        except OSError as error:  # a folder on the path that nobody may read, say; the rest is still worth seeing
+        except OSError as error:  # for example a folder on the path that may not be read; the rest is still shown
             found.add("unknown", about, f"cannot be looked at: {error}")
     if arguments.json:
         print(json.dumps(found.to_json(), indent=1))
@@ -166,7 +166,7 @@ def _look_at_activation(found: Diagnosis) -> None:
     if switch is False:
         found.add("problem", "switch", f"{PREFIX}=0 turns the plugin off, whatever else asks for it")
     elif switch is None and read:
-        found.add("note", "switch", f"{PREFIX} is not set: only a program that imports megatron_fp32_router has it")
+        found.add("note", "switch", f"{PREFIX} is not set: only programs that import megatron_fp32_router have it")
 
 
 def _look_at_libraries(found: Diagnosis) -> None:
@@ -226,7 +226,7 @@ def _look_at_device(found: Diagnosis, shapes: list[tuple[int, int, int]]) -> Non
 
 
 def _accepted(found: Diagnosis) -> accepting.Accepted:
-    """What a training would honour: the file of the variable alone. One that cannot be read would stop it."""
+    """The changes that a training would accept: those in the file of the variable. An unreadable one would stop it."""
     path = _settings().accepted
     if not path:
         return accepting.Accepted()
@@ -305,7 +305,7 @@ def _what(target: Target) -> str:
 
 
 def _brief(findings: list[Finding]) -> list[Finding]:
-    """The same, with all good libraries in one line and without their folders: paths are long, a screen is small."""
+    """The same, with all good libraries in one line and without their folders, to fit one screen."""
     names = {library.name for library in environment.libraries()}
     good = [finding for finding in findings if finding.about in names and finding.level == "ok"]
     if not good:

@@ -51,7 +51,7 @@ class Patcher:
     Attributes:
         name: what people call it.
         module: the package by which it is recognised.
-        displaces: what of ours it replaces or goes around, as its sources were when we read them.
+        displaces: which of the plugin's targets it replaces or bypasses; read in its sources.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Patcher:
 
 PATCHERS: Final = (
     Patcher("MindSpeed", "mindspeed", "replaces whole functions by its own copies once its features are on"),
-    Patcher("MindSpeed-LLM", "mindspeed_llm", "has copies of the router and of finalize_model_grads: not reached"),
+    Patcher("MindSpeed-LLM", "mindspeed_llm", "has its own router and finalize_model_grads, which are not patched"),
     Patcher("Primus", "primus", "replaces _update_router_expert_bias, and TopKRouter by a class of its own"),
     Patcher("musa_patch", "musa_patch", "replaces functions of megatron.core at import"),
     Patcher("verl", "verl", "replaces TopKRouter.__init__ and .routing when it replays routing; counts by itself"),
@@ -182,19 +182,19 @@ def _place(module: str) -> str | None:
     try:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):
-        return None  # half-made in sys.modules: as good as not there
+        return None  # incomplete in sys.modules, which counts as missing
     if spec is None:
         return None
     return spec.origin or next(iter(spec.submodule_search_locations or ()), None)
 
 
 def patchers() -> list[tuple[Patcher, str]]:
-    """The known patchers that are here, and where."""
+    """The known patchers that are installed here, and where."""
     found = []
     for patcher in PATCHERS:
         top, _, inner = patcher.module.partition(".")
         if inner:
-            # Not find_spec, which would import `megatron` to look into it.
+            # Not find_spec of the whole name, which would import `megatron`.
             spec = importlib.util.find_spec(top)
             places = list(spec.submodule_search_locations or ()) if spec is not None else []
             place = next((str(Path(p) / inner) for p in places if (Path(p) / inner).is_dir()), None)

@@ -1,4 +1,4 @@
-"""Where is the Megatron? Installed, or in a folder that somebody names; never imported."""
+"""Find Megatron: the installed one, or that in a folder which the user names. It is never imported."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def installed() -> list[Path]:
     try:
         spec = importlib.util.find_spec("megatron")
     except (ImportError, ValueError, AttributeError):
-        return []  # a half-made `megatron` in sys.modules; the caller reports that none was found
+        return []  # an incomplete `megatron` in sys.modules; the caller reports that none was found
     places = list(spec.submodule_search_locations or ()) if spec is not None else []
     return [Path(place).parent for place in dict.fromkeys(places) if (Path(place) / "core").is_dir()]
 
@@ -32,7 +32,7 @@ def root(given: str | None) -> Path:
     """The folder that holds `megatron/`: what the user named, or the installed one.
 
     Raises:
-        NoMegatronError: there is none, or nobody may look.
+        NoMegatronError: there is none, or it may not be looked for.
     """
     try:
         return _root(given)
@@ -56,7 +56,7 @@ def _root(given: str | None) -> Path:
         return found[0]
     path = Path(given).absolute()
     if ".." in path.parts:
-        path = path.resolve()  # only then: a link keeps the name that the user gave it
+        path = path.resolve()  # only then, so that a link keeps the name that the user gave
     if not path.exists():
         raise NoMegatronError(f"--megatron {given}: no such path")
     if path.suffix == ".whl":
@@ -77,7 +77,7 @@ def _root(given: str | None) -> Path:
 
 
 def megatron(root: Path) -> Megatron:
-    """What that Megatron says of itself.
+    """The Megatron in `root`, with the version that it states.
 
     Raises:
         NoMegatronError: `package_info.py` does not say which version it is.
@@ -93,16 +93,16 @@ def megatron(root: Path) -> Megatron:
 
 
 def commit(root: Path) -> str:
-    """The commit of the clone or submodule that the tree is.
+    """The commit of a tree that is a clone or a submodule.
 
     Raises:
-        NoMegatronError: it is none, or git is not there to be asked.
+        NoMegatronError: it is neither, or git is not installed.
     """
     try:
         asked = ["git", "-C", str(root), "rev-parse", "HEAD"]
         done = subprocess.run(asked, capture_output=True, text=True, check=False)
     except OSError as error:
-        raise NoMegatronError(f"--pin: git cannot be asked for the commit: {error.strerror or error}") from error
+        raise NoMegatronError(f"--pin: git, which knows the commit, cannot run: {error.strerror or error}") from error
     if done.returncode:
-        raise NoMegatronError(f"--pin: {root} is no clone whose commit git could tell: {done.stderr.strip()}")
+        raise NoMegatronError(f"--pin: git cannot tell the commit of {root}: {done.stderr.strip()}")
     return done.stdout.strip()

@@ -1,8 +1,8 @@
-"""The behavioural part of `check`: the laboratory trains on the tree, and what the plugin promises is compared.
+"""The behavioural part of `check`: the laboratory trains on the tree, and tries whether the plugin's promises hold.
 
-The trainings are processes of their own, in which what has drifted counts as accepted, so that the plugin is applied to
-it; everything else stops them as it would stop a real one. One rank tries the router (probe_run.py), two ranks try
-optimizers, checkpoints and schedules (probe_areas.py), each only where it belongs to what was asked for.
+The trainings run in processes of their own. There, drifted functions count as accepted, so that the plugin is applied
+to them; anything else stops such a training as it would stop a real one. One rank tries the router (probe_run.py), two
+ranks try optimizers, checkpoints and schedules (probe_areas.py), and only the areas that were asked for.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Proof:
     """One thing that the probe tried.
 
     Attributes:
-        name: what.
+        name: what was tried.
         holds: whether it is as the plugin promises; None: nothing was tried.
         detail: the figures, what is wrong, or why nothing was tried.
     """
@@ -48,12 +48,12 @@ class Proof:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a probe.
+    """The result of a probe.
 
     Attributes:
         proofs: one for each promise; where a training itself broke off, one that says so.
         unproven: names of the drifted targets that did not run in it, so that nothing is known about them.
-        seconds: that it took.
+        seconds: how long it took.
     """
 
     proofs: list[Proof]
@@ -146,7 +146,7 @@ def _worst(found: Sequence[Sequence[Any]]) -> Proof:
 
 
 def _ran(target: Target, functions: list[tuple[str, int]]) -> bool:
-    """Whether a drifted target was run: called, or, for what is no function, imported."""
+    """Whether a drifted target was called; what is no function counts as run."""
     last = target.name.rpartition(":")[2].rpartition(".")[2]
     first_line, last_line = target.span
     if target.span == (0, 0):

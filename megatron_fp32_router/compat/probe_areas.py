@@ -98,9 +98,9 @@ def _of_precision_aware(engine: str) -> dict[str, Promise]:
 
         return {"distributed: precision-aware": left_out}
     config = import_module("megatron.core.optimizer").OptimizerConfig
-    # Of main copies in two halves, Megatron can load fewer formats.
+    # Where main copies are kept in two halves, Megatron can load fewer formats.
     whole = compat.signature_kwargs(config, store_param_remainders=False)
-    # Older releases always have halves where TransformerEngine does, and ask for its version.
+    # Older releases keep halves wherever TransformerEngine can, which they decide by its version.
     told = "" if whole else "2.0"
     fields = {"optimizer": "distributed", "optimizer_extra": {"use_precision_aware_optimizer": True, **whole}}
     return {
@@ -248,7 +248,7 @@ def _refit(recipe: Recipe) -> str:
 
 @contextlib.contextmanager
 def _protecting(setting: str) -> Iterator[None]:
-    """With that PROTECT on this rank, or without the plugin where it is "off"."""
+    """Run with this value of PROTECT on this rank, or without the plugin where it is "off"."""
     with _without_plugin():
         if setting != "off":
             enable(protect=setting)
@@ -280,7 +280,7 @@ def _resume(
 
 
 def _failure(action: Callable[[], object]) -> str:
-    """What `action` stopped with, or nothing; that something differs is not a stop, and goes through."""
+    """The error that stopped `action`, in words, or "". Failed, that something differs, is raised."""
     try:
         action()
     except Failed:
@@ -350,13 +350,14 @@ def _from_off(recipe: Recipe, name: str) -> None:
 
 
 def _short(name: str) -> str:
-    """A router's name from `decoder` on: wrappers lead it."""
+    """A router's name from `decoder` on, without what wrappers put before it."""
     return name[name.index("decoder") :]
 
 
 def _whole(room: Lab) -> dict[str, torch.Tensor]:
-    """Main copies and moments of all ranks, each as one line of numbers: ranks of a distributed optimizer have slices
-    of them, cut differently with the plugin and without.
+    """Main copies and moments of all ranks, each joined to one flat tensor.
+
+    Ranks of a distributed optimizer have slices of them, which are cut differently with the plugin and without.
     """
     held = checkpoint.snapshot(room)
     mine = {

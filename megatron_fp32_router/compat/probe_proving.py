@@ -42,8 +42,8 @@ def prove_each(
     """Try promises one after the other.
 
     Args:
-        stop: let through what a promise raises, except Failed: other ranks may wait for this one. What was done before
-            it lies in the file `arguments["done"]`, one result a line.
+        stop: raise what a promise raises, except Failed and LeftOut, as other ranks may wait for this one. Results from
+            before are in the file `arguments["done"]`, one a line.
 
     Returns:
         `proofs`: [name, holds, detail] of each; holds is None for what was left out. `ran`: [name, line] of every
@@ -75,7 +75,7 @@ def prove_each(
             results.append([name, None, str(error)])
         except Failed as error:
             results.append([name, False, str(error)])
-        except Exception as error:  # what breaks a promise may be anything; it is reported by its name
+        except Exception as error:  # a changed Megatron may raise anything, which is reported
             if stop:
                 raise
             results.append([name, False, f"{type(error).__name__}: {error}"])

@@ -108,7 +108,7 @@ def _gating(recipe: Recipe) -> str:
 
 
 def _close(what: str, found: torch.Tensor, exact: np.ndarray, magnitude: np.ndarray, terms: int) -> None:
-    """Compare with the bound for a sum of `terms` products in fp32, in whatever order (Higham, section 3.1)."""
+    """Compare with the bound for a sum of `terms` products in fp32, in any order (Higham, section 3.1)."""
     error = np.abs(found.detach().cpu().double().numpy() - exact)
     allowed = (terms + 1) * 2.0**-24 * magnitude
     if (error > allowed).any():
@@ -203,7 +203,7 @@ def _inference(recipe: Recipe) -> str:
 
 
 def _upstream(recipe: Recipe) -> str:
-    """In a regime where upstream itself loses nothing, the plugin changes nothing: its oracle is this very tree."""
+    """Where upstream itself loses nothing, the plugin changes nothing: compare with this tree's own code."""
     done = _gating_of_upstream(recipe)
     fp32 = dataclasses.replace(recipe, precision="fp32", load_balancing="aux_loss")
     trained = []

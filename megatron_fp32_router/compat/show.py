@@ -23,7 +23,7 @@ def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
         made.add_column(name, overflow="fold")
     for row in rows:
         made.add_row(*(Text(cell) for cell in row))
-    # A log file is no terminal: there, what matters is that nothing is cut.
+    # In a log file nothing should be cut.
     Console(width=None if sys.stdout.isatty() else 160).print(made)
 
 

@@ -1,8 +1,8 @@
 """The laboratory: a real, unmodified Megatron, tiny, trained on a CPU (gloo) or on a GPU when there is one.
 
-The door. Names are fetched on first use, so that importing the package does not import torch. Nothing imports
-this room but the command line and the tests: it pretends things about CUDA that must never reach a user's
-training.
+Names are imported on first use, so that importing this package does not import torch. Only the command line, the
+probe, scripts and tests import it: it makes torch pretend that a CPU is a CUDA device, which must never happen in a
+user's training.
 
     from megatron_fp32_router import lab
 
@@ -66,7 +66,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Fetch a public name from the file it lives in, on first use."""
+    """Import a public name from its file, on first use."""
     home = next((home for home, names in _NAMES.items() if name in names), None)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

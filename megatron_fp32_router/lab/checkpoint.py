@@ -1,4 +1,4 @@
-"""Saving, loading and looking at everything that a training goes on from, in every format this Megatron has.
+"""Saving, loading and comparing the whole state of a training, in every format that this Megatron has.
 
 Formats are named as Megatron names them: "torch" (the legacy files), "torch_dist" (distributed checkpoints of the
 plain optimizers), "torch_dcp" (torch's own, for FSDP2) and, for the distributed optimizer, its sharding types inside
@@ -39,7 +39,7 @@ def formats(optimizer: str) -> list[str]:
     if optimizer == "plain":
         return ["torch", "torch_dist"]
     source = Path(str(import_module(_DISTRIBUTED).__file__)).read_text(encoding="utf-8")
-    # Only what it can load: 0.15 and later warn about bucket space, and then do not know it.
+    # Only what it can load: 0.15 and later still name bucket space in a warning, and then fail on it.
     return ["torch", *(name for name in _SHARDING_TYPES if re.search(rf"if sharding_type == '{name}':", source))]
 
 
@@ -72,21 +72,20 @@ def load(room: Lab, folder: Path, checkpoint_format: str) -> None:
             _load_legacy(room, folder)
             return
         if checkpoint_format == "torch_dcp":
-            # What is handed in is written into. Megatron asks the chain of optimizers, which does not know is_loading.
+            # torch loads into the tensors that it is given. Not by the chain of optimizers, which has no is_loading.
             loaded: dict[str, Any] = {name: model.state_dict() for name, model in _models(room)}
             (optimizer,) = optimizers(room)
             loaded["optimizer"] = optimizer.state_dict(is_loading=True)
             for group in loaded["optimizer"]["optimizer"]["param_groups"]:
-                group.setdefault(
-                    "step", 0
-                )  # FusedAdam has none before its first step, and what has no place is not read
+                # Only what is there is loaded, and FusedAdam has no `step` before its first step.
+                group.setdefault("step", 0)
             files: Any = import_module("torch.distributed.checkpoint")
             files.load(loaded, storage_reader=files.FileSystemReader(folder))
         else:
             state = _sharded_state(room, checkpoint_format, loading=True)
             loaded = import_module("megatron.core.dist_checkpointing").load(state, str(folder))
         for chunk, (name, _) in zip(room.chunks, _models(room), strict=True):
-            chunk.load_state_dict(loaded[name])  # FSDP2 has loaded in place, and does nothing more
+            chunk.load_state_dict(loaded[name])  # does nothing for FSDP2, which has loaded in place
         room.optimizer.load_state_dict(loaded["optimizer"])
 
 
@@ -128,7 +127,7 @@ def _sharded_state(room: Lab, checkpoint_format: str, *, loading: bool) -> dict[
     return state
 
 
-# The legacy format: what a rank needs in files of its own -----------------------------------------------------------
+# The legacy format: every rank has files of its own -----------------------------------------------------------------
 
 
 def _save_legacy(room: Lab, folder: Path) -> None:
@@ -158,7 +157,7 @@ def _load_legacy(room: Lab, folder: Path) -> None:
 def _step_kept_in_groups(room: Lab) -> AbstractContextManager[None]:
     """Tell the distributed optimizer's checkpoint code that its Adam is one that keeps `step` in the group.
 
-    It asks whether TransformerEngine could be imported, not what Adam it holds.
+    That code asks whether TransformerEngine could be imported, not which Adam there is.
     """
     module = import_module(_DISTRIBUTED)
     flags = ("HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER") if room.recipe.fused_adam else ()
@@ -175,11 +174,11 @@ def optimizers(room: Lab) -> list[Any]:
 
 
 def snapshot(room: Lab) -> dict[str, torch.Tensor]:
-    """Copies of everything that this rank's training goes on from, by name. Every rank calls it.
+    """Copies of the whole state of this rank's training, by name. Every rank calls it.
 
     "NAME" is a parameter or buffer of the model (float or integer, as it is); "NAME.main", "NAME.exp_avg" and so on
     what an optimizer holds for it; "NAME.range" which slice of it these are, [start, end), where the optimizer is
-    distributed. Nothing here goes through Megatron's own look-ups, which a test may be about.
+    distributed. Megatron's own look-ups are not used, since a test may be about them.
     """
     gather(room)
     found: dict[str, torch.Tensor] = {}
@@ -198,7 +197,7 @@ def snapshot(room: Lab) -> dict[str, torch.Tensor]:
             if hasattr(optimizer, "model_param_gbuf_map"):
                 part = optimizer._get_model_param_range_map(parameter)["param"]
                 found[f"{name}.range"] = torch.tensor([part.start, part.end])
-            # get(): looking a parameter up would start its state, and Megatron asks whether there is any.
+            # get(): [] would create an empty state, and Megatron asks whether there is any.
             for key, value in optimizer.optimizer.state.get(main, {}).items():
                 # FusedAdam gives an fp32 parameter a main copy too, and never looks at it again.
                 dead = key == "master_param" and main.dtype == torch.float32
@@ -207,14 +206,14 @@ def snapshot(room: Lab) -> dict[str, torch.Tensor]:
                     plain = value.dequantize() if hasattr(value, "_fp8_dtype") else value
                     found[f"{name}.{key}"] = _copy(plain)
         for index, group in enumerate(optimizer.optimizer.param_groups):
-            # torch's AdamW, which works on the host, counts for each parameter; this one nobody reads.
+            # torch's AdamW on the host counts steps for each parameter; nobody reads the group's count.
             if "step" in group and getattr(optimizer.optimizer, "gpu_optimizer", group) is not None:
                 found[f"group {index} step"] = torch.tensor(int(group["step"]))
     return found
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    """What FSDP2 has sharded comes back whole."""
+    """A copy; of what FSDP2 has sharded, of the whole tensor."""
     whole = getattr(tensor, "full_tensor", None)
     return tensor.detach().clone() if whole is None else whole().detach().clone()
 

@@ -1,7 +1,7 @@
-"""What old Megatron releases need, mostly against a new torch and NumPy. None of it is about CUDA or about routing.
+"""What Megatron releases need here, mostly old ones with a new torch and NumPy. None of it is about CUDA or routing.
 
-Each entry says which releases want it, and is applied only where it is missing. Megatron's own objects get a
-name back that it lost; no behaviour is changed, other than that memory nobody wrote becomes numbers.
+Each function says which releases need it, and changes something only where something is missing. Names that are
+missing are defined; Megatron's behaviour stays as it is, except that uninitialised memory gets numbers.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ def before_import(tree: Path | None, *, training: bool = False) -> None:
     """
     import numpy as np
 
-    # 0.11 to 0.15: NumPy 2 took the name away.
+    # 0.11 to 0.15 use the name, which NumPy 2 does not have.
     if not hasattr(np, "product"):
         np.product = np.prod  # type: ignore[attr-defined]
     emerging = find_spec("emerging_optimizers") is not None
     if training or emerging or _needs_triton(tree):
         _triton_stub()
     wrapt.register_post_import_hook(_fork_results_queue, f"{_CHECKPOINTS}.strategies.filesystem_async")
-    # emerging-optimizers asks for Python 3.12, and only for this.
+    # emerging-optimizers needs Python 3.12 for this name, and for nothing else.
     if emerging and not hasattr(typing, "override"):
         typing.override = lambda function: function  # type: ignore[attr-defined]
 
@@ -72,12 +72,12 @@ def after_import() -> None:
 
 
 def fill_router_biases(module: torch.nn.Module) -> None:
-    """0.15 leaves the routers' linear `bias` as the memory was; from 0.16 on Megatron's init_method draws it."""
+    """Initialise the routers' linear `bias`, which 0.15 leaves uninitialised; from 0.16 on Megatron does the same."""
     if _minor() != 15:
         return
     router_class = import_module("megatron.core.transformer.moe.router").Router
     for router in module.modules():
-        if isinstance(router, router_class) and getattr(router, "bias", None) is not None:  # came within 0.15
+        if isinstance(router, router_class) and getattr(router, "bias", None) is not None:  # not every 0.15 has it
             router.config.init_method(router.bias)
 
 
@@ -117,7 +117,7 @@ def _names(module: types.ModuleType) -> set[str]:
 
 
 def empty_fp8_list() -> None:
-    """0.12 without TransformerEngine refuses to quantize even an empty list, which every bf16 step hands it."""
+    """Let 0.12 quantize an empty list, as every bf16 step asks it to; without TransformerEngine it refuses."""
     try:
         fp8_utils = import_module("megatron.core.fp8_utils")
     except ModuleNotFoundError:
@@ -135,9 +135,10 @@ def empty_fp8_list() -> None:
 
 
 def version_of_nothing() -> None:
-    """To 0.15 Megatron asks a TransformerEngine that is not there for its version, to load or to offload, and stops.
+    """Say that TransformerEngine has version 0.0.0 where it is not installed, as later releases do.
 
-    It remembers the answer of the first time. Later releases take 0.0.0 where there is none.
+    Up to 0.15 Megatron asks for the version when it loads or offloads, and stops if there is none. It keeps the first
+    answer.
     """
     utils = import_module("megatron.core.utils")
     if find_spec("transformer_engine") is None and getattr(utils, "_te_version", 0) is None:
@@ -145,14 +146,14 @@ def version_of_nothing() -> None:
 
 
 def _write_item_of_its_time() -> None:
-    """In Megatron's module only: torch's own checkpoints keep theirs. The writers fork, and inherit it."""
+    """Replace _write_item in Megatron's module, not in torch's. The writer processes are forks, and inherit it."""
     writer = import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
     if getattr(writer, "_write_item", None) is import_module("torch.distributed.checkpoint.filesystem")._write_item:
         writer._write_item = write_item_of_any_time()  # type: ignore[attr-defined]
 
 
 def write_item_of_any_time() -> Any:
-    """torch's private _write_item, that 0.11 and 0.12 can call as torch had it then: without transforms and format."""
+    """torch's private _write_item for 0.11 and 0.12, which call it without transforms and format, as was once right."""
     filesystem = import_module("torch.distributed.checkpoint.filesystem")
     real = filesystem._write_item
     known = inspect.signature(real).parameters
@@ -170,10 +171,10 @@ def write_item_of_any_time() -> Any:
 
 
 def _fork_results_queue(writers: Any) -> None:
-    """All releases spawn a server process for what the writers of a checkpoint report, in every rank that saves.
+    """Fork the process that holds the results queue of a checkpoint's writers; Megatron spawns it in every rank.
 
-    It imports torch and the program anew, which takes longer than a tiny model trains. A forked one does not. A
-    Megatron without such a function is slower here, and nothing else.
+    A spawned process imports torch and the program again, which takes longer than a tiny model trains; a forked one
+    does not. Where Megatron has no such function, saving is only slower.
     """
     name = "get_write_results_queue" if hasattr(writers, "get_write_results_queue") else "_get_write_results_queue"
     real = getattr(writers, name, None)
@@ -252,7 +253,7 @@ def _decorator(*args: Any, **kwargs: Any) -> Any:
 
 
 class _TritonStub(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds `triton` and everything below it, in the last place: a real one wins."""
+    """Finds `triton` and everything below it. It is the last finder, so an installed triton wins."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         if name.partition(".")[0] != "triton":
@@ -271,7 +272,7 @@ def _needs_triton(tree: Path | None) -> bool:
     for root in [tree] if tree is not None else map(Path, sys.path):
         core = root / "megatron" / "core"
         converter = core / "fusions" / "fused_indices_converter.py"
-        # Main of spring 2025 has kernels that are decorated whether it is there or not.
+        # Main of spring 2025 decorates its kernels whether triton is there or not.
         if converter.is_file() and "triton = None" in converter.read_text(encoding="utf-8"):
             return True
         if (core / "transformer" / "moe" / "paged_stash.py").is_file():
@@ -282,11 +283,11 @@ def _needs_triton(tree: Path | None) -> bool:
 def _triton_stub() -> None:
     if any(isinstance(finder, _TritonStub) for finder in sys.meta_path):
         return
-    # torch remembers the answer to this question; ask while it is still the truth.
+    # torch keeps the answer to this question: ask before the stub makes it wrong.
     import torch.utils._triton as torch_triton
 
     if not torch_triton.has_triton_package():
-        # Inductor, which any torch.compile imports, looks into triton: let it find that there is none.
+        # Every torch.compile imports inductor, which looks for triton: let it find none before the stub is there.
         import_module("torch._inductor.codecache")
         sys.meta_path.append(_TritonStub())
 

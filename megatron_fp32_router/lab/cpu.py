@@ -1,9 +1,9 @@
-"""ALL pretending that a CPU is a CUDA device lives in this file and the others named cpu_*.py, and nowhere else.
+"""Let a CPU pass for a CUDA device. ALL code that does so is in this file and in cpu_*.py, and nowhere else.
 
 Megatron asks for CUDA devices, streams, generators and tensor types by name. On a machine without any, the
-laboratory answers those questions from the CPU, so that unmodified Megatron code runs. Doing so in somebody's
-training would be a disaster, therefore: nothing happens at import, `pretend()` refuses where CUDA exists, only
-the laboratory calls it, and `undo()` puts the identical original objects back.
+laboratory answers with the CPU, so that unmodified Megatron code runs. In a user's training that would be a
+disaster. Therefore nothing happens at import, `pretend()` refuses where CUDA exists, only the laboratory calls it,
+and `undo()` puts the identical original objects back.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ def pretend(compile: bool = False) -> None:
     Args:
         compile: Megatron's jit_fuser is torch.compile, whose default backend needs a C++ toolchain. False makes
             torch.compile without a backend return the function as it is; True gives it the backend "aot_eager",
-            which traces for real. An explicit backend is always torch's own business.
+            which traces for real. A backend that the caller names is used as it is.
 
     Raises:
-        LabError: there is a CUDA device, or it pretends already with the other `compile`.
+        LabError: there is a CUDA device, or an earlier call with another `compile` is in force.
     """
     global _compile_alive
     if is_pretending():
@@ -82,7 +82,7 @@ def pretend(compile: bool = False) -> None:
     if torch.cuda.is_available():
         raise LabError("refusing to pretend that the CPU is a CUDA device: this machine has a real one")
     _compile_alive = compile
-    # Every Megatron imports it. Its tables map torch.cuda's own functions, one object to a name: not ours.
+    # Its tables map torch.cuda's functions, one object to a name: fill them before ours are there. Megatron imports it.
     import_module("torch._dynamo")
     _devices()
     _streams()
@@ -108,7 +108,7 @@ def _no_toolkit(module: Any) -> None:
 
 
 def undo() -> None:
-    """Put every original back, newest first. Names that Megatron bound at its import keep what they hold."""
+    """Put every original back, newest first. What Megatron imported by name meanwhile keeps the replacement."""
     _undo_to(0)
 
 
@@ -133,7 +133,7 @@ def undone_after() -> Iterator[None]:
 
 def replace(owner: Any, name: str, value: Any) -> None:
     """Put `value` in the place of an attribute, until `undo()`."""
-    # vars() and not getattr(): an inherited method must be uncovered again, not copied down.
+    # vars() and not getattr(): an inherited attribute must be inherited again afterwards, not be copied.
     _replaced.append((owner, name, vars(owner).get(name, _MISSING)))
     setattr(owner, name, value)
 
@@ -268,7 +268,8 @@ def _random_numbers() -> None:
         replace(owner, "set_rng_state", set_rng_state)
         replace(owner, "manual_seed", manual_seed)
         replace(owner, "initial_seed", initial_seed)
-    # Megatron warns in every fork that the CPU's generator moved along with the GPU's: here it is the same one.
+    # Megatron warns in each of its forks of the random state that the CPU's generator moved along with the GPU's: here
+    # both are the same one.
     replace(logging.getLogger("megatron.core.tensor_parallel.random"), "warning", _nothing())
     replace(torch.cuda, "default_generators", _Generators())
     replace(torch.cuda, "_lazy_call", call_now)
@@ -292,7 +293,7 @@ def _with_device(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("device") is not None:
             kwargs["device"] = _on_cpu(kwargs["device"])
-        # Pages are pinned for a device to read them.
+        # There is no device that would read pinned memory.
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = False
         return function(*args, **kwargs)
@@ -356,14 +357,14 @@ def _compile_without_toolchain(real: Callable[..., Any], alive: bool) -> Callabl
 
 
 class _Host(torch.Tensor):
-    """A tensor in host memory, as all that is computed from it."""
+    """A tensor in host memory; what is computed from it is one too."""
 
 
 @contextlib.contextmanager
 def offloading() -> Iterator[None]:
     """Let HybridDeviceOptimizer split its parameters between the pretended GPU and the host, while this is open.
 
-    It asks a tensor where it lies only while it splits; what it gets are plain tensors again.
+    It asks tensors where they are only while it splits them; afterwards they are plain tensors again.
     """
     hybrid = import_module("megatron.core.optimizer.cpu_offloading.hybrid_optimizer").HybridDeviceOptimizer
     real = hybrid._get_sub_optimizer_param_groups

@@ -30,8 +30,8 @@ def _at_once(collective: Callable[..., Any]) -> Callable[..., Done]:
 def _one_by_one(*args: Any, **kwargs: Any) -> Iterator[Done]:
     """Stand in for torch's _coalescing_manager, in which Megatron-FSDP gathers and reduces the groups of a unit.
 
-    NCCL takes each tensor of such a call by its own dtype (torch's ProcessGroupNCCL.cpp). Gloo takes all of them by
-    one: with fp32 router parameters among bf16 ones it hands out other bits, without an error.
+    NCCL uses each tensor's own dtype in such a call (torch's ProcessGroupNCCL.cpp). Gloo uses one dtype for all: with
+    fp32 router parameters among bf16 ones it returns wrong bits, without an error.
     """
     with cpu.undone_after():
         for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
@@ -48,7 +48,7 @@ def collectives_one_by_one(buffers: Any) -> None:
 def megatron_fsdp() -> Iterator[None]:
     """Let Megatron-FSDP (0.15 and later; torch 2.13 lacks what 0.14 needs) build and train, while this is open."""
     with cpu.undone_after():
-        # A number: it makes a torch.device("cuda:…") of it.
+        # A number, as Megatron-FSDP makes a torch.device("cuda:…") of it.
         cpu.replace(torch.cuda, "current_device", lambda: 0)
         collectives_one_by_one(import_module(BUFFERS))
         yield

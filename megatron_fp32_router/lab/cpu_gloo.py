@@ -1,4 +1,4 @@
-"""Gloo in the place of NCCL: what gloo does otherwise is made up for, and its groups share one thread. See cpu.py."""
+"""Gloo in the place of NCCL: replacements for what gloo does differently, and one thread for all groups. See cpu.py."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def replacements() -> list[tuple[Any, str, Any]]:
 
 
 def _sharing_a_device(real: Any) -> type:
-    """A group whose sockets are served by a thread that all groups have in common.
+    """A process group whose sockets are served by one thread, which all groups share.
 
-    By default every group has one of its own, which wakes up a hundred times a second. Megatron makes sixty groups for
-    each process, which then spends 6 % of a core on nothing; a process that goes through many layouts, most of it.
+    By default every group has a thread of its own, which wakes up a hundred times a second. Megatron makes sixty groups
+    in each process, which waste 6 % of a core; in a process that goes through many layouts, most of a core.
     """
 
     @functools.cache
@@ -70,7 +70,7 @@ class Done:
 def _all_gather_of_unequal_sizes(real: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(real)
     def all_gather(tensor_list: Any, tensor: torch.Tensor, group: Any = None, async_op: bool = False) -> Any:
-        # NCCL does that; gloo would write out of bounds.
+        # NCCL can gather unequal sizes; gloo would write out of bounds.
         if len({part.numel() for part in tensor_list}) == 1:
             return real(tensor_list, tensor, group=group, async_op=async_op)
         tensor_list[dist.get_rank(group)].copy_(tensor)

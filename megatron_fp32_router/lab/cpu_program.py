@@ -1,6 +1,6 @@
 """What a whole training program, a checkout's pretrain_gpt.py, asks of CUDA beside what cpu.py answers.
 
-For processes of their own, which end with it: what Megatron compiles is replaced for good.
+Only for a process that runs nothing else: the modules that Megatron compiles are replaced for good.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def pretend() -> None:
     cpu.replace(torch.cuda, "get_device_name", lambda device=None: "CPU")  # main
     # FSDP's flags are checked for a GPU newer than Hopper.
     cpu.replace(torch.cuda, "get_device_properties", lambda device=None: types.SimpleNamespace(major=9, minor=0))
-    # A torch that was built for CUDA asks the driver for it.
+    # In a torch that was built for CUDA, pinning asks the driver.
     cpu.replace(torch.Tensor, "pin_memory", lambda tensor, device=None: tensor)
     if not hasattr(typing, "override"):
         cpu.replace(typing, "override", lambda function: function)  # 0.19, on a Python before 3.12
@@ -43,7 +43,7 @@ def pretend() -> None:
     cpu.replace(builtins, "te_general_gemm", None)
     _compiled("megatron.core.datasets.helpers_cpp", build_sample_idx_int32=_samples, build_sample_idx_int64=_samples)
     # The Adam that Megatron trains with on a GPU keeps `step` elsewhere than torch's, and checkpoints depend on it.
-    # Megatron finds this module, and no package around it: it asks for other parts of apex by `import apex`.
+    # There is only this module, and no package apex: Megatron looks for other parts of apex by `import apex`.
     _compiled("apex.optimizers", FusedAdam=compat.FusedAdamLike, FusedSGD=torch.optim.SGD)
     # 0.11 and 0.12
     filesystem = import_module("torch.distributed.checkpoint.filesystem")
@@ -52,12 +52,12 @@ def pretend() -> None:
     wrapt.register_post_import_hook(lambda module: compat.version_of_nothing(), "megatron.core.utils")
     wrapt.register_post_import_hook(lambda module: compat.empty_fp8_list(), "megatron.core.fp8_utils")
     wrapt.register_post_import_hook(cpu_fsdp.collectives_one_by_one, cpu_fsdp.BUFFERS)
-    # To 0.16. It asks nvcc for its version, and compiles nothing more.
+    # Up to 0.16; it compiles nothing any more, and only asks nvcc for its version.
     _compiled("megatron.legacy.fused_kernels", load=lambda args: None)
 
 
 def _compiled(name: str, **members: Any) -> None:
-    """Stand in for a module that Megatron compiles: no machine needs a compiler to train here."""
+    """Stand in for a module that Megatron compiles, so that no machine needs a compiler to train here."""
     module = types.ModuleType(name)
     vars(module).update(members)
     sys.modules[name] = module

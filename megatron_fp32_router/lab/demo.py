@@ -1,7 +1,7 @@
 """The demo: the same tiny mixture of experts trained on real text, without the plugin and with it.
 
-Off and on are processes of their own that run beside each other, each from the same seeds. demo_run.py is what happens
-in them, demo_report.py what comes out, demo_page.py and demo_picture.py how that looks.
+Both run side by side, each in a process of its own, from the same seeds. demo_run.py trains in these processes,
+demo_report.py makes a table and sentences of the results, demo_page.py and demo_picture.py draw them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 STEPS: Final = 45
 
-#: How often each training is repeated from other draws: what differs from one to the next is noise.
+#: How often each training is repeated with another seed: what differs between seeds is noise.
 SEEDS: Final = 3
 
 
@@ -53,7 +53,7 @@ def recipe_for_demo() -> Recipe:
 
 
 def _choices(recipe: Recipe, steps: int, seeds: int) -> list[list[str]]:
-    """What the output says about the recipe: [what, why]."""
+    """What was run, and why, for the output: [what, why]."""
     return [
         [
             f"{steps} steps of a {recipe.layers}-layer GPT, {recipe.experts} experts, top {recipe.topk}",
@@ -65,18 +65,18 @@ def _choices(recipe: Recipe, steps: int, seeds: int) -> list[list[str]]:
         ],
         [
             f"{recipe.tokens_per_step:,} tokens a step in {recipe.micro_batches} micro-batches",
-            f"About {recipe.tokens_per_step * recipe.topk // recipe.experts:,} tokens per expert. bf16 "
-            "counts exactly to 256 only; real runs are far above both.",
+            f"About {recipe.tokens_per_step * recipe.topk // recipe.experts:,} tokens per expert; real runs have far "
+            "more. bf16 counts exactly up to 256 only.",
         ],
-        ["Bytes of Python's own standard library", "Real text that every machine with Python has."],
+        ["Bytes of Python's own standard library", "Real text, and every machine with Python has it."],
         [
             f"{seeds} seed{'' if seeds == 1 else 's'}, each off and on",
-            "Off and on start from the same draws; with the plugin the router's weight keeps all its bits. Other seeds "
-            "show how much a training differs by chance alone.",
+            "Off and on start from the same random numbers; with the plugin the router's weight keeps all their "
+            "bits. Several seeds show how much trainings differ by chance alone.",
         ],
         [
             "An update is exact",
-            "If the bias is, bit for bit, what one fp32 addition of the rate gives. Nothing is tolerated.",
+            "If the bias is, bit for bit, what one fp32 addition of the rate gives. There is no tolerance.",
         ],
         [
             "The fp64 computation",
@@ -171,7 +171,7 @@ def _collect(trees: Mapping[str, Path], steps: int, seeds: int) -> dict[str, Any
 
 
 def _run(version: str, tree: Path, recipe: Recipe, steps: int, seeds: list[int]) -> dict[str, Any]:
-    """Off and on, at the same time: one process computes on one core, and most machines have two."""
+    """Train off and on at the same time: each process uses one core, and most machines have two."""
     from megatron_fp32_router.lab import run_ranks
 
     with tempfile.TemporaryDirectory() as folder:
@@ -184,7 +184,7 @@ def _run(version: str, tree: Path, recipe: Recipe, steps: int, seeds: list[int])
                 {"steps": steps, "seeds": seeds, "progress": str(files[name])},
                 megatron=tree,
                 plugin=name == "on",
-                # Never reached on a machine that works; a hundred times what a step takes there.
+                # A hundred times what a step usually takes: only a training that hangs gets there.
                 timeout=300.0 + 30.0 * steps * len(seeds),
             )
             result: list[dict[str, Any]] = results[0]
@@ -197,7 +197,7 @@ def _run(version: str, tree: Path, recipe: Recipe, steps: int, seeds: list[int])
 
 @contextlib.contextmanager
 def _shown(files: Mapping[str, Path], steps: int) -> Iterator[None]:
-    """Show on standard error how far the workers, each of which writes a line a step into its file, have come."""
+    """Show the workers' progress on standard error. Each worker writes one line a step into its file."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -245,7 +245,7 @@ def _write(data: dict[str, Any], out: Path, picture: str | None) -> list[Path]:
 
 
 def _print(data: dict[str, Any], written: list[Path]) -> None:
-    """The story first: what happened, then the figures, then what was run."""
+    """Print what happened, then the figures, then what was run."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

@@ -1,4 +1,4 @@
-"""What the demo found, as one self-contained HTML page. Functions of the data of demo_report.py."""
+"""The demo's results as one self-contained HTML page. All functions take the data that demo_report.py describes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_fp32_router.pages.chart import Band, Chart, Line, side_by_side
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-#: How a run is drawn, on every chart: dashes and marker, beside the colour that has its name.
+#: The dashes and the marker of a run on every chart. Its colour has the same name, "off" or "on".
 _DASHES: Final[dict[str, tuple[int, ...]]] = {"off": (7, 4), "on": ()}
 _MARKERS: Final = {"off": "square", "on": "circle"}
 
@@ -63,9 +63,9 @@ def _bias(data: dict[str, Any], release: dict[str, Any]) -> str:
     name = release["off"][seed]["series"]["layers"][layer]
     return Chart(
         f"Megatron-Core {release['megatron']}: the bias of one expert",
-        f"Expert {expert} of {name}, seed {data['seeds'][seed]}, the one that loses most: {lost} updates lost or "
-        "turned around. “Due” is integer arithmetic on the tokens that this very run routed. The runs part because "
-        "they route differently.",
+        f"Expert {expert} of {name}, seed {data['seeds'][seed]}, the expert that loses most: {lost} updates were lost "
+        "or went the wrong way. “Due” is computed in integers from the tokens that the same run routed. The two runs "
+        "differ because they route differently.",
         f"{'; '.join(said)}.",
         _STEP,
         range(data["steps"] + 1),
@@ -110,7 +110,7 @@ def _outcomes(data: dict[str, Any]) -> str:
 
 
 def render(data: dict[str, Any]) -> str:
-    """The page: the story, then the figures, then what was run."""
+    """The page: what happened, then the figures, then what was run."""
     releases = data["releases"]
     counter = side_by_side(
         *(

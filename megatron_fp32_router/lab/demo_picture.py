@@ -1,4 +1,4 @@
-"""README's picture of the demo, a PNG. The one thing here that needs matplotlib."""
+"""README's picture of the demo, a PNG. Only this file of the demo needs matplotlib."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_fp32_router.lab.demo_report import RUNS
 if TYPE_CHECKING:
     from pathlib import Path
 
-#: As on pages, in light colours. scripts/study draws with these and with STYLE too.
+#: The light colours of the pages. scripts/study uses these and STYLE too.
 COLOURS: Final = {"off": "#b35300", "on": "#1f5fc9", "exact": "#6b7280"}
 _INK, _SOFT, _LINE = "#23272e", "#59616d", "#d9dde3"
 _SHAPES: Final[dict[str, Any]] = {"off": {"ls": (0, (4, 2)), "marker": "s"}, "on": {"ls": "-", "marker": "o"}}
@@ -80,7 +80,7 @@ def _draw_counter(axis: Any, release: dict[str, Any]) -> str:
 
 
 def draw(data: dict[str, Any], path: Path) -> None:
-    """Write the picture: a panel for each release, its bias where that is frozen, its counter elsewhere.
+    """Write the picture, a panel for each release: the bias where updates are swallowed, elsewhere the counter.
 
     Raises:
         OSError: `path` cannot be written.

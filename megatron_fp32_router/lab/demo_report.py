@@ -1,4 +1,4 @@
-"""What the demo found, as table rows and plain sentences; demo_page.py draws it.
+"""The demo's results as table rows and sentences; demo_page.py draws them.
 
 Everything here is a function of the data that `demo` collects and saves:
 
@@ -58,7 +58,7 @@ def kept(release: dict[str, Any]) -> bool:
 
 
 def protected(data: dict[str, Any]) -> bool:
-    """The same, on all of them."""
+    """Whether the plugin did that on every release."""
     return all(kept(release) for release in data["releases"])
 
 
@@ -68,7 +68,7 @@ def stopped(release: dict[str, Any]) -> bool:
 
 
 def worst(release: dict[str, Any]) -> tuple[int, int, int]:
-    """(seed's index, layer, expert) that loses most updates without the plugin: the one worth drawing."""
+    """(seed's index, layer, expert) of the bias that loses most updates without the plugin, which is drawn."""
     return max(
         (
             (i, layer, expert)
@@ -93,7 +93,7 @@ def over_seeds(runs: list[dict[str, Any]], key: str) -> list[tuple[float, float,
 
 
 def overlaps(release: dict[str, Any], key: str) -> bool:
-    """Whether a figure with the plugin lies among those without it, as far as these seeds tell."""
+    """Whether the range of a figure over the seeds with the plugin overlaps the range without it."""
     (low, high), (other_low, other_high) = (span(release[name], key) for name in RUNS)
     return low <= other_high and other_low <= high
 
@@ -138,7 +138,7 @@ def usual_step(runs: list[dict[str, Any]]) -> float:
 def _dtype(kinds: list[str] | None) -> str:
     if kinds is None:
         return "absent"
-    # Upstream lifts expert_bias back to fp32 in its first forward: both states are the truth.
+    # Upstream casts expert_bias back to fp32 in its first forward, so there may be two.
     return kinds[0] if kinds[0] == kinds[1] else f"{kinds[0]}, then {kinds[1]}"
 
 
@@ -190,7 +190,7 @@ def with_plugin(release: dict[str, Any]) -> str:
 
 
 def noise(release: dict[str, Any], key: str, name: str) -> str:
-    """What an outcome says, or that it says nothing."""
+    """One outcome off and on in a sentence, which says whether the difference may be noise."""
     off, on = (_range(release[run], key, ".2f" if key == "max_vio" else ".3f") for run in RUNS)
     count = len(release["off"])
     seeds = f"{count} seed{'' if count == 1 else 's'}"
@@ -202,7 +202,7 @@ def noise(release: dict[str, Any], key: str, name: str) -> str:
 
 
 def findings(data: dict[str, Any]) -> list[tuple[State, str, str]]:
-    """(state, about what, sentence), the story first: what happens off and on, on each release."""
+    """(state, about what, sentence): what happens on each release, off and on."""
     rate = data["recipe"]["bias_rate"]
     said: list[tuple[State, str, str]] = []
     for release in data["releases"]:
@@ -214,7 +214,7 @@ def findings(data: dict[str, Any]) -> list[tuple[State, str, str]]:
 
 
 def outcomes(data: dict[str, Any]) -> list[str]:
-    """The results of the trainings. They differ mostly by noise."""
+    """The results of the trainings, whose differences are mostly noise."""
     said = []
     for release in data["releases"]:
         for key, name in (("max_vio", "load violation at the end (MaxVio)"), ("loss", "loss at the end")):

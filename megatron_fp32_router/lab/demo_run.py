@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from megatron_fp32_router.lab.recipe import Recipe
     from megatron_fp32_router.lab.train import Lab, Routing
 
-#: Load violation and loss are averaged over this many last steps: one step's are mostly the text's own noise.
+#: Load violation and loss are averaged over this many last steps: a single step's mostly depend on its text.
 _LAST: Final = 10
 
 
@@ -51,7 +51,7 @@ def _best_weight(lab: Lab, weight: torch.Tensor) -> tuple[torch.Tensor, str]:
 
 
 def _expert_sets(hidden_TH: torch.Tensor, router: Any, weight_EH: torch.Tensor, bias_E: torch.Tensor) -> torch.Tensor:
-    """Whom fp64 would choose: bool [T, E]. As Megatron with a sigmoid: the bias only chooses."""
+    """The experts that fp64 would choose: bool [T, E]. As in Megatron, the bias is added to sigmoid scores."""
     import torch
 
     logits_TE = hidden_TH.double() @ weight_EH.t()
@@ -94,7 +94,7 @@ class Observer:
         self.counters.append(self._stacked("local_tokens_per_expert"))
         self.biases.append(self._stacked("expert_bias"))
         if len(self.counts) == self.compare_at:
-            self._compare()  # before the optimizer changes the weights that made these decisions
+            self._compare()  # now: the optimizer will change the weights that made these decisions
         self.routings.clear()
 
     def _compare(self) -> None:
@@ -152,7 +152,7 @@ def compared(bias_SLE: np.ndarray[Any, Any], counts_SLE: np.ndarray[Any, Any], r
     due = np.sign(counts_SLE.sum(axis=-1, keepdims=True) - counts_SLE.shape[-1] * counts_SLE)
     moved = np.diff(bias_SLE, axis=0)
     went = np.sign(moved).astype(np.int64)
-    # One fp32 addition of the fp32 rate is what an update should be. In bf16 already the rate is 0.055 % smaller.
+    # An update should be one fp32 addition of the fp32 rate. Rounded to bf16, the rate alone is 0.055 % smaller.
     wanted = bias_SLE[:-1].astype(np.float32) + due.astype(np.float32) * np.float32(rate)
     asked, right = due != 0, went == due
     off_size = asked & right & (bias_SLE[1:] != wanted)
@@ -179,7 +179,7 @@ def compared(bias_SLE: np.ndarray[Any, Any], counts_SLE: np.ndarray[Any, Any], r
 
 
 def train(recipe: Recipe, arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One run for each seed, in a process of their own: train, watch, and return RUNs (see demo_report.py).
+    """Train once for each seed, in this worker process, and return RUNs (see demo_report.py).
 
     Args:
         recipe: one rank.

@@ -1,7 +1,7 @@
-"""Muon and the others of the package emerging-optimizers, whose version 0.3.0 serves every Megatron that knows it.
+"""Muon and the others of the package emerging-optimizers, in version 0.3.0 for every Megatron that uses the package.
 
-0.16 was written for version 0.1.0, which is on no package index. Muon's arithmetic is the same there; what it is given
-was renamed since: `momentum_beta` is `momentum`, `use_nesterov` is `nesterov`, `mode` is `tp_mode`.
+0.16 was written for version 0.1.0, which is on no package index. Muon's arithmetic is the same there, but arguments
+were renamed since: `momentum_beta` is now `momentum`, `use_nesterov` is `nesterov`, `mode` is `tp_mode`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def optimizer_of(settings: Any, chunks: list[Any]) -> Any:
 
 
 def _muon() -> Any:
-    """Megatron's module of 0.16 and 0.17; that of 0.16 with the names of today's package."""
+    """Megatron's module of 0.16 and 0.17; that of 0.16 is made to use the new names."""
     if _MUON in sys.modules or hasattr(import_module("megatron.core.optimizer"), "HAVE_EO_V02"):
         return import_module(_MUON)
     package: Any = import_module("emerging_optimizers.orthogonalized_optimizers")

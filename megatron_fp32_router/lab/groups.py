@@ -1,4 +1,4 @@
-"""A Megatron that can be imported here, and its process groups: made, seeded, and taken down without a trace."""
+"""Making a Megatron importable here, and making, seeding and completely removing its process groups."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def device() -> torch.device:
 
 @contextlib.contextmanager
 def parallel(recipe: Recipe, *, rank: int = 0, store: Any = None, timeout: float = 120.0) -> Iterator[None]:
-    """Hold the process groups of `recipe` open, seeded, and leave nothing of them behind.
+    """Open the process groups of `recipe`, seeded, and remove all of them at the end.
 
     Args:
         rank: of this process.
@@ -95,7 +95,7 @@ def parallel(recipe: Recipe, *, rank: int = 0, store: Any = None, timeout: float
     excepthook = sys.excepthook
     _set_imports_aside()
     _leave_garbage_to_the_parent()
-    gc.collect()  # what an earlier model, dropped only after its groups, still holds of them
+    gc.collect()  # an earlier model that was dropped after its groups still holds some of them
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=recipe.world_size, timeout=timedelta(seconds=timeout)
     )
@@ -112,9 +112,9 @@ def parallel(recipe: Recipe, *, rank: int = 0, store: Any = None, timeout: float
 
 @functools.cache
 def _set_imports_aside() -> None:
-    """Import what a training needs, and let the garbage collector look at it no more: that takes half a second a time.
+    """Import what a training needs, and take it out of garbage collections: it makes each half a second longer.
 
-    Every model has to be collected before the next groups are made; a million objects of torch and Megatron need not.
+    Old models have to be collected before new groups are made; a million objects of torch and Megatron need not be.
     """
     for name in ("models.gpt.gpt_model", "distributed", "optimizer", "pipeline_parallel.schedules"):
         import_module(f"megatron.core.{name}")
@@ -124,23 +124,23 @@ def _set_imports_aside() -> None:
 
 @functools.cache
 def _leave_garbage_to_the_parent() -> None:
-    """Let forked processes collect none; Megatron forks those that write a checkpoint.
+    """Turn garbage collection off in forked processes; Megatron forks those that write a checkpoint.
 
-    A gloo group of an earlier layout, once collected, waits for its threads to end. A fork has none of them, and would
-    wait for ever.
+    A gloo group of an earlier layout waits for its threads to end when it is collected. A fork does not have these
+    threads, and would wait for ever.
     """
     os.register_at_fork(after_in_child=gc.disable)
 
 
 @contextlib.contextmanager
 def layout(recipe: Recipe) -> Iterator[None]:
-    """Megatron's groups for `recipe` among the ranks that are there, seeded; `parallel` is made of it.
+    """Megatron's groups for `recipe` among the ranks that there are, seeded. `parallel` opens one.
 
-    Ranks that `parallel` started can go through several layouts of the same size, one after another: leave its own
-    with `leave_layout` first. Models of an earlier layout must not be used any more.
+    Ranks inside `parallel` can open several layouts of the same size, one after another: call `leave_layout` first, to
+    close that of `parallel`. Models of an earlier layout must not be used any more.
     """
     state = import_module("megatron.core.parallel_state")
-    # Newer releases write each loss scale into the tensor of the one before, whatever its shape.
+    # Newer releases write each loss scale into the tensor of the previous one, whatever its shape.
     scaler = import_module("megatron.core.transformer.moe.moe_utils").MoEAuxLossAutoScaler
     scale = copy.deepcopy(scaler.main_loss_backward_scale)
     try:
@@ -168,7 +168,7 @@ def leave_layout() -> None:
 
 
 def _let_go_of_groups(chunk: Any) -> None:
-    """Cut the circles that pass through C++, where the garbage collector does not see them, in a trained chunk.
+    """Break the reference cycles of a trained chunk that the garbage collector does not see: they pass through C++.
 
     A token dispatcher keeps its last `probs`; their graph ends in DDP's gradient hooks, which hold DDP, which holds
     the dispatcher and every process group. The hooks that gather parameters ahead of a forward keep DDP as well.
@@ -197,9 +197,9 @@ def seed(value: int) -> None:
 
 
 def _forget_groups(state: Any) -> None:
-    """Let go of what destroy_model_parallel keeps: groups, each of which owns threads, and the ranks that were in one.
+    """Drop what destroy_model_parallel keeps: groups, each of which owns threads, and lists of the ranks in a group.
 
-    A rank that is in no such group in the next layout would still believe to be.
+    With an old list, a rank would believe to be in a group that the next layout does not put it into.
     """
     for name, value in list(vars(state).items()):
         several = isinstance(value, list | tuple) and any(isinstance(v, dist.ProcessGroup) for v in value)
@@ -207,7 +207,7 @@ def _forget_groups(state: Any) -> None:
             setattr(state, name, None)
         elif isinstance(value, dict) and any(isinstance(v, dist.ProcessGroup) for v in value.values()):
             value.clear()
-    # The losses that are logged, from 0.18 on: it holds groups too, and is as long as the first model has layers.
+    # From 0.18 on. The tracker of logged losses holds groups too, and has the length of the first model.
     losses = sys.modules.get("megatron.core.transformer.moe.moe_logging")
     if losses is not None:
         losses._MOE_METRICS_TRACKER = None  # type: ignore[attr-defined]

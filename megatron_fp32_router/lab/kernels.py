@@ -2,11 +2,11 @@
 
 In torch, after the formulas of version 2.20 in transformer_engine/common: multi_tensor/adam.cu, l2norm.cu, scale.cu;
 fused_router/fused_topk_with_score_function.cu, fused_score_for_moe_aux_loss.cu, fused_moe_aux_loss.cu, utils.h;
-gemm/cublaslt_gemm.cu. What is checked before a kernel starts is checked here, after pytorch/csrc/extensions.
+gemm/cublaslt_gemm.cu. The checks before a kernel starts are those of pytorch/csrc/extensions.
 
-All of them compute in fp32 whatever the tensors' types. What a GPU may do otherwise is the order of a sum, the rounding
-between a product and a sum, where its compiler fuses the two, and which of equal scores it takes. Kernels take the type
-of a whole list from its first tensor; l2norm and scale do not look at the others', and neither do these.
+All of them compute in fp32, whatever the tensors' dtypes. A GPU may differ in the order of a sum, in the rounding
+between a product and a sum where its compiler fuses the two, and in which of equal scores it takes. A kernel takes the
+dtype of a whole list from its first tensor; l2norm and scale do not check the other tensors, and neither do these.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def scale(chunk_size: int, noop_flag: torch.Tensor, tensor_lists: Lists, factor:
 
 
 def _memory(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor's memory from its first element on, for as many elements of `dtype` as it has, or fewer if it ends."""
+    """The tensor's memory as bytes: as many elements of `dtype` as it has, or fewer where its storage ends before."""
     storage, start = tensor.untyped_storage(), tensor.storage_offset() * tensor.element_size()
     length = min(tensor.numel() * dtype.itemsize, storage.nbytes() - start)
     return torch.empty(0, dtype=torch.uint8).set_(storage, start, (length - length % dtype.itemsize,), (1,))
@@ -111,7 +111,7 @@ def _moved(
         g = g + decay * p
     m = beta1 * first.float() + rest1 * g
     v = beta2 * second.float() + rest2 * g * g
-    # Through double: torch's own root of floats is off by one unit for some of them, a GPU's is not.
+    # Through double: torch's square root of fp32 is off by one unit for some numbers, a GPU's is not.
     root = (v / correction2).double().sqrt().float()
     update = (m / correction1) / (root + epsilon)
     if mode == 1:
@@ -123,7 +123,7 @@ def _moved(
 
 
 def _check(tensor_lists: Lists, main: torch.dtype) -> None:
-    """What multi_tensor_adam_cuda and its sister check before they start."""
+    """The checks of multi_tensor_adam_cuda and multi_tensor_adam_param_remainder_cuda."""
     grads, params, firsts, seconds, *mains = tensor_lists
     moments = {(first.dtype, second.dtype) for first, second in zip(firsts, seconds, strict=True)}
     if len({grad.dtype for grad in grads}) != 1 or len({param.dtype for param in params}) != 1:
@@ -145,7 +145,7 @@ def quantize(source: torch.Tensor, quantizer: Any, target: Any = None, noop_flag
 
 
 def empty_quantized(quantizer: Any, shape: list[int], *ignored: Any) -> Any:
-    """A quantized tensor whose content nobody has written."""
+    """A quantized tensor that is still to be written."""
     return quantizer.create_tensor_from_data(torch.zeros(shape, dtype=torch.uint8))
 
 
@@ -164,7 +164,7 @@ def gemm(
     *ignored: Any,
     **also_ignored: Any,
 ) -> tuple[torch.Tensor | None, ...]:
-    """generic_gemm, without quantization, bias or accumulation: op(b) @ op(a). cuBLAS counts along columns.
+    """generic_gemm, without quantization, bias or accumulation: op(b) @ op(a), as cuBLAS stores matrices by column.
 
     Operands and result all in fp32 are multiplied in TF32 (CUBLAS_COMPUTE_32F_FAST_TF32 in cublaslt_gemm.cu).
     """
@@ -233,7 +233,7 @@ def fused_topk(
         chosen = _largest(scores, topk)
     values = scores.gather(-1, chosen)
     if expert_bias is not None:
-        # Not the score from before: what the bias has rounded away is gone.
+        # Not the score from before: bits that were rounded away when the bias was added are lost.
         values = values - expert_bias[chosen]
     if after:
         values = values.softmax(dim=-1)

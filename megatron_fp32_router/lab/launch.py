@@ -1,4 +1,4 @@
-"""Several ranks: processes of their own that meet in a file, and whose failures reach the caller as they were."""
+"""Several ranks: a process each, which meet through a file. The caller gets the traceback of a rank that fails."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_fp32_router.settings import PREFIX
 _GRACE: Final = 2.0
 _LOG_LINES: Final = 40
 
-#: What gloo says now and then where many ranks of several launches start at once.
+#: Gloo sometimes fails with this where many ranks of several launches start at once.
 _UNMET: Final = "Gloo connectFullMesh failed"
 
 
@@ -73,8 +73,8 @@ def run_ranks(
         What the function returned, in order of rank (plain values and tensors, which come back on the CPU).
 
     Raises:
-        RankFailedError: a rank failed. (Not at once when ranks could not connect to each other before `target` was
-            called: they are then started once more, which standard error tells.)
+        RankFailedError: a rank failed. (Where ranks could not connect to each other before `target` was called, they
+            are first started once more, and standard error says so.)
         RanksTimedOutError: not done in `timeout` seconds.
         LabError: the request makes no sense, or a result is not made of plain values and tensors.
     """
@@ -100,7 +100,7 @@ def run_ranks(
         if called or _UNMET not in str(error):
             raise
         print(
-            f"megatron-fp32-router: the ranks could not connect to each other ({_UNMET}); starting them anew",
+            f"megatron-fp32-router: the ranks could not connect to each other ({_UNMET}); starting them again",
             file=sys.stderr,
         )
         return _run_once(job, environments, logs)
@@ -110,7 +110,7 @@ def _run_once(job: Mapping[str, Any], environments: Sequence[Mapping[str, str]],
     with tempfile.TemporaryDirectory(prefix="fp32-router-lab-") as name:
         folder = Path(name)
         torch.save(job, folder / "job.pt")
-        # Before a process is started: what cannot be read there is the caller's mistake.
+        # Before a process is started: what its rank could not read is the caller's mistake.
         _load(folder / "job.pt", "the recipe or the arguments")
         printed = folder if logs is None else logs.resolve()
         with _started(folder, printed, environments) as ranks:
@@ -119,7 +119,7 @@ def _run_once(job: Mapping[str, Any], environments: Sequence[Mapping[str, str]],
 
 
 def _environment(rank: int, world_size: int, plugin: bool, python_path: Sequence[str | Path]) -> dict[str, str]:
-    # This very package, also where it is a checkout that nobody installed.
+    # The folder of this package, which may be a checkout that is not installed.
     home = Path(__file__).resolve().parents[2]
     paths = [*(str(Path(path).resolve()) for path in python_path), str(home), os.environ.get("PYTHONPATH", "")]
     return {
@@ -187,7 +187,7 @@ def _settle(ranks: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
 
 
 def _failure(folder: Path, printed: Path, ranks: Sequence[subprocess.Popen[bytes]]) -> RankFailedError:
-    """Tell the cause from its echoes: another rank sees only that its peer has gone."""
+    """Find the rank that failed first: the others may have failed because it had gone."""
     reports = {
         rank: torch.load(folder / f"error-{rank}.pt", weights_only=True)
         for rank in range(len(ranks))
@@ -196,7 +196,7 @@ def _failure(folder: Path, printed: Path, ranks: Sequence[subprocess.Popen[bytes
     tracebacks = {rank: str(report["traceback"]) for rank, report in reports.items()}
     dead = [rank for rank, process in enumerate(ranks) if process.poll() and rank not in reports]
     if dead:
-        # Nothing was raised: a signal, sys.exit or a failed start. What the others raised are echoes.
+        # It raised nothing: a signal, sys.exit or a failed start. What the others raised came of that.
         rank = dead[0]
         code = ranks[rank].returncode
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"

@@ -68,7 +68,7 @@ def build(recipe: Recipe, mode: str) -> train.Lab:
 
 
 def parameters(room: train.Lab) -> dict[str, torch.Tensor]:
-    """What all ranks train on from, once they have all of it."""
+    """Copies of all parameters, after every rank has gathered what other ranks updated."""
     if room.chunks[0].ddp_config.overlap_param_gather:
         room.chunks[0].disable_forward_pre_hook()
         room.chunks[0].enable_forward_pre_hook()

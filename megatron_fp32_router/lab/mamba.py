@@ -75,7 +75,7 @@ def _split_conv1d_scan(
 
 
 class _Norm(torch.nn.Module):
-    """mamba_ssm's RMSNorm, over groups of features; it is not gated here, as the scan was."""
+    """mamba_ssm's RMSNorm, over groups of features. Not gated: the output of the scan already is."""
 
     def __init__(self, size: int, *, eps: float, group_size: int, norm_before_gate: bool, device: Any, dtype: Any):
         super().__init__()
@@ -90,12 +90,12 @@ class _Norm(torch.nn.Module):
 
 @functools.cache
 def mixer() -> types.ModuleType:
-    """Megatron's module of its mixer, imported a second time: the kernels above are in the place of mamba_ssm's."""
+    """Megatron's module of its mixer, imported a second time with the kernels above in the place of mamba_ssm's."""
     names = ("mamba_ssm", "mamba_ssm.ops", _OPS, f"{_OPS}.layernorm_gated", f"{_OPS}.ssd_combined")
     modules = {name: types.ModuleType(name) for name in names}
     vars(modules[names[3]])["RMSNorm"] = _Norm
     vars(modules[names[4]])["mamba_split_conv1d_scan_combined"] = _split_conv1d_scan
-    vars(modules[names[4]])["mamba_chunk_scan_combined"] = lambda x: x  # an inference's
+    vars(modules[names[4]])["mamba_chunk_scan_combined"] = lambda x: x  # only inference calls it
     before = {name: sys.modules.pop(name, None) for name in (_MIXER, *modules)}
     sys.modules.update(modules)
     try:

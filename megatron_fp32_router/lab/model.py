@@ -86,11 +86,8 @@ def make_router(config: Any) -> Any:
     compat.after_import()
     router_class = import_module("megatron.core.transformer.moe.router").TopKRouter
     groups = compat.signature_kwargs(router_class.__init__, pg_collection=0, model_comm_pgs=0)
-    kwargs = {}
-    if groups:
-        # moe_utils' helper is what MoELayer itself uses; older releases look the groups up on their own.
-        kwargs = {name: default_groups() for name in groups}
-    router = router_class(config, **kwargs)
+    # moe_utils' helper is what MoELayer itself uses; older releases look the groups up on their own.
+    router = router_class(config, **{name: default_groups() for name in groups})
     compat.fill_router_biases(router)
     if hasattr(router, "set_layer_number"):
         router.set_layer_number(1)
@@ -112,8 +109,8 @@ def default_groups() -> Any:
 class LabLayerNorm(torch.nn.LayerNorm):
     """LayerNorm with Megatron's constructor, allowed under sequence parallelism.
 
-    Megatron's own stand-in without apex and TransformerEngine asserts that sequence parallelism is off. What it
-    takes is the mark by which finalize_model_grads finds parameters whose gradients are partial sums.
+    Without apex and TransformerEngine, Megatron's own LayerNorm asserts that sequence parallelism is off. All that is
+    needed is the attribute by which finalize_model_grads finds parameters whose gradients are partial sums.
     """
 
     returns_residual = False
@@ -198,7 +195,7 @@ def _hybrid(recipe: Recipe, layer: Any, stage: int | None, **kwargs: Any) -> Any
     with contextlib.ExitStack() as stack:
         # The norm after the last layer, which no specification has.
         stack.enter_context(mock.patch.object(block, "TENorm", LabLayerNorm))
-        # Main asks each depth whether its class is one that without TransformerEngine is no class at all.
+        # Main compares each depth's projection with a class that does not exist without TransformerEngine.
         if hasattr(mtp, "is_inference_column_parallel_linear"):
             stack.enter_context(mock.patch.object(mtp, "is_inference_column_parallel_linear", return_value=False))
         return import_module("megatron.core.models.hybrid.hybrid_model").HybridModel(
@@ -212,8 +209,8 @@ def _hybrid(recipe: Recipe, layer: Any, stage: int | None, **kwargs: Any) -> Any
 def _let_expert_biases_be_added(model: Any) -> None:
     """Copy what an expert's last layer returns, before MLP adds the bias to it in place.
 
-    With one tensor-parallel rank that output is what went into an autograd function as well, and torch forbids to
-    change such a view in place. TransformerEngine's layers, which real runs have here, return a tensor of their own.
+    With one tensor-parallel rank that output is also the input of an autograd function, and torch forbids to change
+    such a view in place. TransformerEngine's layers, which real runs use, return a new tensor.
     """
 
     def copy(module: Any, inputs: Any, output: Any) -> Any:

@@ -29,7 +29,7 @@ class Recipe:
     #: None: on when `tensor_parallel` > 1, which is what Megatron asks of a mixture of experts.
     sequence_parallel: bool | None = None
 
-    #: Those that have experts. A hybrid model has as many attention layers between them.
+    #: Layers that have experts. A hybrid model has as many attention layers between them.
     layers: int = 2
     #: Whether a hybrid model has a Mamba layer before each attention layer; its kernels are the laboratory's.
     mamba: bool = False
@@ -118,7 +118,7 @@ class Recipe:
 
     @property
     def hybrid_pattern(self) -> str:
-        """Its hybrid_layer_pattern: "*" is attention, "E" experts, "M" Mamba, "|" ends a pipeline stage, "/" is MTP."""
+        """As hybrid_layer_pattern: "*" is attention, "E" experts, "M" Mamba, "|" ends a pipeline stage, "/" is MTP."""
         stages = self.pipeline_parallel * (self.virtual_pipeline or 1)
         return "|".join([("M*E" if self.mamba else "*E") * (self.layers // stages)] * stages) + "/*EE" * self.mtp
 

@@ -1,4 +1,4 @@
-"""Megatron's refit between two ranks: the first one trains, the second one rolls out, and weights go over."""
+"""Megatron's refit between two ranks: rank 0 trains and sends its weights to rank 1, which rolls out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def groups() -> Any:
 
 
 def model(recipe: Recipe, number: int, groups: Any) -> Any:
-    """A model in bf16 as a training or a rollout holds it; models of two numbers have other weights and biases."""
+    """A model in bf16 as a training or a rollout holds it. `number` seeds its weights and biases."""
     seed(number)
     (built,) = build_model(recipe)
     built = import_module("megatron.core.transformer.module").Float16Module(built.config, built).module
@@ -52,7 +52,7 @@ def hand_over(mine: Any, other: Any) -> None:
 
 
 def forget_plans() -> None:
-    """Let the next refit plan anew. Plans are kept by layout, or on the model; another model may have the same one."""
+    """Make the next refit plan again. Plans are kept by layout or on the model, and a new model may get an old one."""
     home = import_module("megatron.core.resharding.refit")
     getattr(home, "clear_all_caches", home.clear_service_cache)()
 

@@ -1,4 +1,4 @@
-"""Training steps through Megatron's own schedule, gradient finalisation and optimizer, with places to look."""
+"""Training steps through Megatron's own schedule, gradient finalisation and optimizer, with hooks to watch them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from megatron_fp32_router.lab.recipe import Recipe
 
 
-#: Everything sharded. Its fused scaling of gradients is NCCL's only.
+#: Everything sharded. Its fused scaling of gradients needs NCCL.
 _MEGATRON_FSDP: Final = {
     "use_megatron_fsdp": True,
     "data_parallel_sharding_strategy": "optim_grads_params",
@@ -227,14 +227,14 @@ def _optimizer(recipe: Recipe, config: Any, chunks: list[Any]) -> Any:
         return emerging.optimizer_of(settings, chunks)
     if not recipe.fused_adam:
         return optimizer.get_megatron_optimizer(settings, chunks)
-    # Restored at once: Adam is looked up while the optimizer is made, and other builds want torch's own.
-    # distrib_optimizer: 0.11 asks there whether it was handed an Adam.
+    # Only while the optimizer is made, when Adam is looked up: other builds want torch's own.
+    # distrib_optimizer: 0.11 checks there that it was given an Adam.
     modules = ("optimizer", "distrib_optimizer")
     candidates: list[Any] = [optimizer, *(getattr(optimizer, name, None) for name in modules)]
     changes: list[tuple[Any, str, Any]] = [
         (module, "Adam", compat.FusedAdamLike) for module in candidates if hasattr(module, "Adam")
     ]
-    # 0.15 and later take torch's own where neither TransformerEngine nor apex is there, whatever Adam is.
+    # Without TransformerEngine and apex, 0.15 and later take torch's own, whatever Adam is.
     if hasattr(optimizer, "USING_PYTORCH_OPTIMIZER"):
         changes.append((optimizer, "USING_PYTORCH_OPTIMIZER", False))
     with compat.replaced(changes):

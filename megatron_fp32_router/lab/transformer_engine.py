@@ -1,9 +1,9 @@
 """TransformerEngine's own FusedAdam and fused router on a CPU: its Python as it is, its kernels from kernels.py.
 
-The rest of TransformerEngine needs its compiled part and a GPU. What is imported of it here is the folder
-`pytorch/optimizers`, or `pytorch/router.py` and `general_gemm`, and what these need; packages above come without their
-`__init__`. Megatron's optimizers see it while `in_use` is open, its routers while `router_in_use` is; the rest of
-Megatron never does.
+The rest of TransformerEngine needs its compiled part and a GPU. Imported here are only the folder
+`pytorch/optimizers`, or `pytorch/router.py` and `general_gemm`, and what these need; the `__init__` of the packages
+above them does not run. Megatron's optimizers see them while `in_use` is open, its routers while `router_in_use` is;
+the rest of Megatron never does.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _WITHOUT_INIT: Final = tuple(
     + [f".pytorch.{name}" for name in ("tensor", "tensor.storage", "cpp_extensions", "custom_recipes")]
 )
 _DTYPES: Final = "kByte kInt32 kFloat32 kFloat16 kBFloat16 kFloat8E4M3 kFloat8E5M2 kFloat4E2M1"
-#: Of what is taken out of sys.modules again.
+#: Packages that are taken out of sys.modules again.
 _ROOTS: Final = ("transformer_engine", "transformer_engine_torch", "pydantic")
 #: Modules that bind names of TransformerEngine when they are imported.
 _HOMES: Final = tuple(
@@ -40,7 +40,7 @@ _HOMES: Final = tuple(
     for part in ("", ".clip_grads", ".optimizer", ".optimizer_config", ".distrib_optimizer")
 )
 
-#: The class under a name that pickle finds, while `in_use` is open: checkpoints of an offloaded optimizer hold it.
+#: While `in_use` is open, the class: pickle has to find it here, since checkpoints of an offloaded optimizer hold it.
 FusedAdam: Any = None
 
 
@@ -73,7 +73,7 @@ class _Compiled(types.ModuleType):
     fused_moe_aux_loss_bwd = staticmethod(kernels.fused_aux_loss_backward)
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever else is asked for exists, and cannot be called."""
+        """Any other name exists, but cannot be called."""
         if name.startswith("__"):
             raise AttributeError(name)
 
@@ -99,7 +99,7 @@ def _imported(tree: Path, *names: str) -> dict[str, types.ModuleType]:
     }
     vars(needed["pydantic.dataclasses"])["dataclass"] = dataclasses.dataclass
     before = dict(sys.modules)
-    _forget()  # somebody may have put a stub there
+    _forget()  # a stub may be there
     sys.modules.update(needed)
     try:
         for name in names:
@@ -115,7 +115,7 @@ def in_use(tree: Path, version: str = "") -> Iterator[Any]:
 
     Args:
         tree: the folder into which the wheel `transformer-engine` is unpacked, which holds Python only.
-        version: what Megatron is told, which asks for it before it uses a feature; by default the truth.
+        version: what Megatron is told, which decides by it what it uses; by default the real one.
     """
     modules = _imported(tree, "optimizers")
     optimizers = modules["transformer_engine.pytorch.optimizers"]
@@ -166,11 +166,11 @@ def router_in_use(tree: Path, version: str = "") -> Iterator[Any]:
     """
     modules = _imported(tree, "router", "cpp_extensions.gemm")
     router, product = (modules[f"transformer_engine.pytorch.{name}"] for name in ("router", "cpp_extensions.gemm"))
-    # It asks the GPU how much room cuBLAS wants.
+    # The original asks the GPU for its size.
     vars(product)["get_cublas_workspace"] = lambda *_: torch.empty(0, dtype=torch.uint8)
 
     def te_general_gemm(a: Any, b: Any, out_dtype: Any = None, layout: str = "TN", **kwargs: Any) -> Any:
-        """Megatron's, which is not defined where TransformerEngine was not there to be imported."""
+        """Megatron's own, which it does not define without TransformerEngine."""
         return product.general_gemm(a, b, out_dtype=out_dtype, layout=layout, **kwargs)
 
     fused = ("fused_topk_with_score_function", "fused_compute_score_for_moe_aux_loss", "fused_moe_aux_loss")
@@ -193,12 +193,12 @@ def _is_te_min_version(tree: Path, version: str) -> Callable[..., bool]:
 
 
 def _forget() -> None:
-    """Take everything that bears our modules' names out of sys.modules."""
+    """Take every module of _ROOTS out of sys.modules."""
     for name in [name for name in sys.modules if name.partition(".")[0] in _ROOTS]:
         del sys.modules[name]
 
 
 def _restore(before: dict[str, types.ModuleType]) -> None:
-    """Take our modules out of sys.modules, and put back what was there under their names."""
+    """Take every module of _ROOTS out of sys.modules, and put back those that were there before."""
     _forget()
     sys.modules.update({name: module for name, module in before.items() if name.partition(".")[0] in _ROOTS})

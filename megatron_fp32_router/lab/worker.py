@@ -35,14 +35,14 @@ def _end_with_parent() -> None:
 
 
 def _write(value: Any, path: Path) -> None:
-    # Whole or not at all: the launcher may look at any moment.
+    # Renamed when it is complete: the launcher may read at any moment.
     partial = path.with_suffix(".partial")
     torch.save(value, partial)
     partial.replace(path)
 
 
 def _fail(error: BaseException, folder: Path, rank: int) -> NoReturn:
-    """Report first, then go: the peers notice that this rank has gone only after its report is on disk."""
+    """Report, then exit: the peers must not notice that this rank has gone before its report is on disk."""
     kind = f"{type(error).__module__}.{type(error).__qualname__}"
     report = {"when": time.monotonic(), "kind": kind, "traceback": traceback.format_exc()}
     _write(report, folder / f"error-{rank}.pt")
@@ -67,7 +67,7 @@ def _run(folder: Path, rank: int) -> None:
             try:
                 result = function(recipe, job["arguments"])
                 _write(result, folder / f"result-{rank}.pt")
-                # Nobody takes the groups down while another rank still uses them.
+                # No rank may take the groups down while another one still uses them.
                 torch.distributed.barrier()
             except BaseException as error:
                 _fail(error, folder, rank)
