@@ -148,7 +148,7 @@ def test_a_number_that_is_none_is_refused_in_one_line(empty_tree: Path, option: 
 def test_a_release_that_is_given_twice_is_refused_in_one_line(empty_tree: Path) -> None:
     done = _command("--megatron", str(empty_tree), "--megatron", str(empty_tree))
     assert done.returncode == 2
-    assert done.stderr.endswith(f"of unknown version is there already, from {empty_tree}\n")
+    assert done.stderr.endswith(f"of unknown version was named before, as {empty_tree}\n")
 
 
 def test_an_output_folder_that_cannot_be_made_is_refused_in_one_line(empty_tree: Path) -> None:

@@ -138,7 +138,7 @@ def _checked(arguments: argparse.Namespace) -> tuple[dict[str, Path], int, int, 
             raise LabError(f"--megatron {tree}: there is no megatron/core in it")
         version = str(read_version(tree / "megatron" / "core" / "package_info.py") or "of unknown version")
         if version in trees:
-            raise LabError(f"--megatron {tree}: {version} is there already, from {trees[version]}")
+            raise LabError(f"--megatron {tree}: {version} was named before, as {trees[version]}")
         trees[version] = tree
     for option in ("steps", "seeds"):
         given = getattr(arguments, option)

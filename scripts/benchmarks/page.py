@@ -1,4 +1,4 @@
-"""docs/performance.md, written from docs/bench/*.json and from nothing else."""
+"""docs/performance.md, written from nothing but docs/bench/*.json."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ PAGE = ROOT / "docs" / "performance.md"
 INTRODUCTION = """\
 # What it costs
 
-This page is written by `{command}` from `docs/bench/*.json`, which that command measures; `tests/test_performance.py`
-fails when the two do not belong together. A ratio is with the plugin over without it: the median over pairs that ran
-side by side in one process, with the middle half of the pairs behind it.
+`{command}` measures, writes `docs/bench/*.json`, and writes this page from these files; `tests/test_performance.py`
+fails if the page does not match them. A ratio is the time with the plugin over the time without it: the median over
+pairs that were measured in turn in one process, and in brackets the range of the middle half of the pairs.
 
 {machine}
 """
 
 NO_GPU = """\
-Not measured: no GPU was at hand. On a machine with one, without a network, and with an interpreter that has torch for
-CUDA and what the extra `dev` brings:
+Not measured: there was no GPU. On a machine with one, run this with an interpreter that has torch for CUDA and what
+the extra `dev` brings; no network is needed:
 
     scripts/gpu --megatron TREE        # tests/gpu, doctor --device, docs/bench/gpu.json and this page; under 8 minutes
 
 `doctor --device` ([check.md](check.md#the-gpu-device)) measures the GPU and the router shapes of a user, and says where
 `MEGATRON_FP32_ROUTER_PRODUCTS=fp32` is faster.
 
-What no implementation can beat, computed from the vendor's peaks for an H100 SXM (`bound_ms` in
-`scripts/benchmarks/gating.py`): milliseconds of the forward.
+The least time that the forward can take in any implementation, in milliseconds, computed from the vendor's peaks for an
+H100 SXM (`bound_ms` in `scripts/benchmarks/gating.py`):
 """
 
 
@@ -146,8 +146,8 @@ def _construction(found: dict[str, Any]) -> str:
 
 def _step(rows: list[dict[str, Any]]) -> str:
     return (
-        "## A training step\n\nThe laboratory's model on a CPU in bf16, two micro-batches; forward to optimizer."
-        "\n\n"
+        "## A training step\n\nThe laboratory's model on a CPU in bf16, two micro-batches; the time from forward to "
+        "optimizer.\n\n"
         + markdown_table(
             ("model", "hidden", "layers", "experts", "tokens", "off, ms", "on, ms", "pairs", "on/off"),
             [
@@ -184,8 +184,8 @@ def _optimizers(rows: list[dict[str, Any]]) -> str:
 
 def _balance(rows: list[dict[str, Any]]) -> str:
     return (
-        "## The balance update\n\nOnce a step, all layers, zeroing included, one rank. Operations are counted "
-        "(what torch dispatches), not timed.\n\n"
+        "## The balance update\n\nIt runs once a step. Here: all layers, with the zeroing of the counters, on one "
+        "rank. Operations, those that torch dispatches, are counted and not timed.\n\n"
         + markdown_table(
             ("layers", "experts", "upstream, ms", "plugin, ms", "on/off", "operations", "upstream's", "share"),
             [
@@ -211,8 +211,8 @@ def _monitor(found: dict[str, Any]) -> str:
     look = found["ratio"] - 1
     return (
         f"## Monitor\n\nThe laboratory's {found['size']} model under the plugin, in one run that looks at every "
-        f"second step; {found['pairs']} pairs of a step that is looked at and the one before it. Operations are "
-        f"counted in one step, of {off:,} without the monitor. What N=100 costs is a hundredth of a look.\n\n"
+        f"second step; {found['pairs']} pairs of a step that is looked at and the one before it. Without the monitor a "
+        f"step has {off:,} operations. With N=100 the monitor costs a hundredth of a look a step.\n\n"
         + markdown_table(
             ("MEGATRON_FP32_ROUTER_MONITOR", "more operations in a step", "time over a step without a look"),
             [
@@ -247,8 +247,8 @@ def _gating(results: dict[str, Any]) -> str:
     text = markdown_table(head, rows)
     if cpu:
         return (
-            "bf16 is what upstream multiplies in while `moe_router_dtype` is unset, fp32 what the plugin does on a "
-            "CPU; the cast of the activations is in it. Split products are for CUDA: here they are only emulated.\n\n"
+            "Upstream multiplies in bf16 while `moe_router_dtype` is unset, the plugin in fp32 on a CPU. The "
+            "times of fp32 include the cast of the activations. Split products are for CUDA: here they are only emulated.\n\n"
             + text
             + "\nThe CPU's best is what a square product of 1,536 reaches in the same arithmetic.\n"
         )
@@ -270,7 +270,7 @@ def _accuracy(cases: dict[str, Any]) -> str:
     ways = ("fp32", "split", "TF32", "bf16")
     parts = [
         "## Accuracy\n\nErrors against fp64 for bf16 activations and an fp32 weight, relative to the sum of the "
-        "absolute terms of each result (what error bounds of matrix products speak of): maximum / mean. fp32 is this "
+        "absolute terms of each result (as in error bounds of matrix products): maximum / mean. fp32 is this "
         "CPU's; TF32 and split products are emulated. The last line of each table is the share of tokens whose top-8 "
         "experts are not those of fp64.\n"
     ]
@@ -294,11 +294,12 @@ def _growth(cpu: dict[str, Any]) -> str:
             rows.append((row["layers"], row["experts"], off, on, *moved))
     return (
         "## As work grows\n\n"
-        "Operations of the balance update do not depend on the number of layers (table above), and nothing the plugin "
-        "does in a step depends on the number of tokens but the router's own products.\n\n"
-        "Bytes that one rank hands to the update's all-reduce, counted; and KiB that it sends in a ring of 8 and of "
-        "4,096 ranks, 2 (N - 1) / N times that. Integers are four times as wide as upstream's bf16 counts; they go in "
-        "one collective a step, as upstream's do, and at these sizes its latency is what counts.\n\n"
+        "Operations of the balance update do not depend on the number of layers (table above). Of what the plugin does "
+        "in a step, only the router's own products depend on the number of tokens.\n\n"
+        "The table has the bytes that one rank passes to the update's all-reduce, counted, and the KiB that it sends "
+        "in a ring of 8 and of 4,096 ranks, 2 (N - 1) / N times that. Integers are four times as wide as upstream's "
+        "bf16 counts; they go in one collective a step, as upstream's do, and at these sizes its latency is what "
+        "counts.\n\n"
         + markdown_table(
             ("layers", "experts", "upstream, B", "plugin, B", "8 ranks: off", "on", "4,096 ranks: off", "on"), rows
         )
@@ -314,9 +315,9 @@ Split products (on a GPU) hold 6 bytes for every element of the router weights o
 a step to its end: {_SPLIT_BYTES / 1e6:.0f} MB for each layer of 256 experts at hidden 7,168,
 {58 * _SPLIT_BYTES / 1e9:.1f} GB for 58 of them on one device.
 
-The agreement check between ranks is no part of a step: each rank writes what it says of itself into the store through
-which torch.distributed set itself up, once, when its model is wrapped. Afterwards it costs one comparison a step and
-no byte, whatever the number of ranks.
+Ranks are compared once, and not in a step: when its model is wrapped, each rank writes what it runs into the store
+with which torch.distributed was set up. Afterwards that costs one comparison a step and no byte, whatever the number of
+ranks.
 """
 
 WRITERS: dict[str, Any] = {

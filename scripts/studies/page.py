@@ -1,4 +1,4 @@
-"""docs/study.md and its pictures, written from docs/study/*/*.json and from nothing else."""
+"""docs/study.md and its pictures, written from nothing but docs/study/*/*.json."""
 
 from __future__ import annotations
 
@@ -24,12 +24,11 @@ _T_ONE, _T_ALL = 2.776, 5.885
 INTRODUCTION = """\
 # What it buys, and what it does not
 
-This page and its pictures are written by `scripts/study` from `docs/study/*/*.json`, one file for each training
-and for each simulation, which that command makes; `tests/test_study.py` fails when they do not belong together.
+`scripts/study` makes `docs/study/*/*.json`, one file for each training and for each simulation, and writes this
+page and its pictures from these files; `tests/test_study.py` fails if the page does not match them.
 
-What the plugin is for is that a router decides and balances as the configuration says. Whether that makes a
-*better model* is another question. The trainings here are too small to answer it; this page says what they
-show.
+The plugin makes a router decide and balance as the configuration says. Whether that makes a *better model* is
+another question. The trainings here are too small to answer it; this page says what they show.
 """
 
 
@@ -122,14 +121,14 @@ def _summary(trainings: list[dict[str, Any]], simulations: list[dict[str, Any]])
             "## In short",
             "",
             f"- **With the plugin {wrong_on:,} of {due_on:,} updates were wrong**, in {len(on)} trainings on three "
-            "releases; the table below has those without it.",
+            "releases; the table below has the numbers without it.",
             *_sentences("Differs", differing[True]),
             *_sentences("No difference can be told from chance", differing[False]),
             *_simulated_in_short(simulations),
             "",
-            "Twelve comparisons, each of five pairs of trainings that differ in nothing but the plugin. One counts as "
-            "a difference if it holds with 95 % for all twelve together (Student's t, Bonferroni). That none was found "
-            "in five pairs does not say that there is none.",
+            "These are twelve comparisons, each of five pairs of trainings that differ in nothing but the plugin. A "
+            "difference counts if it holds with 95 % for all twelve together (Student's t, Bonferroni). Where none was "
+            "found in five pairs, there may still be one.",
             "",
         ]
     )
@@ -183,7 +182,7 @@ of processor time: {len(training.RELEASES)} releases, the plugin off and on, eve
 {experts} experts, {topk} for a token, hidden size {settings["hidden"]}; {tokens:,} bytes of real text a step in
 {settings["micro_batches"]} micro-batches, so {tokens * topk // experts} tokens per expert on the mean; bf16,
 sigmoid scores, Adam at {settings["lr"]:g}, biases by {settings["bias_rate"]:g} a step, one rank. What an update
-should have been is NumPy's int64 arithmetic on the routing maps of that very training.
+should have been is computed with NumPy's int64 from the routing maps of the same training.
 
 ![Load violation over {training.STEPS} steps, for three releases and two starts, off and on](study/training.png)
 
@@ -229,8 +228,8 @@ spacing. *Counter*: the largest error of a token counter, in tokens.
     text += f"""
 ### Load violation and loss
 
-Means of the last {training.LAST} steps. The difference is on minus off, of the five pairs of one seed, with an
-interval of 95 % for that one comparison, and in brackets the one that holds for all twelve together.
+Means of the last {training.LAST} steps. The difference is on minus off, the mean of five pairs, each of one seed, with
+an interval of 95 % for that one comparison, and in brackets the interval that holds for all twelve together.
 
 """
     for name, what in (("max_vio_end", "MaxVio"), ("loss_end", "loss, nats per byte")):
@@ -243,7 +242,7 @@ interval of 95 % for that one comparison, and in brackets the one that holds for
     return (
         text
         + """\
-A difference has every repair of the plugin in it, fp32 logits and weights too, not that of the update alone.
+A difference comes from all repairs of the plugin together, fp32 logits and weights too, not from the update alone.
 What this does not show: a long training, where biases have drifted and the load is nearly even; a model whose
 quality depends on its balance; more than one rank (below). In so short a training the loss says little: an uneven
 router can even have the lower one.
@@ -273,9 +272,9 @@ def _simulated(simulations: list[dict[str, Any]]) -> str:
 No Megatron and no network: token counts of each rank are drawn (Poisson) for experts whose loads differ by a
 given spread, and added up as bf16 does it, each addition rounded: in a **ring**, where one rank after the other
 adds its count to the sum, and in a **tree**, where pairs, and pairs of pairs, are added. **Once** is the best
-that bf16 can do: an exact sum, rounded once. Then the sign of the update, in bf16, is held against the integer
-rule. A sign of zero where one is due counts as wrong: the bias then stays. The plugin's own way needs no simulation:
-integers give the rule's sign whatever the order.
+that bf16 can do: an exact sum, rounded once. Then the sign of the update, in bf16, is compared with the integer
+rule. A sign of zero where another one is due counts as wrong: the bias then stays. The plugin itself needs no
+simulation: integers give the rule's sign in any order.
 
 {shapes}
 
@@ -284,7 +283,7 @@ With 256 experts on 4,096 ranks that is about the global batch of DeepSeek-V3.
 ![Share of wrong signs over the number of ranks, for 8, 64 and 256 experts and three spreads](study/simulation.png)
 
 Share of wrong signs among all updates, with an interval of 95 % for the mean over trials. *Off by > 1 %*: the same
-among experts whose load is more than 1 % from the mean, for whom the update matters most.
+among experts whose load is more than 1 % from the mean, for which the update matters most.
 
 """
     head = [
@@ -319,7 +318,7 @@ among experts whose load is more than 1 % from the mean, for whom the update mat
         + """
 In a ring the sum soon is so large that a rank's count is less than half of its spacing, and is lost: the sum stands
 still, often at the same number for all experts, which then look balanced (100 %). Where it stands depends on the
-counts, so the share does not grow evenly with the ranks. In a tree both sides of an addition are of a size.
+counts, so the share does not grow evenly with the ranks. In a tree both sides of an addition are of similar size.
 
 What this does not show: in which order a real job adds. That was not looked at, and nothing was measured on a cluster.
 Counts of several micro-batches are rounded once more on each rank, which is left out here.
