@@ -47,15 +47,14 @@ QUICK = [
     for name in ("defects", "casts", "gating", "balance", "patches", "ranks", "optimizer_checkpoints", "refusals")
 ]
 
-#: Files that are measured in seconds do not wait for each other: whoever is free takes the next test. scripts/test
-#: says how many processes there are to be.
+#: scripts/test sets the number of processes. One that has run out of tests takes over some of another's (worksteal).
 WORKERS = os.environ.get("TEST_WORKERS", "2")
 PYTEST = ("-m", "pytest", "-q", "-n", WORKERS, "--dist", "worksteal", "--durations", "5", "--disable-warnings")
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style of everything that is Python."""
+    """Style of every Python file."""
     session.run(sys.executable, "-m", "ruff", "check", ".", *SCRIPTS)
     session.run(sys.executable, "-m", "ruff", "format", "--check", ".", *SCRIPTS)
 
@@ -94,7 +93,7 @@ def independent(session: nox.Session) -> None:
 def release(session: nox.Session, megatron: str) -> None:
     """Tests on one release."""
     tree, ledger = ensure_release(megatron), ROOT / "results" / f"{megatron}.json"
-    # Patch releases of a line behave alike: every one is asked for every defect, and the last one for the rest too.
+    # Patch releases of a line behave alike: all of them run the tests of defects, and the last one all tests.
     tests = ["tests/megatron"] if megatron in LAST_OF_LINE else ["tests/megatron/test_defects.py"]
     if megatron in OTHER_OPTIMIZERS:
         tests += [f"tests/megatron/test_{name}.py" for name in ("optimizer_checkpoints", "mapping", "resume")]
@@ -142,5 +141,5 @@ def patches(session: nox.Session) -> None:
 
 
 def _good_codes(session: nox.Session) -> list[int]:
-    """A selection may leave nothing to test here (5); test_matrix.py asks that something was left."""
+    """A selection may leave no test here (5); test_matrix.py checks that some session had one."""
     return [0, 5] if session.posargs else [0]

@@ -32,10 +32,10 @@ RELEASES = tuple((ROOT / "scripts" / "releases.txt").read_text(encoding="utf-8")
 #: The last patch release of every line: 0.12.3 of 0.12.
 LAST_OF_LINE = tuple({version.rpartition(".")[0]: version for version in RELEASES}.values())
 
-#: Releases whose optimizer code differs from that of the last of their line (scripts/docs_resume.py finds them).
+#: Releases whose optimizer code differs from that of the last release of their line (scripts/docs_resume.py says so).
 OTHER_OPTIMIZERS = ("0.17.0",)
 
-#: On these the dearest tests, saving and resuming, are left to `scripts/test --middle`.
+#: On these the slowest tests, which save and resume, run only with `scripts/test --middle`.
 MIDDLE = (*LAST_OF_LINE[1:-1], *OTHER_OPTIMIZERS)
 
 #: Checkouts of the repository that tests train on -> commit. In the whole run, those marked whole run every test of
@@ -57,13 +57,13 @@ NEWEST = RELEASES[-1]
 #: The torch on which the matrix is known to pass; other Pythons take what the package itself asks for.
 TORCH = "torch==2.13.0" if sys.version_info[:2] == (3, 11) else "torch>=2.4"
 
-#: Its FusedAdam is tested with; the wheel of that name holds Python only.
+#: The version whose FusedAdam the tests use; the wheel transformer-engine holds Python only.
 TRANSFORMER_ENGINE = "2.20.2"
 
-#: Muon and others are tested with: name, version and package, of what it imports too.
+#: For tests of Muon and others: distribution, version and package, with what it imports.
 EMERGING_OPTIMIZERS = (("emerging-optimizers", "0.3.0", "emerging_optimizers"), ("absl-py", "2.5.1", "absl"))
 
-#: What tests/downstream runs of it.
+#: The version that tests/downstream runs.
 MEGATRON_BRIDGE = "0.6.2"
 
 #: A release has wheels for some Pythons only (0.11 to 0.13: up to 3.11). The parts that are used here are not
@@ -81,12 +81,12 @@ if sys.version_info < (3, 10):  # noqa: UP036 - whoever runs a script may well h
 
 
 class SetupError(Exception):
-    """The environment or a release could not be had; the text says why and what to do."""
+    """The environment or a release could not be made or fetched; the text says why and what to do."""
 
 
 def say(text: str) -> None:
     """Report progress on standard error: standard output belongs to the results."""
-    # In one write: steps that run side by side would put their lines into each other.
+    # In one write: the lines of steps that run side by side would mix otherwise.
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 
@@ -125,8 +125,7 @@ def ensure_environment(extra: str) -> Path:
         shutil.rmtree(home, ignore_errors=True)
         _make_environment(home)
 
-    # torch goes first and by itself: it is the one large download, and a machine whose package index offers a
-    # CPU build of that version takes it.
+    # torch goes first and by itself: it is the one large download. A package index may offer a CPU build of it.
     say(f"Installing {TORCH} (the largest part; minutes on a slow connection) ...")
     _pip(python, "install", TORCH)
     say(f"Installing the package in place, with its extra '{extra}' ...")
@@ -176,7 +175,7 @@ def ensure_emerging_optimizers() -> list[Path]:
 
 def ensure_consumers(python: Path) -> tuple[Path, Path]:
     """Return the folders that hold the frameworks of tests/downstream; `python` installs them there once."""
-    # It asks for a newer Python than the oldest that it runs on, which pip would refuse.
+    # Unpacked, as pip would refuse it: it asks for a newer Python than it needs.
     bridge = ensure_wheel(
         "megatron-bridge", MEGATRON_BRIDGE, holds="megatron", folder=f"downstream/megatron-bridge-{MEGATRON_BRIDGE}"
     )
@@ -199,12 +198,12 @@ def ensure_tree(name: str, *, fetch: bool = True) -> Path:
         return tree
     archive = TREES_FOLDER / f"{name}.tar.xz"
     if not (archive.is_file() or fetch):
-        raise SetupError(f"there is no {archive}, and the network was not to be had a moment ago")
+        raise SetupError(f"there is no {archive}, and fetching another checkout has just failed")
     with _beside(tree, "megatron") as work:
         if archive.is_file():
             say(f"Unpacking {archive} ...")
             with tarfile.open(archive) as packed:
-                # The Pythons that do not know of the filter are old and trust every archive.
+                # Old Pythons have no filter and trust every archive.
                 if hasattr(tarfile, "data_filter"):
                     packed.extractall(work, filter="data")
                 else:
@@ -226,20 +225,20 @@ def _cache(kind: str) -> Path:
 
 @contextlib.contextmanager
 def _beside(tree: Path, holds: str) -> Iterator[Path]:
-    """A folder in which `tree/` is made, to be renamed *tree*: at once, since several processes may fetch one."""
+    """A new folder in which the caller makes `tree/`, which is then renamed *tree*: several processes may make one."""
     tree.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=tree.parent, prefix=f".{tree.name}-") as work:
         yield Path(work)
         try:
             (Path(work) / "tree").rename(tree)
         except OSError:
-            # Somebody else was first: their copy is as good.
+            # Another process was first, and its copy is as good.
             if not (tree / holds).is_dir():
                 raise
 
 
 def _run(*command: str) -> None:
-    """Run *command*, which may ask nobody for a password.
+    """Run *command*, without letting it ask for a password.
 
     Raises:
         SetupError: it failed, or is not there, or takes more than ten minutes.
@@ -254,14 +253,14 @@ def _run(*command: str) -> None:
 
 
 def _fingerprint(extra: str) -> str:
-    """Digest everything that decides what the environment holds."""
+    """A digest of everything that decides what is installed."""
     digest = hashlib.sha256((ROOT / "pyproject.toml").read_bytes())
     digest.update(f"{extra} {TORCH} {sys.version} {ROOT}".encode())
     return digest.hexdigest()
 
 
 def _is_ours(home: Path, python: Path) -> bool:
-    """Say whether *home* is a working environment of the running Python version at its present place."""
+    """Whether *home* is a working environment of this Python version that has not been moved."""
     if not python.exists():
         return False
     look = "import sys; print(sys.version); print(sys.prefix)"
@@ -273,8 +272,7 @@ def _make_environment(home: Path) -> None:
     try:
         venv.create(home, with_pip=True)
     except (subprocess.CalledProcessError, SystemExit, ImportError):
-        # Debian ships Python without ensurepip. The Python that runs this has a pip of its own, which can
-        # install into another environment.
+        # Debian ships Python without ensurepip. _pip then uses the pip of the Python that runs this.
         shutil.rmtree(home, ignore_errors=True)
         venv.create(home, with_pip=False)
 
@@ -309,7 +307,7 @@ def _tail(output: str, lines: int = 15) -> str:
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Turn a SetupError into its text and exit code 2: whoever runs a script is not helped by a traceback."""
+    """Turn a SetupError into its text and exit code 2, without a traceback."""
     try:
         yield
     except SetupError as error:

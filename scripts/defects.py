@@ -1,8 +1,8 @@
 """Which of upstream's precision defects a Megatron release has: what must be shown there, and then be gone.
 
-A defect that a release does not have is not tested there, and one that it has must be: see ledger.py and
-test_matrix.py. D15 and D22 are shown with TransformerEngine's Python and kernels of the same arithmetic
-(lab/transformer_engine.py), and in tests/gpu with its own; D19 to D21 are described in docs/ as limits.
+Each defect is tested on the releases that have it, and on no other: see ledger.py and test_matrix.py. D15 and D22 are
+shown with TransformerEngine's Python and kernels of the same arithmetic (lab/transformer_engine.py), and in tests/gpu
+with its own; D19 to D21 are described in docs/ as limits.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ DEFECTS = {
 def defects_of(release: str) -> frozenset[str]:
     """The ids of the defects that *release* ("0.16.1") has."""
     name = ".".join(release.split(".")[:2])
-    # A line that is not listed is newer than all of them: git main, tried by hand.
+    # A line that is not listed is newer than all of them, such as git main.
     line = LINES.index(name) if name in LINES else len(LINES) - 1
     return frozenset(
         name for name, defect in DEFECTS.items() if LINES.index(defect.first) <= line <= LINES.index(defect.last)

@@ -38,7 +38,7 @@ def errors() -> dict[str, ErrorClass]:
     """Every class that derives from Fp32RouterError, by name, that one first."""
     found: dict[str, ErrorClass] = {}
     definitions = [node for tree in _trees() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
-    for _ in definitions:  # a class may be defined before what it derives from is read
+    for _ in definitions:  # again and again: a base class may be read after what derives from it
         for node in definitions:
             bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
             base = next((base for base in bases if base in found), BASE if node.name == BASE else None)
@@ -54,7 +54,7 @@ def errors() -> dict[str, ErrorClass]:
 
 @cache
 def warnings() -> list[str]:
-    """Every warning that is logged, in the order of the alphabet."""
+    """Every warning that is logged, in alphabetical order."""
     said = set()
     for tree in _trees():
         for scope, call in _calls(tree, tree):

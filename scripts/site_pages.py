@@ -1,7 +1,7 @@
-"""A hook of mkdocs (mkdocs.yml): pages that lie outside docs/ join the site, and links are right in both places.
+"""A hook of mkdocs (mkdocs.yml) that adds pages from outside docs/ to the site and changes links for it.
 
-The pages are written for people who read them in the repository. There a link leads to any file; on the site it leads
-to the page made from that file, and a file without a page is named without a link.
+The pages are written to be read in the repository, where a link may lead to any file. On the site it leads to the page
+made from that file; a file without a page is named without a link.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The router's GEMMs, forward and backward, at the shapes of published models: by which arithmetic, how long.
+"""The time of the router's GEMMs, forward and backward, in each arithmetic, at the shapes of published models.
 
 On a CPU: bf16 as upstream computes it and fp32 as the plugin does (split products are emulated there, so their time
 means nothing; TF32 does not exist). On CUDA: these, TF32, and split products.

@@ -1,4 +1,4 @@
-"""Two things timed in turn, and what their times say about each other on a machine that does other work as well."""
+"""Timing two things in turn, and comparing them on a machine that does other work as well."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def compare(
     seed: int = 0,
     shuffle: bool = True,
 ) -> dict[str, Any]:
-    """Run both `pairs` times, side by side and in no fixed order, so that a busy moment hits both.
+    """Run both `pairs` times, in turn and in random order, so that a busy moment slows both down.
 
     Args:
         off: does the thing without the plugin once and returns its milliseconds.
         on: the same with the plugin.
         pairs: how many pairs count.
-        warm_up: pairs that come first and do not.
+        warm_up: how many pairs come first and do not count.
         seed: of the order inside the pairs.
         shuffle: False where `off` has to come first in each.
 

@@ -17,7 +17,7 @@ from benchmarks.pairs import Report, clock
 
 ROOT = Path(__file__).resolve().parents[2]
 
-#: What an installation adds to the root of site-packages, where every interpreter start comes by.
+#: What an installation adds to site-packages, where every interpreter looks when it starts.
 INSTALLED = (
     "_megatron_fp32_router_startup.py",
     "megatron_fp32_router.pth",
@@ -62,7 +62,7 @@ def measure(starts: int, report: Report) -> dict[str, Any]:
             environment = clean if value is None else {**clean, "MEGATRON_FP32_ROUTER": value}
             return clock(lambda: subprocess.run([pythons[python], "-c", "pass"], env=environment, check=True))
 
-        # The first starts read from the disk and write byte code: they belong to the installation.
+        # The first starts read from the disk and write byte code, and are not measured.
         for way in [*WAYS] * 3:
             start(way)
         times: dict[str, list[float]] = {way: [] for way in WAYS}

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.pairs import Report, clock, compare
 
-#: Sizes of the laboratory's model: what a training looks like to the plugin, as large as minutes on a CPU allow.
+#: Sizes of the laboratory's model, up to what a CPU trains in minutes.
 SIZES: dict[str, dict[str, Any]] = {
     "small": {"hidden": 64, "layers": 2, "experts": 8, "topk": 2},
     "medium": {"hidden": 256, "layers": 4, "experts": 32, "topk": 4, "moe_ffn": 128, "seq_length": 256},

@@ -1,8 +1,8 @@
 """Counts that many ranks add up in bf16, in a ring and in a tree, and whether the update's sign survives.
 
-Drawn, not trained: token counts of every rank are Poisson, of experts whose shares differ by a given spread. What is
-done with them is what upstream does: each rank's count is a bf16 number, each addition of the reduction is rounded to
-bf16, and so is the mean over experts that the counts are compared with.
+Nothing is trained: every rank's token counts are drawn (Poisson) for experts whose shares differ by a given spread.
+They are added and compared as upstream does it: each rank's count is a bf16 number, each addition of the reduction is
+rounded to bf16, and so is the mean over experts that the counts are compared with.
 Shapes: T trials, E experts.
 """
 

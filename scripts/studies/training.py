@@ -39,9 +39,9 @@ SETTINGS: Final[dict[str, Any]] = {
     "bias_rate": 1e-3,
 }
 
-#: A point of a curve is the mean of so many steps.
+#: A point of a curve is the mean of this many steps.
 THINNED: Final = 4
-#: Figures "at the end" are means of so many last steps.
+#: Figures "at the end" are means of this many last steps.
 LAST: Final = 10
 
 #: An update of a bias below 1 is right when it is the rate to within two of fp32's spacings there.
@@ -113,7 +113,7 @@ def train(recipe: Recipe, arguments: Mapping[str, Any]) -> dict[str, str]:
     """
     import torch
 
-    # oneDNN compiles its bf16 kernels anew for every number of tokens that an expert gets: most of a step.
+    # oneDNN compiles its bf16 kernels for every new number of tokens of an expert, which takes most of a step.
     torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     for values in arguments["runs"]:
         run = Run(*values)
@@ -163,7 +163,7 @@ def _one(recipe: Recipe, run: Run, steps: int) -> dict[str, Any]:
 
 
 def settings_name() -> str:
-    """Short digest of SETTINGS: results of other settings are not to be mixed in."""
+    """Short digest of SETTINGS, by which results of other settings are told apart."""
     import hashlib
 
     return hashlib.sha256(json.dumps(SETTINGS, sort_keys=True).encode()).hexdigest()[:12]
@@ -178,7 +178,7 @@ def _thinned(values: list[float]) -> list[float]:
 
 
 def write(path: Path, result: Mapping[str, Any]) -> None:
-    """One line for each entry; whole or not at all, so that a run that was broken off is run again."""
+    """Write one line for each entry; all or nothing, so that a training that was stopped is run again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in result.items())
     partial = path.with_suffix(".partial")
