@@ -248,7 +248,8 @@ def _gating(results: dict[str, Any]) -> str:
     if cpu:
         return (
             "Upstream multiplies in bf16 while `moe_router_dtype` is unset, the plugin in fp32 on a CPU. The "
-            "times of fp32 include the cast of the activations. Split products are for CUDA: here they are only emulated.\n\n"
+            "times of fp32 include the cast of the activations. Split products are for CUDA: here they are only "
+            "emulated.\n\n"
             + text
             + "\nThe CPU's best is what a square product of 1,536 reaches in the same arithmetic.\n"
         )
