@@ -184,7 +184,7 @@ def test_the_body_of_another_release_is_known(copy: Copy, capsys: Any) -> None:
 
 
 def test_a_number_that_the_code_contradicts_is_said_and_decides_nothing(copy: Copy, capsys: Any) -> None:
-    # 0.12's constructor casts, and 0.13's does not: what is patched is asked of the code.
+    # 0.12's constructor casts, and 0.13's does not: the code decides what is patched.
     tree = copy("0.12.3", INFO, "MINOR = 12", "MINOR = 13")
     code, report = check(capsys, "--megatron", tree)
     assert code == 0
@@ -248,19 +248,19 @@ def test_a_prerelease_may_have_or_lack_what_came_with_its_release(minor: int, co
 
 
 def test_a_commit_that_no_fingerprint_knows_is_never_called_fit(copy: Copy, capsys: Any) -> None:
-    # A main of no known version, with a body of no release. Each alone is the matter of another test.
+    # A main of no known version, with a body of no release. Other tests have each of these alone.
     tree = copy("0.19.2", FINALIZE, "    reset_model_temporary_tensors(config, model)\n", "    later(model)\n")
     for version in ("MAJOR = 0\nMINOR = 20\nPATCH = 0\nPRE_RELEASE = 'rc0'\n", "MAJOR = 1\nMINOR = 0\nPATCH = 0\n"):
         (tree / INFO).write_text(version, encoding="utf-8")
         code, report = check(capsys, "--megatron", tree)
         assert (code, report["verdict"]) == (1, "does not fit")
         assert any("is no release that this version of the plugin knows" in note for note in report["notes"])
-        # Not "match", which speaks of a release, for anything that is there.
+        # No function may be called "match", since that means a known release.
         there = {t["state"] for t in report["targets"] if t["line"]}
         assert there == {"known", "drifted"}
         (target,) = [t for t in report["targets"] if t["state"] == "drifted"]
         assert target["detail"].startswith("as in no known Megatron; nearest is that of 0.19.")
-    # Without a version there is nothing to compare with: it could not tell.
+    # Without a version there is nothing to compare with.
     (tree / INFO).write_text("VERSION = 'main'\n", encoding="utf-8")
     code, report = check(capsys, "--megatron", tree)
     assert (code, report["verdict"], report["targets"]) == (2, "unknown", [])
@@ -353,7 +353,7 @@ def test_a_drift_accepted_before_stays_accepted_if_the_next_probe_does_not_run_i
     assert accept("router_dtype = input.dtype", "router_dtype = (input + 0).dtype", "--unproven") == names[:1]
     reset = "    def reset_parameters(self):\n"
     assert sorted(accept(reset, f"{reset}        assert self.weight is not None\n")) == sorted(names)
-    # And what holds no more goes.
+    # A change that is no longer there is dropped.
     assert accept("router_dtype = (input + 0).dtype", "router_dtype = input.dtype") == names[1:]
 
 
@@ -367,7 +367,7 @@ def test_where_no_patch_could_be_applied_accepting_is_not_suggested(copy: Copy, 
     output = capsys.readouterr().out
     assert "takes (self, args, module) where (self, module, …) was expected" in re.sub(r"\s+", " ", output)
     assert "--accept" not in output
-    # What may be harmless is another matter.
+    # A changed body, which may be harmless: there it is suggested.
     other = copy("0.19.2", ROUTER, "router_dtype = input.dtype", "router_dtype = self.weight.dtype")
     assert main(["check", "--megatron", str(other)]) == 1
     assert "`check --accept` trains on this tree" in capsys.readouterr().out

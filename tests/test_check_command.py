@@ -50,7 +50,7 @@ def _unlinked(tree: Path) -> None:
 
 
 def _unreadable(tree: Path) -> None:
-    # A folder in its place: also root, who runs many a CI, cannot read that.
+    # A folder in its place, which root cannot read either: many CIs run as root.
     (tree / ROUTER).unlink()
     (tree / ROUTER).mkdir()
 
@@ -60,7 +60,7 @@ def _binary(tree: Path) -> None:
 
 
 def _too_deep(tree: Path) -> None:
-    # Python parses it, and cannot walk through it.
+    # Python can parse it, but not walk through its tree.
     text = (tree / ROUTER).read_text(encoding="utf-8")
     old = "router_dtype = torch.float32"
     assert old in text
@@ -98,7 +98,7 @@ def test_a_damaged_checkout_gives_one_line_and_exit_code_2(damage: Any, copy: Co
     assert captured.out == ""
     assert len(captured.err.splitlines()) == 1
     assert str(tree) in captured.err
-    # The others look at the same files.
+    # The other commands read the same files.
     assert main(["doctor", "--megatron", str(tree)]) == 2
     captured = capsys.readouterr()
     assert (captured.err, len([line for line in captured.out.splitlines() if line.startswith("??")])) == ("", 1)
@@ -111,7 +111,7 @@ def test_a_damaged_checkout_gives_one_line_and_exit_code_2(damage: Any, copy: Co
 def test_an_unreadable_path_gives_one_line_and_exit_code_2(
     refused: str, copy: Copy, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Tests may run as root, whom no permission stops.
+    # Tests may run as root, who may read everything.
     tree = copy("0.19.2")
 
     def refuse(name: str) -> None:

@@ -113,7 +113,7 @@ def test_an_accepted_file_that_is_none_is_bad_input(
 
 
 def test_a_change_that_the_plugin_would_undo_fails_the_probe_and_is_not_recorded(tmp_path: Path, capsys: Any) -> None:
-    # A fork that scales its logits: the plugin's own gating would drop that without a word.
+    # A fork that scales its logits: the plugin's own gating would silently drop that.
     tree = fork(
         tmp_path,
         ("logits = router_gating_linear(input, self.weight,", "logits = router_gating_linear(input, 2 * self.weight,"),
@@ -230,8 +230,8 @@ def test_under_warn_what_is_unprotected_is_named_once_and_nothing_is_half_protec
     gate: subprocess.CompletedProcess[str],
 ) -> None:
     states = json.loads(gate.stdout.splitlines()[1])
-    # An fp32 weight without the gating that can use it would stop at the first product: nothing makes it one. Buffers
-    # stay protected.
+    # Without the gating patch an fp32 weight would stop at the first product, so the patch that makes it fp32 is left
+    # out too. Buffers stay protected.
     assert {name for name, state in states.items() if state == "drifted"} == {"gating", "router-reset"}
     assert states["router-output"] == states["router-casts"] == "applied"
     warnings = [line for line in gate.stderr.splitlines() if line.startswith("megatron_fp32_router: ")]

@@ -106,7 +106,7 @@ def test_a_job_that_follows_an_optimizers_error_message_can_train_and_a_schedule
     assert done.returncode == 0, done.stdout + done.stderr
     for part in ("distributed: fits, proven by the probe", "optimizer: fits, proven", "the probe took", "left out"):
         assert part in done.stdout
-    # For schedules and refit nobody has asked: they are named, and left out.
+    # --for does not name schedules and refit: they are listed, and left out.
     assert "schedules: drifted, left out: slower" in done.stdout
     assert "add refit,schedules to --for" in done.stdout
     trained = train(harmless, tmp_path, **{name: file})

@@ -53,7 +53,7 @@ def test_faster_split_products_are_no_reason_to_do_anything() -> None:
 
 
 def test_slower_split_products_are_said_with_the_way_out_and_are_no_problem() -> None:
-    # Splitting the weight counts: with one micro-batch a step it is what decides here.
+    # Splitting the weight counts too: with one micro-batch a step it decides here.
     for times, splitting in (({"split": {"forward_ms": 0.5, "backward_ms": 0.9}}, 0.0), ({}, 0.9)):
         row = measured({**FAST, **times}, splitting)
         ((_, _), (level, slower)) = said(row)

@@ -87,7 +87,7 @@ def test_a_patch_whose_function_is_gone_and_one_that_upstream_made_needless_say_
     said = "needs no such patch: Router.__init__ no longer casts (from 0.13 reset_parameters does)"
     assert details["router-init"] == ("native", said)
     for patch in PATCHES:
-        # Whether the function is there is asked of the releases.
+        # The known releases say whether the function is there.
         digests = known().targets.get(f"{patch.module}:{patch.path}", ())
         if patch.until is not None and digests:
             after = [n for release, n in zip(known().releases, digests, strict=True) if at_least(release, patch.until)]
@@ -159,7 +159,7 @@ def test_python_m_says_a_bad_value_in_one_line_too_and_runs_nothing(arguments: t
 def test_a_startup_file_that_python_does_not_read_is_a_problem_only_if_the_job_needs_it(
     switch: str | None, capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    # What `pip install --target` and a checkout on PYTHONPATH come to.
+    # As with `pip install --target`, and with a checkout on PYTHONPATH.
     target, site = tmp_path / "target", tmp_path / "site"
     for folder in (target, site):
         folder.mkdir()
@@ -264,7 +264,7 @@ def test_doctor_fits_a_terminal_as_it_opens_and_verbose_has_the_rest(capsys: Any
     brief = capsys.readouterr().out
     assert sum(-(-len(line) // 80) for line in brief.splitlines()) <= 24
     assert f"{Path(torch.__file__).parent}" not in brief
-    # As installed. What a build for CUDA adds to it only importing torch would tell.
+    # The installed metadata's version. Only torch itself knows what a build for CUDA adds to it.
     assert f"torch {version('torch')}" in brief
     assert re.search(r"would be: \d+ applied, \d+ n/a", brief)
     main(["doctor", "--verbose", "--megatron", str(ensure_release("0.11.0"))])

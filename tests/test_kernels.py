@@ -115,12 +115,12 @@ def test_the_kernels_read_every_tensor_as_the_first_ones_type() -> None:
     memory = some(torch.bfloat16, 2000)
     fp32, bf16 = some(torch.float32), memory[:1000]
     norm, _ = kernels.l2norm(2048 * 32, NOOP, [[fp32, bf16]])
-    # As many numbers of four bytes as there are of two: the memory behind the tensor is read as well.
+    # As many numbers of four bytes as the tensor has of two: the memory behind it is read as well.
     misread = memory.view(torch.float32)
     assert torch.equal(norm, (fp32.square().sum() + misread.square().sum()).sqrt().view(1))
     kernels.scale(2048 * 32, NOOP, [[fp32, bf16]] * 2, 0.5)
     assert torch.equal(memory.view(torch.float32), some(torch.bfloat16, 2000).view(torch.float32) * 0.5)
-    # Where the allocation ends, so does what can be read here.
+    # Nothing can be read here behind the end of the allocation.
     assert kernels.l2norm(2048 * 32, NOOP, [[fp32, some(torch.bfloat16, 3)]])[0].shape == (1,)
 
 
@@ -201,7 +201,7 @@ def test_the_fused_router_is_the_formula_of_its_source(topk: int, groups: int, g
     expected, chosen = routed_by_hand(logits.numpy(), bias.numpy(), topk, groups, group_topk, 2.5)
     np.testing.assert_allclose(probs.numpy(), expected, rtol=1e-5)
     assert [set(row.nonzero().flatten().tolist()) for row in routing_map] == chosen
-    # s + 6.9 - 6.9 is not s: what the bias rounded away is gone, as in the kernel.
+    # s + 6.9 - 6.9 is not s: bits that adding the bias rounded away are lost, as in the kernel.
     if topk == 1:
         assert (probs[routing_map] != 2.5 * saved[routing_map]).any()
 

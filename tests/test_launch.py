@@ -1,5 +1,5 @@
-"""Ranks that could not connect to each other are started once more; any other failure is the caller's at once. What a
-rank forks can end."""
+"""Ranks that could not connect to each other are started once more; any other failure is raised at once. A process
+that a rank forks can end."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_only_ranks_that_never_met_are_started_once_more(
     assert ("starting them again" in capsys.readouterr().err) == (tries == 2)
 
 
-#: A group in a circle, and a process that is forked with it and then makes enough objects for a collection.
+#: A group in a reference cycle, and a process that is forked with it and then makes enough objects for a collection.
 FORKING = """
 import gc, os, sys
 import torch.distributed as dist

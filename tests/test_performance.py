@@ -1,4 +1,4 @@
-"""docs/performance.md belongs to what scripts/bench wrote, and what it wrote keeps what was promised."""
+"""docs/performance.md matches the results of scripts/bench, and these keep what was promised."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/study.md belongs to what scripts/study found, what it finds is right, and it goes on where it was."""
+"""docs/study.md matches the results of scripts/study, these are right, and the script continues where it stopped."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_a_few_steps_run_and_finished_runs_are_not_repeated(tmp_path: Path) -> N
     assert "1 of 2 trainings are there" in done.stderr
     assert result(1).exists()
     assert result(2).stat().st_mtime == 1
-    # Of other settings: not taken for this study's, and not run over.
+    # A result of other settings is neither used nor overwritten.
     result(2).write_text(json.dumps(found | {"steps": 4}), encoding="utf-8")
     done = _study(tmp_path, f"{NEWEST}-on-0-seed2")
     assert done.returncode == 1

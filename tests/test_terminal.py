@@ -1,4 +1,4 @@
-"""What a terminal shows: help that helps, for every command, and one screen where a variable is wrong."""
+"""What a terminal shows: help with an example for every command, and one screen where a variable is wrong."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from installing import ROOT, clean_environment
 from megatron_fp32_router import cli
 from megatron_fp32_router.terminal import painted
 
-#: A terminal as it opens.
+#: The size of a new terminal.
 LINES = 24
 
 
@@ -60,7 +60,7 @@ def test_a_variable_with_a_wrong_value_stops_with_one_screen(program: str, varia
     assert (
         "SettingsError: MEGATRON_FP32_ROUTER_PROTECT has the value 'foo'; accepted are 'all', 'buffers'" in done.stderr
     )
-    # Once, and nothing of how it came about in the package.
+    # One traceback, without the package's own functions.
     assert done.stderr.count("Traceback") == 1
     assert "settings.py" not in done.stderr
     assert "importlib" not in done.stderr
@@ -118,7 +118,7 @@ SCRIPTS = [path.name for path in sorted((ROOT / "scripts").iterdir()) if path.is
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_on_an_old_python_names_itself(name: str) -> None:
-    # Python 3.8 can read it, and is told in the first lines that it runs.
+    # Python 3.8 can parse the file, so its first lines can refuse.
     ast.parse((ROOT / "scripts" / name).read_text(encoding="utf-8"), feature_version=(3, 8))
     program = (
         "import runpy, sys; sys.version_info = (3, 9, 18, 'final', 0); sys.path.insert(0, 'scripts');"

@@ -198,7 +198,8 @@ def _wrap(recipe: Recipe, config: Any, model: Any, index: int) -> Any:
 def _fsdp2(config: Any, ddp: Any, model: Any) -> Any:
     wrapper = import_module("megatron.core.distributed.torch_fully_sharded_data_parallel").TorchFullyShardedDataParallel
     usual = inspect.signature(wrapper.__init__).parameters["sub_modules_to_wrap"].default
-    # The local layers are made of them, and torch shards a layer before what is in it only.
+    # Not ColumnParallelLinear, which the local layers contain: Megatron shards layers first, and torch cannot shard
+    # anything inside a module that is sharded already.
     kinds = [kind for kind in usual if kind.__name__ != "ColumnParallelLinear"]
     extra = compat.signature_kwargs(wrapper.__init__, ddp_config=ddp)
     return wrapper(config, module=model, sub_modules_to_wrap=kinds, **extra)

@@ -12,7 +12,7 @@ from megatron_fp32_router import lab
 from megatron_fp32_router.compat import probe_areas
 from megatron_fp32_router.compat.probe_run import PROMISES, RECIPE, prove
 
-# What is asked here is alike on the lines in between.
+# The answers are the same on the lines in between.
 pytestmark = pytest.mark.on_lines("0.11", "0.16", "0.19")
 
 
@@ -48,12 +48,12 @@ def test_every_promise_holds_and_the_functions_that_matter_ran(request: Any, plu
         told = {name: str(tmp_path / name) for name in ("progress", "done")}
         arguments = {**told, "files": [router, utils, finalize], "areas": list(PROMISES)}
         found = prove(RECIPE, arguments)
-    # Of the oldest release it is said that it has no such router, and no offload.
+    # The oldest release has no inference router and no offload, which are left out there.
     assert [name for name, holds, _ in found["proofs"] if holds is False] == []
     assert {name for name, _, _ in found["proofs"]} == {name for promises in PROMISES.values() for name in promises}
     assert found["proofs"][-1][0] == "upstream"
     ran = {file: {name for name, _ in functions} for file, functions in found["ran"].items()}
-    # Also upstream's own versions of what we replace: they are the oracle of the last promise.
+    # Also upstream's own functions, with which the last promise compares.
     assert ran[router] >= {"__init__", "gating", "routing", "forward"}
     assert "get_updated_expert_bias" in ran[utils]
     assert ran[finalize] >= {"finalize_model_grads", "_update_router_expert_bias"}
