@@ -301,8 +301,8 @@ def _download(requirement: str, folder: Path) -> Path:
     raise SetupError(f"{requirement} could not be fetched.\n" + "\n".join(complaints))
 
 
-def _tail(output: str, lines: int = 15) -> str:
-    return "\n".join("    " + line for line in output.strip().splitlines()[-lines:])
+def _tail(output: str) -> str:
+    return "\n".join("    " + line for line in output.strip().splitlines()[-15:])
 
 
 @contextlib.contextmanager

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 _MISSING = object()
 _replaced: list[tuple[Any, str, Any]] = []
-_compile_alive = False
 
 #: torch functions that take `device=`. Megatron hands them "cuda" or torch.cuda.current_device().
 _FACTORIES = [
@@ -60,28 +59,16 @@ def is_pretending() -> bool:
     return bool(_replaced)
 
 
-def pretend(compile: bool = False) -> None:
+def pretend() -> None:
     """Answer Megatron's questions about CUDA from the CPU, until `undo()`. Idempotent.
 
-    Args:
-        compile: Megatron's jit_fuser is torch.compile, whose default backend needs a C++ toolchain. False makes
-            torch.compile without a backend return the function as it is; True gives it the backend "aot_eager",
-            which traces for real. A backend that the caller names is used as it is.
-
     Raises:
-        LabError: there is a CUDA device, or an earlier call with another `compile` is in force.
+        LabError: there is a CUDA device.
     """
-    global _compile_alive
     if is_pretending():
-        if compile != _compile_alive:
-            raise LabError(
-                f"the CPU pretence is in force with compile={_compile_alive}, and Megatron may already hold its "
-                f"torch.compile: compile={compile} needs lab.cpu.undo() and a fresh process"
-            )
         return
     if torch.cuda.is_available():
         raise LabError("refusing to pretend that the CPU is a CUDA device: this machine has a real one")
-    _compile_alive = compile
     # Its tables map torch.cuda's functions, one object to a name: fill them before ours are there. Megatron imports it.
     import_module("torch._dynamo")
     _devices()
@@ -90,7 +77,7 @@ def pretend(compile: bool = False) -> None:
     _tensors()
     for owner, name, value in cpu_gloo.replacements():
         replace(owner, name, value)
-    replace(torch, "compile", _compile_without_toolchain(torch.compile, compile))
+    replace(torch, "compile", _compile_only_with_backend(torch.compile))
     wrapt.register_post_import_hook(_no_toolkit, "torch.utils.cpp_extension")
 
 
@@ -336,19 +323,17 @@ def _tensors() -> None:
     replace(torch.nn.Module, "cuda", itself)
 
 
-def _compile_without_toolchain(real: Callable[..., Any], alive: bool) -> Callable[..., Any]:
+def _compile_only_with_backend(real: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile that returns the function as it is unless the caller names a backend.
+
+    Megatron's jit_fuser is torch.compile, whose default backend needs a C++ toolchain.
+    """
+
     @functools.wraps(real)
     def compile(model: Any = None, *, backend: Any = None, **kwargs: Any) -> Any:
         if backend is not None:
             return real(model, backend=backend, **kwargs)
-        if model is None:
-            return functools.partial(compile, **kwargs)
-        if not alive:
-            return model
-        # `mode` and `options` are inductor's.
-        kwargs.pop("mode", None)
-        kwargs.pop("options", None)
-        return real(model, backend="aot_eager", **kwargs)
+        return functools.partial(compile, **kwargs) if model is None else model
 
     return compile
 

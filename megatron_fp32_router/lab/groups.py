@@ -27,12 +27,11 @@ if TYPE_CHECKING:
 chunks_in_training: Final[weakref.WeakSet[Any]] = weakref.WeakSet()
 
 
-def prepare(megatron: str | Path | None = None, *, compile: bool = False) -> None:
+def prepare(megatron: str | Path | None = None) -> None:
     """Make a Megatron importable on this machine. Call it before anything of Megatron is imported. Idempotent.
 
     Args:
         megatron: the directory that holds `megatron/`, put first on sys.path; None: whatever is importable.
-        compile: leave torch.compile alive on a CPU, with a backend that needs no toolchain (see `cpu.pretend`).
 
     Raises:
         LabError: there is no Megatron there, or another one has been imported already.
@@ -53,8 +52,8 @@ def prepare(megatron: str | Path | None = None, *, compile: bool = False) -> Non
         if loaded is None and parent is not None and str(tree / "megatron") not in list(parent.__path__):
             raise LabError(f"a package `megatron` was imported from {list(parent.__path__)} before lab.prepare")
     compat.before_import(tree)
-    if not torch.cuda.is_available() or cpu.is_pretending():
-        cpu.pretend(compile=compile)
+    if not torch.cuda.is_available():
+        cpu.pretend()
 
 
 def device() -> torch.device:

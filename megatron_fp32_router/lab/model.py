@@ -44,7 +44,7 @@ def make_config(recipe: Recipe) -> Any:
         "moe_router_bias_update_rate": recipe.bias_rate,
         "moe_router_load_balancing_type": recipe.load_balancing,
         "moe_aux_loss_coeff": 0.0 if recipe.load_balancing == "none" else recipe.aux_coeff,
-        "moe_token_dispatcher_type": recipe.dispatcher,
+        "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": False,
         "add_bias_linear": recipe.linear_bias,
         "tensor_model_parallel_size": recipe.tensor_parallel,

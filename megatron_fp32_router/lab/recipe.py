@@ -26,8 +26,6 @@ class Recipe:
     virtual_pipeline: int | None = None
     expert_parallel: int = 1
     data_parallel: int = 1
-    #: None: on when `tensor_parallel` > 1, which is what Megatron asks of a mixture of experts.
-    sequence_parallel: bool | None = None
 
     #: Layers that have experts. A hybrid model has as many attention layers between them.
     layers: int = 2
@@ -59,9 +57,8 @@ class Recipe:
     bias_start: float = 0.0
     load_balancing: Literal["none", "aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn"] = "none"
     aux_coeff: float = 1e-2
-    dispatcher: Literal["alltoall", "allgather"] = "alltoall"
-    #: add_bias_linear: gives routers a `bias` parameter from 0.15. 0.11 and 0.12.0 take it with
-    #: allgather only, 0.12.1 to 0.14 not at all.
+    #: add_bias_linear: gives routers a `bias` parameter from 0.15. 0.11 and 0.12.0 take it only with the dispatcher
+    #: allgather (see `extra`), 0.12.1 to 0.14 not at all.
     linear_bias: bool = False
 
     #: Data parallelism. "fsdp2": torch's, by Megatron's TorchFullyShardedDataParallel; with the plain optimizer.
@@ -76,8 +73,6 @@ class Recipe:
     recompute: bool = False
     lr: float = 1e-3
     clip_grad: float = 1.0
-    #: fp16 only: the first loss scale.
-    loss_scale: float = 4096.0
     seed: int = 1234
 
     #: Further fields of TransformerConfig, OptimizerConfig and DistributedDataParallelConfig.
@@ -108,8 +103,8 @@ class Recipe:
 
     @property
     def uses_sequence_parallel(self) -> bool:
-        """Whether activations are split along the sequence, the default resolved."""
-        return self.tensor_parallel > 1 if self.sequence_parallel is None else self.sequence_parallel
+        """Whether activations are split along the sequence, as Megatron demands of experts with tensor parallelism."""
+        return self.tensor_parallel > 1
 
     @property
     def tokens_per_step(self) -> int:

@@ -215,7 +215,7 @@ def _optimizer(recipe: Recipe, config: Any, chunks: list[Any]) -> Any:
         "bf16": config.bf16,
         "fp16": config.fp16,
         "params_dtype": config.params_dtype,
-        "initial_loss_scale": recipe.loss_scale,
+        "initial_loss_scale": 4096.0,  # of fp16
         "use_distributed_optimizer": recipe.optimizer == "distributed",
         **compat.signature_kwargs(
             optimizer.OptimizerConfig,

@@ -154,12 +154,11 @@ def in_use(tree: Path, version: str = "") -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def router_in_use(tree: Path, version: str = "") -> Iterator[Any]:
+def router_in_use(tree: Path) -> Iterator[Any]:
     """Let Megatron's routers find TransformerEngine below `tree`: fused routing, and the product for logits.
 
     Args:
         tree: as for `in_use`.
-        version: as for `in_use`.
 
     Yields:
         The module `transformer_engine.pytorch.router`.
@@ -177,7 +176,7 @@ def router_in_use(tree: Path, version: str = "") -> Iterator[Any]:
     names = {
         "HAVE_TE": True,
         "te_general_gemm": te_general_gemm,
-        "is_te_min_version": _is_te_min_version(tree, version),
+        "is_te_min_version": _is_te_min_version(tree),
         **{name: getattr(router, name) for name in fused},
     }
     home = import_module("megatron.core.transformer.moe.moe_utils")
@@ -186,7 +185,7 @@ def router_in_use(tree: Path, version: str = "") -> Iterator[Any]:
         yield router
 
 
-def _is_te_min_version(tree: Path, version: str) -> Callable[..., bool]:
+def _is_te_min_version(tree: Path, version: str = "") -> Callable[..., bool]:
     """Megatron's function of that name, for TransformerEngine below `tree`. `version`: as for `in_use`."""
     told = Version(version or next(tree.glob("transformer_engine-*.dist-info")).stem.partition("-")[2])
     return lambda least, *_, **__: told >= Version(least)
