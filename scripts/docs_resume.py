@@ -5,8 +5,8 @@
     scripts/docs_resume.py --check    say whether docs/resume.md is what they recorded (exit code 1 if not)
 
 The records are results/resume/RELEASE.jsonl (see resume_record in tests/megatron/conftest.py). A release line is
-tested on its last release; an earlier one counts as tested with it only if the functions in question are the same,
-which is asked of their syntax trees.
+tested on its last release. An earlier one counts as tested with it only if the files in question have the same syntax
+trees.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def lines() -> dict[str, list[str]]:
 
 
 def digest(tree: Path) -> str:
-    """One number for the files in question below *tree*: comments and docstrings do not count, code does."""
+    """A digest of the code of the files in question below *tree*, without comments and docstrings."""
     whole = hashlib.sha256()
     for name in IN_QUESTION:
         module = ast.parse((tree / "megatron" / "core" / name).read_text(encoding="utf-8"))

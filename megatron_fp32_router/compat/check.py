@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"what the job uses, or 'all': {', '.join(AREAS)} (default: {', '.join(USUAL)})",
     )
     parser.add_argument(
-        "--pin", metavar="VERSION", help="fail when another version, or another commit of a clone, than this is found"
+        "--pin", metavar="VERSION", help="fail unless this version, or this commit of a clone, is found"
     )
     parser.add_argument(
         "--probe", action="store_true", help="also train the tiny laboratory model on it, as --for says, and compare"

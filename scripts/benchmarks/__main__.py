@@ -21,17 +21,8 @@ from benchmarks.pairs import Report
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "bench"
 
-#: part -> seconds it takes on two quiet cores, roughly: for the order and for --help.
-PARTS = {
-    "startup": 10,
-    "construction": 25,
-    "step": 240,
-    "optimizers": 120,
-    "balance": 60,
-    "monitor": 40,
-    "gating": 60,
-    "accuracy": 15,
-}
+#: What can be measured by itself.
+PARTS = ("startup", "construction", "step", "optimizers", "balance", "monitor", "gating", "accuracy")
 
 
 def _cpu() -> str:
@@ -80,7 +71,7 @@ def _measure(options: argparse.Namespace, progress: Callable[[str], Report]) -> 
             found["accuracy"][name] = accuracy.errors(accuracy.Operands(*(t.to(device) for t in operands)))
         return found
 
-    parts = options.only or [*PARTS]
+    parts = options.only or PARTS
     # The start of an interpreter is measured before this one grows.
     if "startup" in parts:
         from benchmarks import startup
@@ -136,7 +127,7 @@ def _measure(options: argparse.Namespace, progress: Callable[[str], Report]) -> 
 
 
 def main(arguments: list[str]) -> int:
-    """Measure and write. The exit code is 0 whatever was measured: a busy machine is no error."""
+    """Measure and write. The exit code does not depend on what was measured."""
     parser = argparse.ArgumentParser(prog="scripts/bench", description="What the plugin costs, on against off.")
     parser.add_argument("--megatron", metavar="TREE", help="folder that holds a Megatron as megatron/")
     parser.add_argument(
@@ -147,7 +138,7 @@ def main(arguments: list[str]) -> int:
         help="that hold transformer_engine/ (its Python), emerging_optimizers/ and absl/: for the part optimizers",
     )
     parser.add_argument("--gpu", action="store_true", help="measure the GPU of this machine; needs no Megatron")
-    parser.add_argument("--only", nargs="+", choices=[*PARTS], metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--quick", action="store_true", help="few repetitions: to see that it works")
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of tables")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where results go (default docs/bench/…)")
