@@ -71,7 +71,7 @@ MEGATRON_BRIDGE = "0.6.2"
 WHEEL_PYTHONS = ("3.12", "3.11", "3.10")
 
 
-if sys.version_info < (3, 10):  # noqa: UP036 - whoever runs a script may well have an older one
+if sys.version_info < (3, 10):  # noqa: UP036 - the user's Python may be older
     print(
         f"{sys.argv[0]} needs Python 3.10 or newer; this is {platform.python_version()} ({sys.executable}).\n"
         f"Run it with a newer one, for example: python3.12 {' '.join(sys.argv)}",

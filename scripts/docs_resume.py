@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write the tables of docs/resume.md: scripts/docs_resume.py [--check].
 
-    scripts/docs_resume.py            after scripts/test: make the tables anew from what the tests recorded
+    scripts/docs_resume.py            after scripts/test: make the tables again from what the tests recorded
     scripts/docs_resume.py --check    say whether docs/resume.md is what they recorded (exit code 1 if not)
 
 The records are results/resume/RELEASE.jsonl (see resume_record in tests/megatron/conftest.py). A release line is

@@ -267,7 +267,7 @@ def look(add: Callable[[Any, str, str], None], shapes: Sequence[Shape], asked: s
         asked: what MEGATRON_FP32_ROUTER_PRODUCTS says.
 
     Returns:
-        What --json prints of it.
+        What --json prints of this machine.
     """
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")

@@ -176,7 +176,7 @@ def update(recipe: Recipe) -> str:
                 biases[name] = biases[name] + sign_E * rate
                 found_E = router.expert_bias.cpu().numpy()
                 if found_E.dtype != np.float32 or (found_E != biases[name]).any():
-                    wrong.append(f"step {step}: expert_bias is {found_E}, and ought to be {biases[name]}")
+                    wrong.append(f"step {step}: expert_bias is {found_E}, and should be {biases[name]}")
                 if float(router.local_tokens_per_expert.abs().sum()) != 0:
                     wrong.append(f"step {step}: local_tokens_per_expert is not zeroed")
     if wrong:

@@ -30,7 +30,7 @@ def pretend() -> None:
     compat.before_import(None, training=True)
     cpu.pretend()
     cpu.replace(torch.cuda, "is_available", lambda: True)
-    # A number: Megatron makes a torch.device("cuda", …) of it. A bare number is CUDA's to cpu.py, too.
+    # A number: Megatron makes a torch.device("cuda", …) of it. cpu.py takes a bare number for CUDA's, too.
     cpu.replace(torch.cuda, "current_device", lambda: 0)
     cpu.replace(torch.cuda, "get_device_name", lambda device=None: "CPU")  # main
     # FSDP's flags are checked for a GPU newer than Hopper.

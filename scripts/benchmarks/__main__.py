@@ -142,7 +142,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="few repetitions: to see that it works")
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of tables")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where results go (default docs/bench/…)")
-    parser.add_argument("--page", action="store_true", help="measure nothing; write docs/performance.md anew")
+    parser.add_argument("--page", action="store_true", help="measure nothing; write docs/performance.md again")
     options = parser.parse_args(arguments)
     if options.quick and options.out is None:
         parser.error("--quick needs --out FILE: what is committed is measured in full")

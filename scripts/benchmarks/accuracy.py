@@ -1,7 +1,7 @@
 """How exact the router's three products are in fp32, TF32, bf16 and split bf16, against fp64.
 
 TF32 is emulated (both operands rounded to 11 bits of significand, exact products, fp32 sums) and so are split products
-off CUDA: what a tensor core adds up in which order is not part of it.
+off CUDA; the order in which a tensor core adds is not emulated.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ def _say(text: str) -> None:
 
 
 def _train(folder: Path, trees: dict[str, Path], seeds: list[int], steps: int, only: str) -> None:
-    """Every run whose result is not there; one process for each release, off and on."""
+    """Run every training that has no result yet; one process for each release, off and on."""
     from megatron_fp32_router import lab
 
     wanted = [run for run in training.runs(trees, seeds) if run.name.startswith(only)]
@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--only", default="", metavar="NAME", help="results whose name begins so: 0.19.2-on")
     parser.add_argument("--quick", action="store_true", help="two seeds, three steps, few draws: to see that it works")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where results go (default docs/study)")
-    parser.add_argument("--page", action="store_true", help="run nothing; write docs/study.md anew")
+    parser.add_argument("--page", action="store_true", help="run nothing; write docs/study.md again")
     options = parser.parse_args(arguments)
     if options.quick and options.out is None:
         parser.error("--quick needs --out FOLDER: what is committed is run in full")
