@@ -78,29 +78,24 @@ def independent(session: nox.Session) -> None:
     session.log(f"Not found here, so not tried: {', '.join(missing) or 'none'}")
     if importlib.util.find_spec("ray") is None:
         session.log("Ray is not installed here (pip install ray), so examples/ray is not run")
-    without = []
+    selection = [f"--ignore=tests/{name}" for name in ("megatron", "trees", "downstream", "test_matrix.py", "gpu")]
     if browser.found() is None:
         session.log(f"{browser.MISSING}: tests/test_pages.py is run in part")
-        without = ["-m", "not in_browser"]
-    ledger = ROOT / "results" / "independent.json"
-    others = ("megatron", "trees", "downstream", "test_matrix.py", "gpu")
-    where = ["tests", *(f"--ignore=tests/{name}" for name in others), "--ledger", str(ledger), *without]
-    session.run(sys.executable, *PYTEST, *where, *session.posargs, success_codes=_good_codes(session))
+        selection += ["-m", "not in_browser"]
+    _pytest(session, "independent", "tests", *selection)
 
 
 @nox.session
 @nox.parametrize("megatron", [nox.param(version, id=version) for version in RELEASES])
 def release(session: nox.Session, megatron: str) -> None:
     """Tests on one release."""
-    tree, ledger = ensure_release(megatron), ROOT / "results" / f"{megatron}.json"
     # Patch releases of a line behave alike: all of them run the tests of defects, and the last one all tests.
     tests = ["tests/megatron"] if megatron in LAST_OF_LINE else ["tests/megatron/test_defects.py"]
     if megatron in OTHER_OPTIMIZERS:
         tests += [f"tests/megatron/test_{name}.py" for name in ("optimizer_checkpoints", "mapping", "resume")]
-    where = [*tests, "--megatron", str(tree), "--ledger", str(ledger)]
     # scripts/test adds it for a release that is named.
-    where += ["--whole"] if megatron in (RELEASES[0], RELEASES[-1]) else []
-    session.run(sys.executable, *PYTEST, *where, *session.posargs, success_codes=_good_codes(session))
+    whole = ["--whole"] if megatron in (RELEASES[0], RELEASES[-1]) else []
+    _pytest(session, megatron, *tests, "--megatron", str(ensure_release(megatron)), *whole)
 
 
 @nox.session
@@ -108,30 +103,26 @@ def release(session: nox.Session, megatron: str) -> None:
 def middle(session: nox.Session, megatron: str) -> None:
     """What `release` leaves out on a release: the tests marked whole."""
     tests = ["tests/megatron"] if megatron in LAST_OF_LINE else ["tests/megatron/test_resume.py"]
-    where = [*tests, "--megatron", str(ensure_release(megatron)), "--whole", "-m", "whole"]
-    session.run(sys.executable, *PYTEST, *where, "--ledger", str(ROOT / "results" / f"middle-{megatron}.json"))
+    where = ["--megatron", str(ensure_release(megatron)), "--whole", "-m", "whole"]
+    _pytest(session, f"middle-{megatron}", *tests, *where)
 
 
 @nox.session
 @nox.parametrize("megatron", [nox.param(version, id=version) for version in (RELEASES[0], RELEASES[-1])])
 def quick(session: nox.Session, megatron: str) -> None:
     """What the plugin promises at its core, on one release: the defects, seen and gone, and what repairs them."""
-    ledger = ROOT / "results" / f"{megatron}.json"
-    where = [*QUICK, "--megatron", str(ensure_release(megatron)), "--ledger", str(ledger)]
-    session.run(sys.executable, *PYTEST, *where)
+    _pytest(session, megatron, *QUICK, "--megatron", str(ensure_release(megatron)))
 
 
 @nox.session
 @nox.parametrize("name", [nox.param(name, id=name) for name in TREES])
 def tree(session: nox.Session, name: str) -> None:
     """Tests on one checkout of the repository; on those whose core is no release's, that core's tests too."""
-    ledger = ROOT / "results" / f"{name}.json"
-    where = ["--megatron", str(ensure_tree(name)), "--ledger", str(ledger), *session.posargs]
     # scripts/test adds it for a checkout that is named.
-    where += ["--whole"] if name in TREES_IN_WHOLE else []
+    whole = ["--whole"] if name in TREES_IN_WHOLE else []
     folders = ["tests/trees", "tests/megatron"] if name in TREES_BY_HAND else ["tests/trees"]
     folders += ON_MAIN if name in TREES_IN_WHOLE and name.startswith("main-") else []
-    session.run(sys.executable, *PYTEST, *folders, *where, success_codes=_good_codes(session))
+    _pytest(session, name, *folders, "--megatron", str(ensure_tree(name)), *whole)
 
 
 @nox.session
@@ -140,6 +131,8 @@ def patches(session: nox.Session) -> None:
     session.run(sys.executable, "scripts/patches", "verify", *session.posargs)
 
 
-def _good_codes(session: nox.Session) -> list[int]:
-    """A selection may leave no test here (5); test_matrix.py checks that some session had one."""
-    return [0, 5] if session.posargs else [0]
+def _pytest(session: nox.Session, ledger: str, *arguments: str) -> None:
+    """Run pytest with these arguments and the user's; what ran is recorded in results/LEDGER.json."""
+    command = [*PYTEST, *arguments, "--ledger", str(ROOT / "results" / f"{ledger}.json"), *session.posargs]
+    # A selection may leave no test here (5); test_matrix.py checks that some session had one.
+    session.run(sys.executable, *command, success_codes=[0, 5] if session.posargs else [0])

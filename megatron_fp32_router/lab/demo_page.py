@@ -27,7 +27,7 @@ def _banded(data: dict[str, Any], release: dict[str, Any], key: str, title: str,
     """Off and on: the mean of the seeds, and a band from the smallest to the largest."""
     lines, bands, said = [], [], []
     for name in RUNS:
-        low, mean, high = zip(*report.over_seeds(release[name], key), strict=True)
+        low, mean, high = report.over_seeds(run["series"][key] for run in release[name])
         lines.append(Line(f"plugin {name}", mean, name, name, _DASHES[name], _MARKERS[name]))
         if len(release[name]) > 1:
             lines += [

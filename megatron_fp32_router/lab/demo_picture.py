@@ -65,7 +65,7 @@ def _draw_bias(axis: Any, release: dict[str, Any]) -> str:
 def _draw_counter(axis: Any, release: dict[str, Any]) -> str:
     """The counter's error: the mean of the seeds, and a band from the smallest to the largest."""
     for name in RUNS:
-        low, mean, high = zip(*report.over_seeds(release[name], "count_error"), strict=True)
+        low, mean, high = report.over_seeds(run["series"]["count_error"] for run in release[name])
         steps, often = range(1, len(mean) + 1), max(1, len(mean) // 8)
         axis.fill_between(steps, low, high, color=COLOURS[name], alpha=0.2, lw=0)
         axis.plot(steps, mean, color=COLOURS[name], label=f"plugin {name}", markevery=often, **_SHAPES[name])

@@ -21,6 +21,8 @@ import statistics
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
     from megatron_fp32_router.pages import State
 
 RUNS: Final = ("off", "on")
@@ -86,10 +88,10 @@ def span(runs: list[dict[str, Any]], key: str) -> tuple[float, float]:
     return min(values), max(values)
 
 
-def over_seeds(runs: list[dict[str, Any]], key: str) -> list[tuple[float, float, float]]:
-    """(smallest, mean, largest) over seeds of one of `series`, for each step."""
-    columns = zip(*(run["series"][key] for run in runs), strict=True)
-    return [(min(values), sum(values) / len(values), max(values)) for values in columns]
+def over_seeds(curves: Iterable[Sequence[float]]) -> Iterator[tuple[float, ...]]:
+    """Three curves out of one for each seed: the smallest, the mean and the largest value of each step."""
+    columns = zip(*curves, strict=True)
+    return zip(*((min(values), sum(values) / len(values), max(values)) for values in columns), strict=True)
 
 
 def overlaps(release: dict[str, Any], key: str) -> bool:

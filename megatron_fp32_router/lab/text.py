@@ -29,15 +29,10 @@ def corpus() -> bytes:
         LabError: this Python has no sources on disk.
     """
     home = Path(sysconfig.get_paths()["stdlib"])
-    parts, size = [], 0
-    for path in sorted(home.glob("*.py")):
-        parts.append(path.read_bytes())
-        size += len(parts[-1])
-        if size >= _CORPUS_BYTES:
-            break
-    if size < 100_000:
+    text = b"".join(path.read_bytes() for path in sorted(home.glob("*.py")))
+    if len(text) < 100_000:
         raise LabError(f"no standard library sources to train on in {home}")
-    return b"".join(parts)[:_CORPUS_BYTES]
+    return text[:_CORPUS_BYTES]
 
 
 def text_batches(recipe: Recipe, seed: int) -> Iterator[dict[str, Any]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fp32_router.lab.demo_picture import COLOURS, STYLE
+from megatron_fp32_router.lab.demo_report import over_seeds
 from studies import simulation, training
 
 #: Way of adding up -> colour and marks, told apart by more than hue.
@@ -49,14 +50,11 @@ def _training(trainings: list[dict[str, Any]]) -> Any:
         for plugin, line in ((False, "--"), (True, "-")):
             wanted = (release, plugin, start)
             curves = [run["max_vio"] for run in trainings if (run["release"], run["plugin"], run["start"]) == wanted]
-            steps = [training.THINNED * (at + 0.5) for at in range(len(curves[0]))]
-            columns_of = list(zip(*curves, strict=True))
+            low, mean, high = over_seeds(curves)
+            steps = [training.THINNED * (at + 0.5) for at in range(len(mean))]
             colour = COLOURS["on" if plugin else "off"]
-            axis.fill_between(
-                steps, [min(c) for c in columns_of], [max(c) for c in columns_of], color=colour, alpha=0.18, lw=0
-            )
-            label = f"plugin {'on' if plugin else 'off'}"
-            axis.plot(steps, [sum(c) / len(c) for c in columns_of], line, color=colour, label=label)
+            axis.fill_between(steps, low, high, color=colour, alpha=0.18, lw=0)
+            axis.plot(steps, mean, line, color=colour, label=f"plugin {'on' if plugin else 'off'}")
         axis.set_title(f"{release}, biases from {start:g}")
     axes[0][0].set_ylim(bottom=0)  # of all of them, when everything is drawn
     for axis in axes[-1]:

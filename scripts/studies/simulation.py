@@ -88,7 +88,7 @@ class Tree:
         self._partial.append((height, values))
 
     def total(self) -> torch.Tensor:
-        """The sum; where the number of ranks is no power of two, the partial sums that remain are added from the right."""
+        """The sum. Where the number of ranks is no power of two, several partial sums remain, added from the right."""
         total = self._partial[-1][1]
         for _, values in reversed(self._partial[:-1]):
             total = values + total
