@@ -53,7 +53,7 @@ def repeating(action: Callable[[], None], seconds: float) -> Iterator[None]:
 
 
 def lacking(name: str | None, *packages: str) -> str:
-    """Say that a package is missing, and how to install it: by its own name, as an index may not have this package."""
+    """The sentence that a package is missing, and how to install it: by its name, as an index may not have ours."""
     return f"{name} is not installed: {sys.executable} -m pip install {' '.join(packages)}"
 
 

@@ -166,7 +166,7 @@ def _look_at_activation(found: Diagnosis) -> None:
     if switch is False:
         found.add("problem", "switch", f"{PREFIX}=0 turns the plugin off, whatever else asks for it")
     elif switch is None and read:
-        found.add("note", "switch", f"{PREFIX} is not set: only programs that import megatron_fp32_router have it")
+        found.add("note", "switch", f"{PREFIX} is not set: the plugin is on only in programs that import it")
 
 
 def _look_at_libraries(found: Diagnosis) -> None:

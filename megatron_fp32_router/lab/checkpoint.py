@@ -72,7 +72,8 @@ def load(room: Lab, folder: Path, checkpoint_format: str) -> None:
             _load_legacy(room, folder)
             return
         if checkpoint_format == "torch_dcp":
-            # torch loads into the tensors that it is given. Not by the chain of optimizers, which has no is_loading.
+            # torch loads into the tensors that it is given. The chain's state_dict takes no is_loading, its optimizer's
+            # does.
             loaded: dict[str, Any] = {name: model.state_dict() for name, model in _models(room)}
             (optimizer,) = optimizers(room)
             loaded["optimizer"] = optimizer.state_dict(is_loading=True)

@@ -153,7 +153,7 @@ def _write_item_of_its_time() -> None:
 
 
 def write_item_of_any_time() -> Any:
-    """torch's private _write_item for 0.11 and 0.12, which call it without transforms and format, as was once right."""
+    """torch's private _write_item for 0.11 and 0.12, which leave out transforms and format, as an older torch did."""
     filesystem = import_module("torch.distributed.checkpoint.filesystem")
     real = filesystem._write_item
     known = inspect.signature(real).parameters
