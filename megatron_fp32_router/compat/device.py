@@ -48,7 +48,7 @@ class Operands(NamedTuple):
 
 
 Gradients = tuple[torch.Tensor | None, torch.Tensor | None]
-#: forward and backward: the logits, and the gradients of input and weight. Both include the casts that every call needs.
+#: forward and backward: the logits, and the gradients of input and weight. Both include casts that every call needs.
 Way = tuple[Callable[[], torch.Tensor], Callable[[], Gradients]]
 
 
