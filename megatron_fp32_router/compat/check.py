@@ -209,7 +209,7 @@ def _probe(report: Report, arguments: argparse.Namespace) -> None:
         found = [t for t in unproven if bool(t.areas & set(report.areas)) == asked]
         areas = ",".join(sorted({area for t in found for area in t.areas}))
         way_out = "which you vouch for" if report.vouched else "read the diff; --unproven vouches for it"
-        way_out = way_out if asked else f"which was not asked for; add {areas} to --for"
+        way_out = way_out if asked else f"because it was not asked for; add {areas} to --for"
         if found:
             names = ", ".join(sorted(t.dotted for t in found))
             report.notes.append(f"has drifted and did not run in the probe, {way_out}: {names}")
