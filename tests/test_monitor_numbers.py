@@ -162,7 +162,7 @@ def test_tf32_keeps_ten_bits_of_mantissa_and_rounds_to_nearest_even() -> None:
 def test_the_probe_batch_is_compared_with_the_look_before_and_not_with_the_first() -> None:
     made, _ = rule(32, 64)
     tokens = torch.randn(200, 64)
-    probe = stability.new_probe(made, stability.Sample(tokens, None))
+    probe = stability.new_probe(made, tokens)
     made.weight_EH = torch.randn(32, 64)
     first = {name: float(value) for name, value in stability.changed(made, probe).items()}
     assert 0 < first["probe/slots_changed"] <= first["probe/changed"] <= 1

@@ -28,7 +28,7 @@ PATCHES: Final = (
         repairs=("D12",),
         until="0.13",
         native_where=("Router.__init__ lacks params_dtype",),
-        parameters=("self", "config"),
+        parameters=("config",),
         relies_on=(_CONSTRUCTION,),
         needs=("gating",),
     ),
@@ -42,7 +42,6 @@ PATCHES: Final = (
         repairs=("D12", "D13", "D18"),
         since="0.13",
         absent_where=("Router.__init__ uses params_dtype",),
-        parameters=("self",),
         # No subclass has a reset_parameters of its own.
         relies_on=(_CONSTRUCTION, f"{ROUTER}:TopKRouter.reset_parameters InferenceTopKRouter.reset_parameters"),
         needs=("gating",),
@@ -55,7 +54,7 @@ PATCHES: Final = (
         issue=f"{UPSTREAM}/issues/1482",
         remove_when="every router tensor carries main's keep_in_fp32 mark (#5929) through device moves",
         repairs=("D1", "D2", "D3", "D4", "D5", "D6", "D7", "D8", "D9", "D10", "D11", "D12", "D13", "D18", "D22"),
-        parameters=("self", "fn"),
+        parameters=("fn",),
         relies_on=(
             _CONSTRUCTION,
             # Every cast of a router goes through TopKRouter._apply.

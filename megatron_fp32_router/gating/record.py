@@ -20,7 +20,7 @@ _output: Final = partial(
     issue=f"{UPSTREAM}/issues/1421",
     remove_when="the gating patch goes",
     goes_with="gating",
-    parameters=("self", "input"),
+    parameters=("input",),
 )
 
 _step: Final = partial(
@@ -46,7 +46,7 @@ PATCHES: Final = (
         issue=f"{UPSTREAM}/issues/1421",
         remove_when="gating computes fp32 logits from an fp32 weight without TF32",
         repairs=("D14", "D15", "D16", "D17"),
-        parameters=("self", "input"),
+        parameters=("input",),
         relies_on=(
             # No subclass has a gating of its own, and weight is the parameter itself.
             f"{ROUTER}:TopKRouter.gating InferenceTopKRouter.gating Router.weight TopKRouter.weight",

@@ -12,7 +12,7 @@ import torch
 from megatron_fp32_router.errors import UnprotectedRouterError
 from megatron_fp32_router.log import rank, say
 from megatron_fp32_router.monitor.sinks import NOT_FINITE, Entries, Layer
-from megatron_fp32_router.patching.registry import mismatch, registry
+from megatron_fp32_router.patching.registry import mismatch
 from megatron_fp32_router.settings import PREFIX
 
 
@@ -36,6 +36,22 @@ def failure(error: Exception, tell_others: Callable[[str], bool]) -> tuple[str, 
     return why, 0 if told else rank()
 
 
+def say_the_end(why: str, speaker: int) -> None:
+    """Warn that the monitor has ended, on rank `speaker`."""
+    what = f"the monitor has ended, and the training goes on without it: {why}"
+    say(logging.WARNING, what, speaker=speaker)
+
+
+def say_that_no_token_was_seen() -> None:
+    """Warn that the hooks were on, and did not run."""
+    say(
+        logging.WARNING,
+        "the monitor saw no tokens: inside CUDA graphs and torch.compile forward hooks do not run, so it computes no "
+        "routing stability, and no load for models without expert biases",
+        once=True,
+    )
+
+
 def say_what_is_not_finite(step: int, entries: Entries, new: set[tuple[Layer, str]]) -> None:
     """Warn, in one line. Whether a training may go on with it is upstream's decision.
 
@@ -55,7 +71,6 @@ def say_what_is_not_finite(step: int, entries: Entries, new: set[tuple[Layer, st
     say(
         logging.WARNING,
         f"the monitor found values that are not finite, since step {step}: {listed}; nothing is stopped",
-        threshold=registry.settings.log,
     )
 
 

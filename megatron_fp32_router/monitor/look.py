@@ -38,8 +38,7 @@ def layers_of(model: Any) -> dict[Layer, tuple[str, Any]]:
     found: dict[Layer, tuple[str, Any]] = {}
     for chunk in chunks:
         for name, router in routers_of(chunk)[0]:
-            number = layer_of(router, name)
-            layer: Layer = name if number is None else number
+            layer: Layer = name if (number := layer_of(router, name)) is None else number
             while layer in found:  # two models in one training, say a student and its teacher
                 layer = f"{layer} again"
             found[layer] = (name, router)
@@ -136,7 +135,7 @@ class Memory:
     #: Dtypes and step of the last look: a violation says what changed since.
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     step: int = 0
-    probe: stability.Probe | None = None
+    probe: stability.Sample | None = None
     mean: float | None = None
     #: None: the caller gave no step.
     mean_step: int | None = None
@@ -165,8 +164,7 @@ def see(name: str, router: Any, listener: Listener | None, samples: bool, memory
 
 
 def _see_stability(seen: Seen, listener: Listener | None, memory: Memory) -> None:
-    why = stability.obstacle(seen.router)
-    if why is not None:
+    if (why := stability.obstacle(seen.router)) is not None:
         say(logging.WARNING, f"the monitor computes no routing stability: {why}", once=True)
         return
     rule = stability.Rule(seen.router, seen.before_E)
@@ -175,17 +173,14 @@ def _see_stability(seen: Seen, listener: Listener | None, memory: Memory) -> Non
     if listener is None:
         return  # the process looks at its very first step: no hook was on yet
     if listener.sample is None:
-        say(
-            logging.WARNING,
-            "the monitor saw no tokens: inside CUDA graphs and torch.compile forward hooks do not run, so it "
-            "computes no routing stability, and no load for models without expert biases",
-            once=True,
-        )
+        from megatron_fp32_router.monitor import findings
+
+        findings.say_that_no_token_was_seen()
         return
     seen.numbers[f"{NOT_FINITE}input"] = precision.count_not_finite(listener.sample.hidden_TH)
     seen.numbers |= stability.stability(rule, listener.sample)
     if memory.probe is None:
-        memory.probe = stability.new_probe(rule, listener.sample)
+        memory.probe = stability.new_probe(rule, listener.sample.hidden_TH)
 
 
 def _input_dtype(config: Any) -> torch.dtype:

@@ -12,7 +12,6 @@ from typing import Final
 from megatron_fp32_router.log import rank, say
 from megatron_fp32_router.monitor import sinks
 from megatron_fp32_router.monitor.sinks import Entries
-from megatron_fp32_router.patching.registry import registry
 
 #: Beside monitor.jsonl. node_exporter reads no other suffix, so not the file that is still being written either.
 PROMETHEUS: Final = "monitor.prom"
@@ -38,7 +37,7 @@ def attempt(name: str, write: Callable[[], None]) -> None:
         write()
     except Exception as error:
         what = f"the monitor cannot write to {name}: {type(error).__name__}: {' '.join(str(error).split())}"
-        say(logging.WARNING, what, threshold=registry.settings.log, once=True, speaker=rank())
+        say(logging.WARNING, what, once=True, speaker=rank())
 
 
 # Prometheus ------------------------------------------------------------------------------------------------------

@@ -33,6 +33,6 @@ PATCHES: Final = (
         why="the monitor could not say what dtype main copies and moments have",
         issue=f"{UPSTREAM}/issues/2777",
         remove_when="the monitor goes",
-        parameters=("self", "optimizer", "config"),
+        parameters=("optimizer", "config"),
     ),
 )

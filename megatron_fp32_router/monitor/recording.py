@@ -113,7 +113,7 @@ def write(step: int, stage: int, layers: Mapping[Layer, Inputs]) -> None:
             old.unlink()
     except OSError as error:
         what = f"the monitor cannot write inputs to {folder}, so some are missing there: {error}"
-        say(logging.WARNING, what, threshold=registry.settings.log, once=True, speaker=rank())
+        say(logging.WARNING, what, once=True, speaker=rank())
 
 
 def read(path: Path) -> tuple[int, dict[Layer, Inputs]]:

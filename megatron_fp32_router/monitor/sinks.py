@@ -100,7 +100,7 @@ def append(step: int, entries: Entries) -> bool:
             stream.write(text.encode())
     except OSError as error:
         what = f"the monitor cannot write {file}, so looks are missing there: {error}"
-        say(logging.WARNING, what, threshold=registry.settings.log, once=True)
+        say(logging.WARNING, what, once=True)
         return False
     return True
 

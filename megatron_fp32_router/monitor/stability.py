@@ -25,26 +25,18 @@ _SCORES: Final[dict[str, Callable[[torch.Tensor], torch.Tensor]]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sample:
     """Tokens that a router was given in one forward.
 
     Attributes:
         hidden_TH: the router's input, in its own dtype.
-        chosen_TE: bool, the experts that the router chose; None where that cannot be compared (input noise, dropped
+        chosen_TE: bool, the experts that were chosen; None where that cannot be compared (input noise, dropped
             tokens).
     """
 
     hidden_TH: torch.Tensor
     chosen_TE: torch.Tensor | None
-
-
-@dataclass
-class Probe:
-    """Tokens that are kept on the CPU as long as this process runs, and the experts that they were last sent to."""
-
-    hidden_TH: torch.Tensor
-    chosen_TE: torch.Tensor
 
 
 def obstacle(router: Any) -> str | None:
@@ -174,18 +166,18 @@ def stability(rule: Rule, sample: Sample) -> dict[str, torch.Tensor]:
     return found
 
 
-def changed(rule: Rule, probe: Probe) -> dict[str, torch.Tensor]:
-    """What docs/monitor.md calls probe/*, and remembers today's choice for the next look."""
-    hidden_TH = probe.hidden_TH.to(rule.weight_EH.device)
-    now_TE = rule.chosen(rule.selection(hidden_TH))
-    last_TE, probe.chosen_TE = probe.chosen_TE, now_TE
+def changed(rule: Rule, probe: Sample) -> dict[str, torch.Tensor]:
+    """What docs/monitor.md calls probe/*. Puts this look's choice into `probe`, for the next look."""
+    last_TE, now_TE = probe.chosen_TE, rule.chosen(rule.selection(probe.hidden_TH.to(rule.weight_EH.device)))
+    assert last_TE is not None
+    probe.chosen_TE = now_TE
     slots = (last_TE & ~now_TE).double().sum() / (now_TE.shape[0] * rule.topk)
     return {"probe/changed": _flips(now_TE, last_TE), "probe/slots_changed": slots}
 
 
-def new_probe(rule: Rule, sample: Sample) -> Probe:
-    """A probe out of a sample."""
-    return Probe(sample.hidden_TH.cpu(), rule.chosen(rule.selection(sample.hidden_TH)))
+def new_probe(rule: Rule, hidden_TH: torch.Tensor) -> Sample:
+    """Tokens that are kept on the CPU as long as this process runs, and the experts that `rule` chooses for them."""
+    return Sample(hidden_TH.cpu(), rule.chosen(rule.selection(hidden_TH)))
 
 
 def _bf16(tensor: torch.Tensor) -> torch.Tensor:

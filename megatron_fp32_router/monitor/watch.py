@@ -96,16 +96,13 @@ class Monitor:
 
     def _end(self, why: str, speaker: int = 0) -> None:
         """Stop looking: take off all hooks, and say why."""
+        from megatron_fp32_router.monitor import findings
+
         self._ended = True
         self._take_listeners()
         self._take_open()
         self._memory.clear()
-        say(
-            logging.WARNING,
-            f"the monitor has ended, and the training goes on without it: {why}",
-            threshold=registry.settings.log,
-            speaker=speaker,
-        )
+        findings.say_the_end(why, speaker)
 
     def _others(self) -> Exchange | None:
         """The exchange with the other ranks; None when there are none."""

@@ -27,7 +27,7 @@ PATCHES: Final = (
             "TopKRouter._apply_expert_bias uses unsqueeze",
             "TopKRouter._apply_expert_bias lacks padding_mask",
         ),
-        parameters=("self", "routing_map", "padding_mask"),
+        parameters=("routing_map", "padding_mask"),
         # The mask arrives with one entry a token, and the map has one row a token.
         relies_on=(f"{ROUTER}:TopKRouter.routing",),
     ),

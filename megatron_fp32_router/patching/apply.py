@@ -35,14 +35,13 @@ def apply_all(module: ModuleType, name: str) -> None:
     megatron = of_module(module)
     patches = [patch for patch in PATCHES if patch.module == name and not not_asked_for(patch)]
     found = {patch.id: look(patch, megatron, registry.settings.accepted) for patch in patches}
-    changed = {patch_id: objection for patch_id, (objection, _) in found.items() if objection is not None}
+    changed = {patch_id: finding.objection for patch_id, finding in found.items() if finding.objection is not None}
     if changed and registry.settings.on_mismatch == "warn":
         from megatron_fp32_router.patching import misfit
 
         misfit.leave_out_what_is_unsafe_without(changed, patches)
     for patch in patches:
-        _, needless = found[patch.id]
-        _apply(patch, module, megatron, changed.get(patch.id), needless)
+        _apply(patch, module, megatron, changed.get(patch.id), found[patch.id].needless)
 
 
 def settle() -> None:
@@ -73,9 +72,9 @@ def _problem(patch: Patch, module: ModuleType, changed: str | None) -> Problem |
     found = [parameter.name for parameter in signature]
     # Somebody else's wrapper may take (self, *args, **kwargs) and hand on what it gets.
     named = list(itertools.takewhile(lambda parameter: parameter.kind is not parameter.VAR_POSITIONAL, signature))
-    needed = patch.parameters[: len(named)] if len(named) < len(found) else patch.parameters
+    needed = patch.signature[: len(named)] if len(named) < len(found) else patch.signature
     if tuple(found[: len(needed)]) != needed:
-        return Problem(f"takes ({', '.join(found)}) where ({', '.join(patch.parameters)}, …) was expected")
+        return Problem(f"takes ({', '.join(found)}) where ({', '.join(patch.signature)}, …) was expected")
     return None if changed is None else Problem(changed, changed=True)
 
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, cast
 
 from megatron_fp32_router.patching.megatron import Megatron
 from megatron_fp32_router.patching.record import Needless, Patch
@@ -21,6 +21,18 @@ from megatron_fp32_router.patching.record import Needless, Patch
 #: For every module: which state each known file is in (`files`), and of each state a fingerprint and the patches that
 #: are needless there (`states`). `beside`: for each patch, the other modules that it relies on.
 KNOWN_FILES: Final = files(__package__) / "known_files.json"
+
+
+class Finding(NamedTuple):
+    """What the source says about one patch.
+
+    Attributes:
+        objection: what stands against applying it, as the end of a sentence about its target; or None.
+        needless: why this Megatron needs no such patch, or None.
+    """
+
+    objection: str | None = None
+    needless: Needless | None = None
 
 
 def file_hash(content: bytes | None) -> str:
@@ -49,25 +61,21 @@ def state_of(root: Path, module: str) -> dict[str, Any] | None:
     return None if index is None else cast("dict[str, Any]", known["states"][index])
 
 
-def look(patch: Patch, megatron: Megatron, accepted_file: str) -> tuple[str | None, Needless | None]:
+def look(patch: Patch, megatron: Megatron, accepted_file: str) -> Finding:
     """What the source of that Megatron says about a patch.
 
     Args:
         accepted_file: path of a file that `check --accept` wrote, or "".
 
-    Returns:
-        What stands against applying it, as the end of a sentence about its target, or None. Why this Megatron needs no
-        such patch, or None.
-
     Raises:
         SettingsError: the accepted file cannot be read.
     """
     if megatron.path is None:
-        return "cannot be compared with what is known: the source files are not to be found", None
+        return Finding("cannot be compared with what is known: the source files are not to be found")
     root = megatron.path.parent.parent
     states = [state_of(root, module) for module in (patch.module, *known_files()["beside"].get(patch.id, ()))]
     if not accepted_file and states[0] is not None and None not in states:
-        return None, states[0]["needless"].get(patch.id)
+        return Finding(needless=states[0]["needless"].get(patch.id))
     from megatron_fp32_router.patching import drift
 
-    return drift.answer(patch, megatron, accepted_file)
+    return Finding(*drift.answer(patch, megatron, accepted_file))

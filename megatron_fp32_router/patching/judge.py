@@ -202,8 +202,8 @@ class Judge:
         last = body.module.body[-1]
         found = [argument.arg for argument in last.args.args] if isinstance(last, ast.FunctionDef) else []
         for patch in own:
-            if tuple(found[: len(patch.parameters)]) != patch.parameters:
-                detail = f"takes ({', '.join(found)}) where ({', '.join(patch.parameters)}, …) was expected"
+            if tuple(found[: len(patch.signature)]) != patch.signature:
+                detail = f"takes ({', '.join(found)}) where ({', '.join(patch.signature)}, …) was expected"
                 # Its parameters are what the patch needs to be applied at all: nothing that a probe could clear.
                 return Target(name, "drifted", detail, body.digest, file, body.line, patchable=False)
             broken = [fact for fact in patch.uses if not self.tree.holds(fact, patch.module)]

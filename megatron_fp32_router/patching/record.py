@@ -102,7 +102,7 @@ class Patch:
         relies_on: what it relies on beside its target, each `module:name name …`, where a name is `name`, `Class` or
             `Class.method`. A change in any of it is a drift of this patch; of a class named alone the header counts:
             its bases and decorators. Some names exist in no known release: a fork that adds one bypasses the patch.
-        parameters: parameters of the target that the replacement relies on, in order.
+        parameters: parameters of the target that the replacement relies on, in order, without a method's `self`.
         inherited: whether the target may come from a base class (torch's own method).
         needs: ids of patches of the same module without which this one is unsafe: under on_mismatch="warn" it is
             left out where one of them is.
@@ -149,6 +149,11 @@ class Patch:
         monitor that is on from the start begins to look at once.
         """
         return self.module == ROUTER or self.monitor
+
+    @property
+    def signature(self) -> tuple[str, ...]:
+        """The parameters that the target has to begin with."""
+        return ("self", *self.parameters) if "." in self.path else self.parameters
 
     @property
     def key(self) -> str:

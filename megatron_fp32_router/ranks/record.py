@@ -27,7 +27,7 @@ PATCHES: Final = (
         path="DistributedDataParallel.__init__",
         factory=places.publish_when_wrapping,
         why="nobody would notice a rank without the plugin",
-        parameters=("self", "config", "ddp_config", "module"),
+        parameters=("config", "ddp_config", "module"),
     ),
     _compare(
         id="ranks-agree-before-broadcast",
@@ -35,7 +35,6 @@ PATCHES: Final = (
         path="DistributedDataParallel.broadcast_params",
         factory=places.agree_first,
         why="parameters of different dtypes would be broadcast into each other where a rank lacks the plugin",
-        parameters=("self",),
     ),
     _compare(
         id="ranks-agree",
@@ -43,6 +42,6 @@ PATCHES: Final = (
         path="MegatronOptimizer.__init__",
         factory=places.agree_first,
         why="the first step would hang or mix up gradients where a rank lacks the plugin",
-        parameters=("self", "optimizer", "config"),
+        parameters=("optimizer", "config"),
     ),
 )

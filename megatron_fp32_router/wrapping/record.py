@@ -26,7 +26,7 @@ PATCHES: Final = (
         module=MODULE,
         why="nobody would see whether the routers really stayed fp32",
         remove_when="router-casts goes",
-        parameters=("self", "config", "module"),
+        parameters=("config", "module"),
         # The wrapped model is `self.module` when the constructor has ended.
         relies_on=(f"{MODULE}:Float16Module MegatronModule.__init__",),
     ),
@@ -37,6 +37,6 @@ PATCHES: Final = (
         remove_when="0.11 is no longer supported",
         absent_where=("no Float16Module",),  # its file stays to 0.17, the class does not
         whole=False,
-        parameters=("self", "module"),
+        parameters=("module",),
     ),
 )

@@ -24,7 +24,6 @@ _checkpoint: Final = partial(
     why="with fp32 router parameters, optimizer checkpoints silently hold another parameter's state",
     remove_when="the index map follows the groups (#5835)",
     whole=False,
-    parameters=("self",),
     relies_on=(
         # model_param_group_index_map numbers parameters in gradient-buffer order, groups hold fp32 ones first.
         f"{DISTRIBUTED_OPTIMIZER}:DistributedOptimizer._build_model_and_main_param_groups "
@@ -51,7 +50,7 @@ PATCHES: Final = (
         factory=repair.repair_mixed_groups,
         why="with fp32 router parameters, optimizer checkpoints silently hold another parameter's state, or fail",
         remove_when="the index map follows the groups and fp32 shards are detached (#5835); status() then says native",
-        parameters=("self", "optimizer", "config"),
+        parameters=("optimizer", "config"),
     ),
     _checkpoint(id="optimizer-checkpoint", path="DistributedOptimizer.sharded_state_dict"),
     _checkpoint(id="optimizer-checkpoint-legacy", path="DistributedOptimizer.get_parameter_state_dp_zero"),
@@ -65,7 +64,7 @@ PATCHES: Final = (
         since="0.15",
         absent_where=("DistributedOptimizer.sharded_state_dict lacks sharded_param_state_fully_reshardable",),
         native_where=("DistributedOptimizer.sharded_param_state_fully_reshardable uses cumulative_padding_stripped",),
-        parameters=("self", "model_sharded_state_dict", "is_loading"),
+        parameters=("model_sharded_state_dict", "is_loading"),
     ),
     _patch(
         id="optimizer-load-legacy",
@@ -73,7 +72,7 @@ PATCHES: Final = (
         factory=resume.load_gathered_across_settings,
         why="a checkpoint of a run without the plugin stops one rank with an opaque error while the others wait",
         remove_when="formats that gather a buffer's state go",
-        parameters=("self", "state_dict"),
+        parameters=("state_dict",),
         relies_on=(f"{DISTRIBUTED_OPTIMIZER}:DistributedOptimizer.get_parameter_state_dp_zero",),
     ),
     _patch(
@@ -84,7 +83,7 @@ PATCHES: Final = (
         remove_when="dp_reshardable goes",
         since="0.15",
         absent_where=("DistributedOptimizer.sharded_state_dict lacks sharded_param_state_dp_reshardable",),
-        parameters=("self", "model_sharded_state_dict", "is_loading"),
+        parameters=("model_sharded_state_dict", "is_loading"),
         relies_on=(
             f"{DISTRIBUTED_OPTIMIZER}:DistributedOptimizer.get_parameter_state_dp_reshardable "
             "DistributedOptimizer.load_parameter_state_from_dp_reshardable",
@@ -97,7 +96,7 @@ PATCHES: Final = (
         why="a resume from a run without the plugin may take the router weight that was rounded to bf16",
         issue=f"{UPSTREAM}/pull/5835",
         remove_when="fully_sharded_model_space goes",
-        parameters=("self", "model_sharded_state_dict", "is_loading"),
+        parameters=("model_sharded_state_dict", "is_loading"),
     ),
     _patch(
         id="optimizer-load-spread",
@@ -106,7 +105,7 @@ PATCHES: Final = (
         why="after a resume from a run without the plugin, ranks run their first forward with different router weights",
         issue=f"{UPSTREAM}/pull/5835",
         remove_when="loading gathers fp32 parameters",
-        parameters=("self", "state_dict"),
+        parameters=("state_dict",),
     ),
     _load(id="checkpoint-load", module=f"{_DIST_CHECKPOINTING}.serialization", whole=False),
     _load(id="checkpoint-load-in-package", module=_DIST_CHECKPOINTING),

@@ -27,18 +27,17 @@ PATCHES: Final = (
         id="float16-state",
         path="Float16OptimizerWithFloat16Params.state_dict",
         factory=repair.state_with_every_main_copy,
-        parameters=("self",),
     ),
     _patch(
         id="float16-sharded-state",
         path="Float16OptimizerWithFloat16Params.sharded_state_dict",
         factory=repair.sharded_state_with_every_main_copy,
-        parameters=("self", "model_sharded_state_dict", "is_loading"),
+        parameters=("model_sharded_state_dict", "is_loading"),
     ),
     _patch(
         id="float16-load",
         path="Float16OptimizerWithFloat16Params.load_state_dict",
         factory=repair.load_every_main_copy,
-        parameters=("self", "state_dict"),
+        parameters=("state_dict",),
     ),
 )

@@ -20,9 +20,7 @@ _ONE_CLASS: Final = "FullyShardedDataParallel.__init__ uses self"
 #: From 0.16, and on main, where there is no FullyShardedDataParallel.__init__ any more.
 _SAVES: Final = f"{DISTRIBUTED_OPTIMIZER}:DistributedOptimizer._param_name uses handle_experts_in_state_dict"
 
-_patch: Final = partial(
-    Patch, goes_with="router-casts", area="fsdp", whole=False, issue=f"{UPSTREAM}/pull/5929", parameters=("self",)
-)
+_patch: Final = partial(Patch, goes_with="router-casts", area="fsdp", whole=False, issue=f"{UPSTREAM}/pull/5929")
 
 #: Before 0.16, and main's second version. What upstream does there with a CPU: docs/limits.md.
 _untested: Final = partial(
@@ -42,7 +40,7 @@ PATCHES: Final = (
         factory=repair.shard_routers_apart,
         why="torch FSDP2 stops at fp32 router parameters in the first forward",
         remove_when="FSDP2 takes several parameter dtypes in one unit",
-        parameters=("self", "config"),
+        parameters=("config",),
         uses=("TorchFullyShardedDataParallel.__init__ uses fully_shard",),
     ),
     _patch(

@@ -21,7 +21,6 @@ _patch: Final = partial(
     goes_with="router-casts",
     since="0.16",
     area="layer_wise",
-    parameters=("self",),
 )
 
 _load: Final = partial(

@@ -19,7 +19,6 @@ _patch: Final = partial(
     goes_with="router-casts",
     since="0.12",
     area="offload",
-    parameters=("self",),
 )
 
 PATCHES: Final = (

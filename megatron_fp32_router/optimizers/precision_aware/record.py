@@ -21,7 +21,6 @@ _formats: Final = partial(
     issue="not reported upstream",
     remove_when="every format that can be saved can be loaded",
     whole=False,
-    parameters=("self",),
     essential=False,
 )
 
@@ -33,7 +32,7 @@ PATCHES: Final = (
         why="with the precision-aware optimizer, checkpoints hold the router weight of the first step as its main copy",
         issue=f"{UPSTREAM}/issues/7338",
         remove_when="an fp32 parameter is its own main copy there too",
-        parameters=("self", "model_param"),
+        parameters=("model_param",),
     ),
     _patch(
         id="precision-aware-load",
@@ -42,7 +41,7 @@ PATCHES: Final = (
         why="with the precision-aware optimizer, a loaded main copy never reaches an fp32 router weight",
         issue=f"{UPSTREAM}/issues/7338",
         remove_when="an fp32 parameter is its own main copy there too",
-        parameters=("self", "model_param", "tensors"),
+        parameters=("model_param", "tensors"),
     ),
     _formats(id="precision-aware-formats", path="DistributedOptimizer.sharded_state_dict"),
     _formats(id="precision-aware-formats-legacy", path="DistributedOptimizer.save_parameter_state"),
