@@ -13,6 +13,7 @@ import pytest
 import torch
 from made_up import COUNTS_SLE, RATE, biases_of, demo_data, demo_run, release_data
 
+from megatron_fp32_router.cli import main
 from megatron_fp32_router.lab import demo, demo_page, demo_picture, demo_report
 from megatron_fp32_router.lab.demo_run import compared
 
@@ -143,6 +144,15 @@ def test_a_number_that_is_none_is_refused_in_one_line(empty_tree: Path, option: 
     assert (done.returncode, done.stdout) == (2, "")
     said = f"megatron-fp32-router demo: {option.replace('=', ' ')}: expected a whole number of at least 1\n"
     assert done.stderr == said
+
+
+def test_a_picture_without_matplotlib_is_refused_before_anything_trains(
+    empty_tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    assert main(["demo", "--megatron", str(empty_tree), "--picture", "drawn.png"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("megatron-fp32-router demo: --picture drawn.png: matplotlib is not installed: ")
 
 
 def test_a_release_that_is_given_twice_is_refused_in_one_line(empty_tree: Path) -> None:

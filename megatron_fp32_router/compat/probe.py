@@ -169,3 +169,4 @@ def _shown(progress: Path) -> Iterator[None]:
     tell("check", "the probe is starting Megatron; it takes a minute or two …")
     with repeating(look, seconds=0.2):
         yield
+    look()

@@ -135,19 +135,12 @@ def _train(room: Lab, first: int = 0) -> list[float]:
     return [room.step(batches) for _ in range(STEPS)]
 
 
-def _parameters(room: Lab) -> dict[str, torch.Tensor]:
-    """Parameters and buffers alone."""
-    held = checkpoint.snapshot(room)
-    ends = ("main", "range", "exp_avg", "exp_avg_sq", "master_param", "step")
-    return {name: value for name, value in held.items() if not name.endswith(ends)}
-
-
 def _end(recipe: Recipe) -> dict[str, torch.Tensor]:
     """Parameters and buffers after a training in a layout of its own."""
     with layout(recipe):
         room = _build(recipe)
         _train(room)
-        return _parameters(room)
+        return checkpoint.parameters(room)
 
 
 def _buckets(recipe: Recipe) -> str:

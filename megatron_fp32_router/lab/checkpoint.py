@@ -174,6 +174,18 @@ def optimizers(room: Lab) -> list[Any]:
     return [one for one in chain if not getattr(one, "is_stub_optimizer", False)]
 
 
+def parameters(room: Lab) -> dict[str, torch.Tensor]:
+    """Copies of all parameters and buffers of this rank, by name. Every rank calls it."""
+    gather(room)
+    return {name: _copy(tensor) for name, tensor in _named(room)}
+
+
+def _named(room: Lab) -> Iterator[tuple[str, torch.Tensor]]:
+    for key, model in _models(room):
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            yield (name if key == "model" else f"{key}.{name}"), tensor
+
+
 def snapshot(room: Lab) -> dict[str, torch.Tensor]:
     """Copies of the whole state of this rank's training, by name. Every rank calls it.
 
@@ -181,16 +193,8 @@ def snapshot(room: Lab) -> dict[str, torch.Tensor]:
     what an optimizer holds for it; "NAME.range" which slice of it these are, [start, end), where the optimizer is
     distributed. Megatron's own look-ups are not used, since a test may be about them.
     """
-    gather(room)
-    found: dict[str, torch.Tensor] = {}
-    names: dict[Any, str] = {}
-    for key, model in _models(room):
-        prefix = "" if key == "model" else f"{key}."
-        for name, tensor in model.named_parameters():
-            names[tensor] = prefix + name
-            found[prefix + name] = _copy(tensor)
-        for name, tensor in model.named_buffers():
-            found[prefix + name] = _copy(tensor)
+    found = parameters(room)
+    names = {tensor: name for name, tensor in _named(room)}
     for optimizer in optimizers(room):
         for parameter, main in _main_copies(optimizer):
             name = names[parameter]

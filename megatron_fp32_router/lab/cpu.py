@@ -257,7 +257,14 @@ def _random_numbers() -> None:
         replace(owner, "initial_seed", initial_seed)
     # Megatron warns in each of its forks of the random state that the CPU's generator moved along with the GPU's: here
     # both are the same one.
-    replace(logging.getLogger("megatron.core.tensor_parallel.random"), "warning", _nothing())
+    logger = logging.getLogger("megatron.core.tensor_parallel.random")
+    warn = logger.warning
+
+    def warning(message: object, *args: Any, **kwargs: Any) -> None:
+        if message != "CPU RNG state changed within GPU RNG context":
+            warn(message, *args, **kwargs)
+
+    replace(logger, "warning", warning)
     replace(torch.cuda, "default_generators", _Generators())
     replace(torch.cuda, "_lazy_call", call_now)
 

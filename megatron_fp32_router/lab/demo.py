@@ -7,6 +7,7 @@ demo_report.py makes a table and sentences of the results, demo_page.py and demo
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import platform
 import tempfile
@@ -20,7 +21,7 @@ from megatron_fp32_router.lab import demo_page as drawn
 from megatron_fp32_router.lab import demo_report as report
 from megatron_fp32_router.lab.recipe import LabError, Recipe
 from megatron_fp32_router.patching.megatron import read_version
-from megatron_fp32_router.terminal import refuse, repeating, tell
+from megatron_fp32_router.terminal import lacking, refuse, repeating, tell
 from megatron_fp32_router.version import __version__
 
 if TYPE_CHECKING:
@@ -144,6 +145,8 @@ def _checked(arguments: argparse.Namespace) -> tuple[dict[str, Path], int, int, 
         given = getattr(arguments, option)
         if not given.isdecimal() or int(given) < 1:
             raise LabError(f"--{option} {given}: expected a whole number of at least 1")
+    if arguments.picture is not None and importlib.util.find_spec("matplotlib") is None:
+        raise LabError(f"--picture {arguments.picture}: {lacking('matplotlib', 'matplotlib')}")
     out = Path(arguments.out)
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -17,15 +17,16 @@ from megatron_fp32_router.wrapping.survey import Survey, protected_in, survey
 def protect_model(model: Any) -> Survey:
     """See megatron_fp32_router.protect_model."""
     total = Survey(0, {}, (), ())
-    for chunk in model if isinstance(model, (list, tuple)) else [model]:
-        for _, router in protected_in(chunk):
-            if any(hasattr(parameter, "main_grad") for parameter in router.parameters()):
-                raise ModelInUseError(
-                    "protect_model() came after DDP: the parameters are views of its buffers now. "
-                    "Call it on the bare or Float16Module-wrapped model, before DDP and the optimizer."
-                )
-        for _, router in protected_in(chunk):
-            _widen(router)
+    chunks = model if isinstance(model, (list, tuple)) else [model]
+    routers = [router for chunk in chunks for _, router in protected_in(chunk)]
+    if any(hasattr(parameter, "main_grad") for router in routers for parameter in router.parameters()):
+        raise ModelInUseError(
+            "protect_model() came after DDP: the parameters are views of its buffers now. "
+            "Call it on the bare or Float16Module-wrapped model, before DDP and the optimizer."
+        )
+    for router in routers:
+        _widen(router)
+    for chunk in chunks:
         found = survey(chunk)
         dtypes = Counter(total.dtypes)
         dtypes.update(found.dtypes)

@@ -175,6 +175,18 @@ def test_a_model_built_before_activation_is_noticed_and_can_be_protected(build: 
         megatron_fp32_router.disable()
 
 
+def test_a_model_of_which_a_part_is_under_ddp_is_refused_before_any_of_it_is_changed(router: Any) -> None:
+    chunks = [router().bfloat16(), router().bfloat16()]
+    chunks[1].weight.main_grad = torch.zeros_like(chunks[1].weight)
+    megatron_fp32_router.enable()
+    try:
+        with pytest.raises(megatron_fp32_router.ModelInUseError):
+            megatron_fp32_router.protect_model(chunks)
+    finally:
+        megatron_fp32_router.disable()
+    assert [chunk.weight.dtype for chunk in chunks] == [torch.bfloat16] * 2
+
+
 def test_the_first_forward_and_the_first_update_notice_a_model_wrapped_before_activation(build: Any) -> None:
     from megatron_fp32_router import lab
 
