@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from megatron_fp32_router.lab import cpu
-from megatron_fp32_router.lab.cpu_gloo import Done
+from megatron_fp32_router.lab import cpu, cpu_gloo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -18,16 +17,16 @@ if TYPE_CHECKING:
 BUFFERS: Final = "megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer"
 
 
-def _at_once(collective: Callable[..., Any]) -> Callable[..., Done]:
-    def call(*args: Any, async_op: bool = False, **kwargs: Any) -> Done:
+def _at_once(collective: Callable[..., Any]) -> Callable[..., cpu_gloo.Done]:
+    def call(*args: Any, async_op: bool = False, **kwargs: Any) -> cpu_gloo.Done:
         collective(*args, **kwargs)
-        return Done()
+        return cpu_gloo.Done()
 
     return call
 
 
 @contextlib.contextmanager
-def _one_by_one(*args: Any, **kwargs: Any) -> Iterator[Done]:
+def _one_by_one(*args: Any, **kwargs: Any) -> Iterator[cpu_gloo.Done]:
     """Stand in for torch's _coalescing_manager, in which Megatron-FSDP gathers and reduces the groups of a unit.
 
     NCCL uses each tensor's own dtype in such a call (torch's ProcessGroupNCCL.cpp). Gloo uses one dtype for all: with
@@ -36,7 +35,7 @@ def _one_by_one(*args: Any, **kwargs: Any) -> Iterator[Done]:
     with cpu.undone_after():
         for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
             cpu.replace(torch.distributed, name, _at_once(getattr(torch.distributed, name)))
-        yield Done()
+        yield cpu_gloo.Done()
 
 
 def collectives_one_by_one(buffers: Any) -> None:
