@@ -63,8 +63,7 @@ class Listener:
     def remove(self) -> None:
         """Take the hooks off."""
         self._handle.remove()
-        if self._see_scores in score_watchers:
-            score_watchers.remove(self._see_scores)
+        score_watchers.remove(self._see_scores)
 
     def _see_scores(self, router: Any, scores: torch.Tensor) -> None:
         if id(router) == self._id:
@@ -189,8 +188,7 @@ def _input_dtype(config: Any) -> torch.dtype:
 
 def below(seen: Seen) -> list[str]:
     """The names of what is below fp32 against a promise, as far as that can be seen without waiting for the device."""
-    router = seen.router
-    return [name for name, dtype in seen.dtypes.items() if below_fp32(dtype) and precision.promised(router, name)]
+    return [name for name, kind in seen.dtypes.items() if below_fp32(kind) and precision.promised(seen.router, name)]
 
 
 def read(seen: Iterable[Seen]) -> None:

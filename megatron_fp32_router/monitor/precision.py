@@ -152,6 +152,5 @@ def promised(router: Any, name: str) -> bool:
         return mixed and not (name == "arithmetic" and registry.settings.like)
     derived = name.partition("_")[2]
     # Main copies and moments below fp32 are the user's own choice with a precision-aware optimizer.
-    configs = [getattr(optimizer, "config", None) for optimizer in _optimizers]
-    chosen = any(getattr(config, "use_precision_aware_optimizer", False) for config in configs)
+    chosen = any(getattr(getattr(each, "config", None), "use_precision_aware_optimizer", False) for each in _optimizers)
     return registry.settings.protect == "all" and (derived in ("", "grad") or not chosen)

@@ -86,8 +86,8 @@ def append(step: int, entries: Entries) -> bool:
     violations = [f"layer {layer}: {text}" for layer, entry in entries.items() for text in entry["violations"]]
     of_all: Entry = {"metrics": aggregate(entries), "violations": violations}
     records = [{"step": step, "layer": layer, **entry} for layer, entry in {**entries, "all": of_all}.items()]
-    records[-1] |= {"like": registry.settings.like} if registry.settings.like else {}
-    records[-1]["about"] = _about()
+    like = {"like": registry.settings.like} if registry.settings.like else {}
+    records[-1] |= {**like, "about": _about()}
     text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
     file = path()
     try:
@@ -107,13 +107,12 @@ def append(step: int, entries: Entries) -> bool:
 
 def _about() -> dict[str, Any]:
     """Versions and settings, for a reader of the file who does not have the job's log."""
-    settings = {name: value for name, value in asdict(registry.settings).items() if value != ""}
     megatron = sys.modules.get("megatron.core")
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "plugin": __version__,
         "megatron": "unknown" if megatron is None else str(of_module(megatron)),
-        "settings": settings,
+        "settings": {name: value for name, value in asdict(registry.settings).items() if value != ""},
     }
 
 

@@ -20,6 +20,7 @@ from megatron_fp32_router.gating.schedule import capturing
 from megatron_fp32_router.log import rank, say
 from megatron_fp32_router.monitor import look, outside, sinks
 from megatron_fp32_router.monitor.sinks import Entry, Layer
+from megatron_fp32_router.patching.owner import AT_UNDO
 from megatron_fp32_router.patching.registry import registry, replaces
 from megatron_fp32_router.ranks.places import is_alone
 from megatron_fp32_router.settings import PREFIX
@@ -95,14 +96,18 @@ class Monitor:
             findings.refuse(self.entries)
 
     def _end(self, why: str, speaker: int = 0) -> None:
-        """Stop looking: take off all hooks, and say why."""
+        """Stop looking, and say why."""
         from megatron_fp32_router.monitor import findings
 
+        self.stop()
+        findings.say_the_end(why, speaker)
+
+    def stop(self) -> None:
+        """Look no more, and take off all hooks."""
         self._ended = True
         self._take_listeners()
         self._take_open()
         self._memory.clear()
-        findings.say_the_end(why, speaker)
 
     def _others(self) -> Exchange | None:
         """The exchange with the other ranks; None when there are none."""
@@ -148,7 +153,7 @@ class Monitor:
         if looks:
             self._look(layers, config)
         if (step + 1) % interval == 0 and not self._ended:
-            self._listeners = look.listen(layers, samples=self._place()[1])
+            self._listeners = look.listen(layers, samples=self._place()[2])
 
     def _look(self, layers: dict[Layer, tuple[str, Any]], config: Any) -> None:
         listeners = self._take_listeners()
@@ -156,7 +161,7 @@ class Monitor:
         if others is not None and others.has_ended():
             self._end(str(others.ended))
             return
-        samples = self._place()[1]
+        samples = self._place()[2]
         self._open = {}
         with torch.no_grad():
             for layer, (name, router) in layers.items():
@@ -213,14 +218,13 @@ class Monitor:
         if self._exchange is not None and self._exchange.ended is not None:
             self._end(self._exchange.ended)
 
-    def _place(self) -> tuple[int, bool]:
-        """(pipeline stage, whether this rank speaks for its stage)."""
+    def _place(self) -> tuple[int, int, bool]:
+        """See collect.place()."""
         if self._others() is None:
-            return 0, rank() == 0
+            return 0, 1, rank() == 0
         from megatron_fp32_router.monitor import collect
 
-        stage, _, speaks = collect.place()
-        return stage, speaks
+        return collect.place()
 
     def _hand_on(self) -> None:
         """Write the look, and warn of what is not finite."""
@@ -267,4 +271,5 @@ def look_at_steps(original: Callable[..., Any]) -> Callable[..., Any]:
             monitor.at_gradients(model, config)
         return result
 
+    setattr(_allreduce_conditional_embedding_grads, AT_UNDO, monitor.stop)
     return _allreduce_conditional_embedding_grads

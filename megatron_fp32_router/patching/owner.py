@@ -16,6 +16,9 @@ MADE_BY: Final = "__megatron_fp32_router_factory__"
 #: Where a replacement sits in its module.
 PLACE: Final = "__megatron_fp32_router_place__"
 
+#: A replacement may hold here what disable() is to call, beside putting the original back.
+AT_UNDO: Final = "__megatron_fp32_router_at_undo__"
+
 #: This copy of the package. There may be two in a process.
 HOME: Final = Path(__file__).resolve().parents[1]
 

@@ -10,7 +10,7 @@ import sys
 
 from megatron_fp32_router.errors import DisplacedPatchError
 from megatron_fp32_router.patching.chain import unwrap
-from megatron_fp32_router.patching.owner import PLACE
+from megatron_fp32_router.patching.owner import AT_UNDO, PLACE
 from megatron_fp32_router.patching.records import PATCHES
 from megatron_fp32_router.patching.registry import position_of, registry
 
@@ -42,6 +42,8 @@ def undo_all() -> None:
     for patch, module in reversed(placed):
         replacement = registry.replacements[patch.id]
         unwrap(module, getattr(replacement, PLACE, patch.path), replacement)
+    for replacement in registry.replacements.values():
+        getattr(replacement, AT_UNDO, lambda: None)()
     for cls, (own, _) in registry.router_classes.items():
         if own is None:
             del cls._apply  # type: ignore[attr-defined]

@@ -205,6 +205,16 @@ def test_scores_below_fp32_stop_the_run_by_their_name(
     assert f"layer {expert_layers[0]}" not in str(raised.value)
 
 
+def test_turned_off_one_step_ahead_of_a_look_the_monitor_leaves_no_hook_behind(build: Any, watched: Any) -> None:
+    watched(2)
+    room = build(**TINY)
+    room.step(lab.text_batches(room.recipe, seed=1))
+    assert [len(router._forward_hooks) for _, router in room.routers()] == [1, 1]
+    megatron_fp32_router.disable()
+    assert [len(router._forward_hooks) for _, router in room.routers()] == [0, 0]
+    assert update.watchers == score_watchers == []
+
+
 def test_a_router_that_was_listened_to_can_be_let_go(router: Any, plugin: Any) -> None:
     built = router()
     with monitor.listening(built):
@@ -275,7 +285,6 @@ def test_a_monitor_that_has_failed_leaves_no_hook_behind(
     build: Any, watched: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = watched(1)
-    score_watchers.clear()  # of tests that ended one step ahead of a look
     room = build(**TINY)
     batches = lab.text_batches(room.recipe, seed=1)
     room.step(batches)

@@ -163,6 +163,9 @@ def under_warn(patch: Patch) -> dict[str, Any]:
 
 def main(tree: Path) -> None:
     torch.set_num_threads(1)
+    # Two renamed versions of a file can have the same size and be written in the same second, which is all that Python
+    # compares before it takes the bytecode that it has.
+    sys.dont_write_bytecode = True
     lab.prepare(tree)
     megatron = Megatron(tree / "megatron/core", read_version(tree / "megatron/core/package_info.py"))
     found = {}
