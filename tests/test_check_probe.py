@@ -59,6 +59,13 @@ def check(capsys: pytest.CaptureFixture[str], tree: Path, *arguments: str) -> tu
     return code, json.loads(capsys.readouterr().out)
 
 
+def test_the_stages_of_a_probe_are_printed_to_the_last_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with probe._shown(tmp_path / "progress"):
+        (tmp_path / "progress").write_text("the first stage\nthe last stage\n", encoding="utf-8")
+    said = capsys.readouterr().err
+    assert said.index("the first stage …") < said.index("the last stage …")
+
+
 def test_what_has_drifted_is_cleared_by_the_probe_and_recorded(
     accepted: Path, harmless: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -102,6 +102,7 @@ def test_steps_without_a_look_run_exactly_the_operations_that_they_run_with_the_
             assert done == expected
         assert file.exists() == (step >= 4)
     assert [record["layer"] for record in looks(file)] == [*expert_layers, "all"]
+    assert [record["metrics"]["update/gain"] for record in looks(file)[:2]] == pytest.approx([1, 1], rel=1e-3)
     about = looks(file)[-1]["about"]
     assert about["megatron"] == f"Megatron-Core {lab.megatron_version()}"
     assert (about["plugin"], about["settings"]["monitor"]) == (megatron_fp32_router.__version__, 4)
@@ -150,6 +151,14 @@ def _narrow_moment(router: Any) -> None:
                 state["exp_avg"] = state["exp_avg"].bfloat16()
                 narrowed += 1
     assert narrowed
+
+
+def test_a_buffer_that_is_cast_stops_the_run_where_only_buffers_are_protected(build: Any, watched: Any) -> None:
+    watched(1, protect="buffers")
+    room = build(**TINY)
+    room.on_counts.append(lambda _: CASTS["a buffer"](room.routers()[0][1]))
+    with pytest.raises(megatron_fp32_router.UnprotectedRouterError, match="expert_bias is bfloat16"):
+        room.step(lab.text_batches(room.recipe, seed=1))
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,8 @@ def test_every_renamed_function_is_named_in_an_error_or_in_a_warning_and_the_tra
     assert {"gating", "bias-rule", "bias-rule-in-finalize", "bias-update", "wrap-check"} <= found.keys()
     # Without ours for the gating, weights are left to Megatron; buffers are not.
     assert found["gating"]["warn"]["biases"] == ["torch.float32"]
+    (products,) = found["gating"]["warn"]["products"]
+    assert products.startswith("the products of others: the target does not exist")
     for seen in found.values():
         refused, warned = seen["raise"], seen["warn"]
         if refused["error"] == "ImportError":

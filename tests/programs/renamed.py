@@ -158,7 +158,8 @@ def under_warn(patch: Patch) -> dict[str, Any]:
         use(patch)
     states = {record.id: record.state for record in megatron_fp32_router.status()}
     about = [line for line in said if patch.target in line]
-    return {"said": about, "state": states[patch.id], "loss": loss, "biases": biases}
+    products = [line.partition("gating in ")[2] for line in said if "gating in " in line]
+    return {"said": about, "state": states[patch.id], "loss": loss, "biases": biases, "products": products}
 
 
 def main(tree: Path) -> None:
