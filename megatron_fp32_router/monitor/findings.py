@@ -20,8 +20,8 @@ def failure(error: Exception, tell_others: Callable[[str], bool]) -> tuple[str, 
     """Tell the other ranks that the monitor failed on this one.
 
     Args:
-        error: with which it failed.
-        tell_others: takes why the monitor ends; returns whether there are other ranks that can know now. May fail too.
+        error: what the monitor failed with.
+        tell_others: stores why the monitor ends; returns whether other ranks can read it. It may fail too.
 
     Returns:
         Why the monitor ends, and which rank has to say so: rank 0, or this one where the others could not be told.
@@ -56,9 +56,9 @@ def say_what_is_not_finite(step: int, entries: Entries, new: set[tuple[Layer, st
     """Warn, in one line. Whether a training may go on with it is upstream's decision.
 
     Args:
-        step: of the look.
-        entries: of all layers.
-        new: (layer, metric) of what was finite at the look before.
+        step: the step of the look.
+        entries: what it found in all layers.
+        new: (layer, metric) of the tensors that were finite at the look before.
     """
     listed = _listed(
         [

@@ -1,4 +1,4 @@
-"""Where a look also goes: a text file for Prometheus, and the W&B run of a program without megatron.training."""
+"""Writes looks to a text file for Prometheus, and to the W&B run of a program without megatron.training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""After which step a restarted program goes on that counts from 1 again. Imported only if monitor.jsonl exists."""
+"""The step after which a restarted program goes on, if it counts from 1. Imported only if monitor.jsonl exists."""
 
 from __future__ import annotations
 
